@@ -1,0 +1,163 @@
+"""The precision plan: a spec resolved on one model. Every value carries the rule that decided it. No torch here.
+
+`specs/resolve.py` makes it from role records, the passes read it through the typed accessors, `plan.lock.json` is its
+JSON. A plan never refers to graph nodes: keys are `OpUse.key`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fp8c.formats import BF16, Format
+from fp8c.roles import OPERANDS, OpUse
+
+Value = Format | str | int | float | bool | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Which rule gave a value: rule name, spec, place, and the rule's `because` text."""
+
+    rule: str
+    spec: str
+    file: str
+    line: int
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A value, why it holds, and what it overrode (nearest first)."""
+
+    value: Value
+    reason: Reason
+    overrode: tuple[tuple[Value, Reason], ...] = ()
+
+
+@dataclass(frozen=True)
+class GemmFormats:
+    """What one GEMM of a use reads and writes. Operand order: fprop (x, w), dgrad (dy, w), wgrad (x, dy)."""
+
+    a: Format
+    b: Format
+    accumulate: str = "fp32"
+    promote_every: int = 0  # elements of K between promotions to FP32 registers; 0: the hardware's own accumulation
+    out: Format = BF16
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.a.is_quantized and self.b.is_quantized
+
+
+@dataclass(frozen=True)
+class UsePlan:
+    """All decisions for one use. Field names are dotted, as the language writes them:
+
+    `precision`, `fprop.x`, `fprop.w`, `fprop.accumulate`, `fprop.promote_every`, `fprop.out`, likewise `dgrad.*` and
+    `wgrad.*`; `cache.<operand>` (a Format, or "off"), `retile.<operand>` (a tuple: group text, exact?);
+    `recompute.<value>` (True).
+    """
+
+    use: OpUse
+    fields: Mapping[str, Decision] = field(default_factory=dict)
+
+    def value(self, name: str, default: Value | None = None) -> Value | None:
+        decision = self.fields.get(name)
+        return default if decision is None else decision.value
+
+    def reason(self, name: str) -> Reason | None:
+        decision = self.fields.get(name)
+        return None if decision is None else decision.reason
+
+    def gemm(self, which: str) -> GemmFormats:
+        """The formats of `fprop`, `dgrad` or `wgrad`; an operand nobody quantized stays at `precision`."""
+        precision = self.value("precision", BF16)
+        assert isinstance(precision, Format)
+        a, b = (self.value(f"{which}.{operand}", precision) for operand in OPERANDS[which])
+        out = self.value(f"{which}.out", precision)
+        assert isinstance(a, Format) and isinstance(b, Format) and isinstance(out, Format)
+        return GemmFormats(
+            a,
+            b,
+            str(self.value(f"{which}.accumulate", "fp32")),
+            int(self.value(f"{which}.promote_every", 0) or 0),  # type: ignore[arg-type]
+            out,
+        )
+
+    def cache(self, operand: str) -> Format | None:
+        """The format in which backward keeps `operand` (x, gate, up, ...); None: no rule, or `cache ... off`."""
+        value = self.value(f"cache.{operand}")
+        return value if isinstance(value, Format) else None
+
+    def recomputes(self, name: str = "out") -> bool:
+        return bool(self.value(f"recompute.{name}", False))
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Every decision of one spec on one model and target.
+
+    sections: `dispatch`, `combine`, `combine_grad`, `dispatch_grad`, `optimizer`, `schedule`, `pad`, `numerics`
+    """
+
+    spec: str
+    spec_hash: str
+    target: str
+    uses: Mapping[str, UsePlan] = field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)
+
+    def section(self, name: str, key: str, default: Value | None = None) -> Value | None:
+        decision = self.sections.get(name, {}).get(key)
+        return default if decision is None else decision.value
+
+    def to_json(self) -> dict[str, Any]:
+        """The lock file: plain JSON, stable order, every decision with its reason."""
+        return {
+            "schema": "fp8c.plan/1",
+            "spec": self.spec,
+            "spec_hash": self.spec_hash,
+            "target": self.target,
+            "uses": {
+                key: {
+                    "op": plan.use.op.value,
+                    "path": plan.use.path,
+                    "param": plan.use.param,
+                    "kinds": sorted(plan.use.kinds),
+                    "roles": sorted(plan.use.roles),
+                    "shape": {"m": plan.use.m, "n": plan.use.n, "k": plan.use.k, "experts": plan.use.experts},
+                    "no_dgrad": plan.use.no_dgrad,
+                    "no_wgrad": plan.use.no_wgrad,
+                    "source": str(plan.use.source) if plan.use.source else None,
+                    "fields": {name: _decision_json(plan.fields[name]) for name in sorted(plan.fields)},
+                }
+                for key, plan in sorted(self.uses.items())
+            },
+            "sections": {
+                name: {key: _decision_json(values[key]) for key in sorted(values)}
+                for name, values in sorted(self.sections.items())
+            },
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the lock's text: two builds with the same digest decided the same for the same reasons."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _value_json(value: Value) -> Any:
+    if isinstance(value, Format):
+        return value.text
+    if isinstance(value, tuple):
+        return [_value_json(v) for v in value]
+    return value
+
+
+def _decision_json(decision: Decision) -> dict[str, Any]:
+    return {
+        "value": _value_json(decision.value),
+        "reason": vars(decision.reason),
+        "overrode": [{"value": _value_json(v), "reason": vars(r)} for v, r in decision.overrode],
+    }
