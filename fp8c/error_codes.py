@@ -6,4 +6,14 @@ E07xx broken invariants · E08xx models · W.... warnings and R.... remarks use 
 
 from __future__ import annotations
 
-EXPLANATIONS: dict[str, str] = {}
+EXPLANATIONS: dict[str, str] = {
+    "E0420": "An fp8c operator ran on a device for which nothing implements it. Kernels are registered when their "
+    "backend is imported: fp8c.backends.reference for the CPU, fp8c.decompositions for plain tensor operations on any "
+    "device.",
+    "E0421": "The format cannot be produced by fp8c::quantize: it is not a quantized format, or it asks for stochastic "
+    "rounding or delayed scales, which no kernel implements.",
+    "E0520": "An fp8c operator got operands that do not fit it: rank, dtype, sizes, or scales of another group shape.",
+    "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
+    "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
+    "E0522": "fp8c::attention computes no gradient for an additive mask, and the model asks for one (a learned bias).",
+}
