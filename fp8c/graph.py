@@ -59,8 +59,7 @@ GEMMS = MATMULS | GROUPED_MATMULS | BATCHED_MATMULS
 #: What a node is to the plan: the use it belongs to, and for GEMMs which of the three it is. Derived by assign-roles.
 ROLE = "fp8c_role"
 
-_PATH_PREFIX = re.compile(r"^[LG]\['[^']*'\](?:\._modules\['[^']*'\])?\.?")
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "step_model")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def is_call(node: fx.Node, targets: Iterable[Any]) -> bool:
@@ -90,6 +89,8 @@ def canonical_path(path: str) -> str:
     path = re.sub(r"^_?(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     parts = [p for p in path.split(".") if p and p not in _WRAPPERS]
+    if parts[:1] == ["module"]:  # DistributedDataParallel, and fp8c's own StepModule
+        parts = parts[1:]
     return ".".join(parts)
 
 
@@ -135,13 +136,13 @@ def swaps_last_two(node: fx.Node) -> bool:
     return False
 
 
-def behind_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
-    """The node behind last-two-axes transposes and casts, and whether their number is odd."""
+def behind_transposes(node: fx.Node, *, casts: bool = False) -> tuple[fx.Node, bool]:
+    """The node behind last-two-axes transposes (with `casts`, behind casts as well), and whether their number is odd."""
     odd = False
     while node.op == "call_function" and isinstance(node.args[0] if node.args else None, fx.Node):
         if node.target in TRANSPOSES and swaps_last_two(node):
             odd = not odd
-        elif node.target not in CASTS and node.target not in (aten.alias.default, aten.detach.default):
+        elif not (casts and node.target in CASTS) and node.target not in (aten.alias.default, aten.detach.default):
             break
         node = node.args[0]  # type: ignore[assignment]
     return node, odd
@@ -193,6 +194,16 @@ def transpose_last_two(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node
     rank = value(node).dim()
     dims = [*range(rank - 2), rank - 1, rank - 2]
     return emit(graph, aten.permute.default, node, dims, like=like)
+
+
+def gradients(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on a tangent: what backward alone can compute."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
+        if is_tangent or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

@@ -229,7 +229,7 @@ def weight_of(gemm: fx.Node) -> fx.Node:
     """The weight behind transposes and casts: a parameter, or a function of parameters alone (a stack of experts)."""
     operand = gemm.args[2] if gemm.target is aten.addmm.default else gemm.args[1]
     assert isinstance(operand, fx.Node)
-    return g.behind_transposes(operand)[0]
+    return g.behind_transposes(operand, casts=True)[0]
 
 
 def activation_of(gemm: fx.Node) -> fx.Node:
@@ -258,7 +258,7 @@ def claim_backward(
             continue
         right = node.args[2] if node.target is aten.addmm.default else node.args[1]
         assert isinstance(right, fx.Node)
-        if g.behind_transposes(right)[0] is weight:
+        if g.behind_transposes(right, casts=True)[0] is weight:
             dgrads.append(node)
             node.meta[g.ROLE] = GemmRole(key, "dgrad")
         else:
@@ -278,7 +278,7 @@ def claim_backward(
         if len(nodes) != (0 if reason else 1):
             problems.append(
                 Diagnostic(
-                    "E0801",
+                    "E0830",
                     f"{key} has {len(nodes)} {which} GEMMs where {0 if reason else 1} "
                     f"{'are' if reason else 'is'} expected",
                     g.source_span(anchor),
@@ -446,7 +446,7 @@ def _mark_routers(gemms: list[fx.Node], flow: Flow, s: Structure) -> None:
 def _mark_heads(graph: fx.Graph, gemms: list[fx.Node], flow: Flow, s: Structure) -> None:
     """Output heads: the last GEMM before a loss over classes, or one as wide as an embedding is long."""
     vocabularies = {g.value(n.args[0]).shape[0] for n in g.calls(graph, {aten.embedding.default}) if not g.is_backward(n)}
-    tables = {g.behind_transposes(n.args[0])[0] for n in g.calls(graph, {aten.embedding.default})}  # type: ignore[arg-type]
+    tables = {g.behind_transposes(n.args[0], casts=True)[0] for n in g.calls(graph, {aten.embedding.default})}  # type: ignore[arg-type]
     for gemm in gemms:
         if flow.anchors[gemm] is not Op.LINEAR or "router" in s.kinds[gemm] or flow.downstream.get(gemm):
             continue
