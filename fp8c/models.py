@@ -484,7 +484,7 @@ def _hf_config(reference: str, values: dict[str, Any], overrides: dict[str, Any]
         config = CONFIG_MAPPING[model_type](**kept)
         known = {k for k in (*vars(config), *type(config).attribute_map) if not k.startswith("_")}
         for key in overrides:
-            if key not in known:
+            if key not in known and not _is_read_by_model(config, key):
                 near = difflib.get_close_matches(key, known, n=3)
                 raise fail(
                     "E0809",
@@ -498,6 +498,16 @@ def _hf_config(reference: str, values: dict[str, Any], overrides: dict[str, Any]
         # Constructing again lets derived fields (layer types, head sizes) follow the overrides.
         names = {type(config).attribute_map.get(k, k): v for k, v in overrides.items()}
         return CONFIG_MAPPING[model_type](**(kept | names))
+
+
+def _is_read_by_model(config: Any, key: str) -> bool:
+    """Whether the model's source reads a field its configuration class doesn't declare (`getattr(config, "head_dim")`)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    source = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
+    return re.search(rf"config\.{key}\b|config,\s*[\"']{key}[\"']", source) is not None
 
 
 def _nearest(model_type: str) -> str:
