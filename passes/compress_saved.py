@@ -90,10 +90,8 @@ def existing_pair(
 def add_pair(halves: Halves, node: fx.Node, planned: SavedValue, ctx: PassContext) -> tuple[fx.Node, fx.Node]:
     graph = halves.forward.graph
     assert planned.format is not None
-    with graph.inserting_after(node):
-        flat = node
-        following = node.next
-    with graph.inserting_before(following):
+    flat = node
+    with graph.inserting_before(node.next):
         val = g.value(node)
         if val.dim() > 2 and not (val.dim() == 3 and planned.format.group[0] != 1):  # type: ignore[index]
             flat = g.emit(graph, aten.reshape.default, node, [-1, val.shape[-1]], like=node)

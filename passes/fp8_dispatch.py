@@ -67,9 +67,9 @@ def move_before(
         return None
     source = tokens_of(mover)
     key = (source, text)
-    with graph.inserting_after(source):
-        if key not in pairs:
-            pairs[key] = _emit_after(graph, source, text, quantize)
+    if key not in pairs:
+        with graph.inserting_before(source.next):
+            pairs[key] = g.emit_pair(graph, ops.quantize.default, source, text, like=quantize)
     data, scale = pairs[key]
     with graph.inserting_before(quantize):
         results = [_move_again(graph, mover, part, quantize) for part in (data, scale)]
@@ -78,12 +78,6 @@ def move_before(
     first = data.args[0]
     assert isinstance(first, fx.Node)
     return first
-
-
-def _emit_after(graph: fx.Graph, source: fx.Node, text: str, like: fx.Node) -> tuple[fx.Node, fx.Node]:
-    following = source.next
-    with graph.inserting_before(following):
-        return g.emit_pair(graph, ops.quantize.default, source, text, like=like)
 
 
 def is_row_gather(node: fx.Node) -> bool:

@@ -27,8 +27,8 @@ from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode
 from fp8c.formats import Format
 from fp8c.graph import aten
 from fp8c.pass_manager import PassContext, PassResult
-from fp8c.passes.assign_roles import GemmRole, activation_of, weight_of
-from fp8c.specs.plan import GemmFormats, UsePlan
+from fp8c.passes.assign_roles import GemmRole, activation_of
+from fp8c.specs.plan import GemmFormats
 
 ops = torch.ops.fp8c
 
@@ -48,13 +48,13 @@ class InsertQuantize:
         quantizer = Quantizer(graph, g.gradients(graph))
         problems: list[Diagnostic] = []
         changed = 0
-        forward_of: dict[str, fx.Node] = {}
+        weights: dict[str, fx.Node] = {}  # the forward's weight operand by use: its dgrad reads the same one
         for node in g.calls(graph, g.GEMMS):
             role = node.meta.get(g.ROLE)
             if not isinstance(role, GemmRole) or not role.gemm:
                 continue
             if role.gemm == "fprop":
-                forward_of[role.use] = node
+                weights[role.use] = weight_operand(node)
             plan = ctx.plan.uses[role.use]
             formats = plan.gemm(role.gemm)
             if not formats.is_fp8:
@@ -64,7 +64,7 @@ class InsertQuantize:
                 problems.append(problem)
                 continue
             with graph.inserting_before(node):
-                new = rewrite_gemm(quantizer, node, role.gemm, forward_of.get(role.use, node), formats, plan)
+                new = rewrite_gemm(quantizer, node, role.gemm, weights[role.use], formats)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
             changed += 1
@@ -117,31 +117,33 @@ def check_operands(node: fx.Node) -> Diagnostic | None:
     )
 
 
-def weight_pair(q: Quantizer, forward: fx.Node, fmt: Format, like: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The weight as [.., N, K], quantized in the orientation it is stored in: one quantize serves fprop and dgrad."""
+def weight_operand(forward: fx.Node) -> fx.Node:
     operand = forward.args[2] if forward.target is aten.addmm.default else forward.args[1]
     assert isinstance(operand, fx.Node)
+    return operand
+
+
+def weight_pair(q: Quantizer, operand: fx.Node, fmt: Format, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The weight as [.., N, K], quantized in the orientation it is stored in: one quantize serves fprop and dgrad."""
     weight, is_transposed = g.behind_transposes(operand, casts=True)  # the operand is [.., K, N]
     if is_transposed:
         return q.quantize(weight, fmt, like)
     return q.transposed(q.quantize(weight, fmt.transposed, like), like)
 
 
-def rewrite_gemm(
-    q: Quantizer, node: fx.Node, which: str, forward: fx.Node, formats: GemmFormats, plan: UsePlan
-) -> fx.Node:
+def rewrite_gemm(q: Quantizer, node: fx.Node, which: str, weight: fx.Node, formats: GemmFormats) -> fx.Node:
     offs = node.args[2] if node.target is aten._grouped_mm.default else None
     assert offs is None or isinstance(offs, fx.Node)
     match which:
         case "fprop":
             a = q.quantize(activation_of(node), formats.a, node)
-            b = weight_pair(q, forward, formats.b, node)
+            b = weight_pair(q, weight, formats.b, node)
             new = scaled(q.graph, node, a, formats.a, b, formats.b, formats, offs)
             return add_bias(q.graph, node, new)
         case "dgrad":
             dy = activation_of(node)
             a = q.quantize(dy, formats.a, node)
-            b = q.transposed(weight_pair(q, forward, formats.b, node), node)
+            b = q.transposed(weight_pair(q, weight, formats.b, node), node)
             return scaled(q.graph, node, a, formats.a, b, formats.b.transposed, formats, offs)
         case _:
             return rewrite_wgrad(q, node, formats, offs)

@@ -112,7 +112,7 @@ def _cached_pair(graph: fx.Graph, quantize: fx.Node, cache: Format) -> tuple[fx.
             results = sorted(node.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             if len(results) == 2:
                 return results[0], results[1]
-    with graph.inserting_after(_last_result(quantize)):
+    with graph.inserting_before(_last_result(quantize).next):
         return Quantizer(graph).quantize(source, cache, quantize)
 
 
