@@ -12,6 +12,8 @@ EXPLANATIONS: dict[str, str] = {
     "device.",
     "E0421": "The format cannot be produced by fp8c::quantize: it is not a quantized format, or it asks for stochastic "
     "rounding or delayed scales, which no kernel implements.",
+    "E0423": "The tensor-core model promotes after whole instructions of 32 elements of K; the promotion interval, or a group "
+    "size along K, is no multiple of 32.",
     "E0520": "An fp8c operator got operands that do not fit it: rank, dtype, sizes, or scales of another group shape.",
     "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
     "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
@@ -40,4 +42,6 @@ EXPLANATIONS: dict[str, str] = {
     "E0813": "The Hugging Face configuration is not valid: no JSON object, or one without `model_type`.",
     "E0814": "The configuration asks for code from its repository (`auto_map`), and transformers has no class of that "
     "type. fp8c never runs such code; import it in a model.py of your own instead.",
+    "W0422": "No C compiler worked, so the exact model of the tensor core's accumulator runs in PyTorch: the same bits, several "
+    "times slower. Install a C compiler or name one in the environment variable CC.",
 }

@@ -145,7 +145,7 @@ def scale_shape(shape: Sequence[Size], fmt: Format, experts: Size | None = None)
     return [*leading, scale_rows, groups_along(cols, g1)]
 
 
-def _experts(fmt: Format, offs: Tensor | None, ndim: int) -> Size | None:
+def experts_of(fmt: Format, offs: Tensor | None, ndim: int) -> Size | None:
     """Number of experts when the format's groups restart at each of them.
 
     Raises: E0521 when offs goes with a format or a tensor for which groups can't restart.
@@ -195,7 +195,7 @@ def _fake_quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Ten
 
 def _empty_quantized(like: Tensor, shape: list[Size], fmt: Format, offs: Tensor | None) -> tuple[Tensor, Tensor]:
     assert fmt.scale is not None
-    experts = _experts(fmt, offs, len(shape))
+    experts = experts_of(fmt, offs, len(shape))
     data = like.new_empty(data_shape(shape, fmt), dtype=DATA_DTYPE[fmt.element])
     return data, like.new_empty(scale_shape(shape, fmt, experts), dtype=SCALE_DTYPE[fmt.scale])
 
@@ -205,7 +205,7 @@ def _fake_dequantize(
 ) -> Tensor:
     parsed = quantized_format(fmt)
     _check_rank("dequantize", q, (2, 3))
-    _experts(parsed, offs, q.dim())
+    experts_of(parsed, offs, q.dim())
     return q.new_empty(original_shape(q, parsed, cols), dtype=dtype)
 
 
@@ -273,8 +273,9 @@ def _fake_scaled_grouped_wgrad(
     return a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def empty_heads_last(like: Tensor, batch: Size, heads: Size, seq: Size, dim: Size) -> Tensor:
+def empty_heads_last(like: Tensor, shape: Sequence[Size]) -> Tensor:
     """An empty [batch, heads, seq, dim] stored as [batch, seq, heads, dim]: merging the heads is then a view."""
+    batch, heads, seq, dim = shape
     return like.new_empty((batch, seq, heads, dim)).transpose(1, 2)
 
 
@@ -283,7 +284,7 @@ def _fake_attention(
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, mask, is_causal)
     batch, heads, seq, _ = q.shape
-    out = empty_heads_last(q, batch, heads, seq, v.shape[3])
+    out = empty_heads_last(q, (batch, heads, seq, v.shape[3]))
     return out, q.new_empty((batch, heads, seq), dtype=torch.float32)
 
 
@@ -300,7 +301,7 @@ def _fake_attention_backward(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_attention(q, k, v, mask, is_causal)
-    dq, dk, dv = (empty_heads_last(t, *t.shape) for t in (q, k, v))
+    dq, dk, dv = (empty_heads_last(t, t.shape) for t in (q, k, v))
     return dq, dk, dv
 
 
