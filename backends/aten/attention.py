@@ -47,9 +47,11 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
         return Kernel.PLAIN
     # Checks for training are made only for operands that require a gradient.
     queries, keys, values = (t.detach().requires_grad_() for t in (q, k, v))
-    if mask is None and q.shape[3] == v.shape[3]:
-        if can_use_flash_attention(SDPAParams(queries, keys, values, None, 0.0, is_causal, enable_gqa)):
-            return Kernel.FLASH
+    is_plain_softmax = mask is None and q.shape[3] == v.shape[3]
+    if is_plain_softmax and can_use_flash_attention(
+        SDPAParams(queries, keys, values, None, 0.0, is_causal, enable_gqa)
+    ):
+        return Kernel.FLASH
     bias = _bias(mask, q, k)
     if can_use_cudnn_attention(SDPAParams(queries, keys, values, bias, 0.0, is_causal, enable_gqa)):
         return Kernel.CUDNN
@@ -116,10 +118,12 @@ def attention_backward(
         case Kernel.EFFICIENT:
             keys, values = _per_query_head(k, q), _per_query_head(v, q)
             padded_lse = pad(lse, (0, -lse.shape[2] % _LSE_ALIGNMENT), value=math.inf)
-            kept = (_bias(mask, q, k), out, padded_lse, seed, offset)
             backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
             needed = [True, True, True, False]
-            grads = backward(dout, q, keys, values, *kept, 0.0, needed, is_causal, scale=scale)
+            bias = _bias(mask, q, k)
+            grads = backward(
+                dout, q, keys, values, bias, out, padded_lse, seed, offset, 0.0, needed, is_causal, scale=scale
+            )
         case Kernel.PLAIN:
             return decompositions.attention_backward(dout, q, k, v, out, lse, mask, is_causal, scale, enable_gqa)
     dq, dk, dv = (_summed_over_queries(grad, like) for grad, like in zip(grads, (q, k, v)))
