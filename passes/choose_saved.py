@@ -40,8 +40,9 @@ ops = torch.ops.fp8c
 SCALED_GEMMS = frozenset(
     {ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default}
 )
+GEMM_TARGETS = g.GEMMS | SCALED_GEMMS
 #: Too expensive to compute twice, or not allowed to (random numbers would differ).
-NEVER_TWICE = g.GEMMS | SCALED_GEMMS | frozenset(
+NEVER_TWICE = GEMM_TARGETS | frozenset(
     {
         ops.attention.default,
         aten.topk.default,
@@ -163,7 +164,7 @@ def feeding_gemms(anchor: fx.Node) -> list[fx.Node]:
             continue
         seen.add(node)
         if node.target in NEVER_TWICE:
-            found.append(node)
+            found += [node] if node.target in GEMM_TARGETS else []  # a bias gathered by a sort is no gate input
         else:
             frontier += node.all_input_nodes
     return sorted(found)
