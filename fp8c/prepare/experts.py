@@ -204,6 +204,7 @@ class _Emitter:
             return (user.args[1] is node or is_bias) and user.args[0] is not node
         transposes = user.op == "call_method" and user.target in ("t", "transpose")
         transposes |= user.op == "call_function" and user.target is getattr and user.args[1] in ("T", "mT")
+        transposes = transposes and self.weight_of(user, transposed=False) is not None
         return transposes and all(self.is_weight_of(user, further) for further in user.users)
 
     def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> str:

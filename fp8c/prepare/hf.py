@@ -87,4 +87,4 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.has_post_expert_norm:
         x = self.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1)[rows.order].unsqueeze(-1)
-    return grouped.combined(x, rows, axis=1, dtype=hidden_states.dtype)
+    return grouped.total(x, rows, (0,), like=hidden_states)
