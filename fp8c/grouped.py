@@ -110,8 +110,8 @@ def matmul(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) ->
     Under autocast both sides are cast to the autocast type, as `nn.Linear` would do: `grouped_mm` itself is not
     autocast-enabled, and computes in FP32 (or fails to capture) on FP32 parameters.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _autocast_dtype(x.device)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     shape = x.shape
     x = x.reshape(-1, shape[-1])
@@ -122,6 +122,14 @@ def matmul(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) ->
     if bias is not None:
         y = y + bias[rows.expert]
     return y.reshape(*shape[:-1], y.shape[-1])
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast is set to, if it is; a model without weights may be captured for any device."""
+    for kind in ("cuda", "cpu") if device.type == "meta" else (device.type,):
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+    return None
 
 
 def _matmul_f64(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:

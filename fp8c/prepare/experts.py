@@ -47,16 +47,24 @@ def lift_expert(experts: Sequence[nn.Module]) -> Lifted:
             no per-row form.
     """
     first = experts[0]
-    _check_alike(experts)
+    key = (type(first), _check_alike(experts))
+    if key in _LIFTED:
+        return _LIFTED[key]
     try:
         graph = _Tracer().trace(first)
     except Exception as error:  # noqa: BLE001 - fx runs the user's forward on proxies: anything may come out
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotLiftable(f"{type(first).__name__}.forward can't be traced: {reason}") from None
-    return _Emitter(first, graph).function()
+    _LIFTED[key] = _Emitter(first, graph).function()
+    return _LIFTED[key]
 
 
-def _check_alike(experts: Sequence[nn.Module]) -> None:
+#: A model's layers have the same experts: trace them once. The functions hold no module and no parameter.
+_LIFTED: dict[tuple[type[nn.Module], tuple[object, ...]], Lifted] = {}
+
+
+def _check_alike(experts: Sequence[nn.Module]) -> tuple[object, ...]:
+    """The experts' common signature."""
     first = experts[0]
     want = _signature(first)
     for i, expert in enumerate(experts):
@@ -65,12 +73,14 @@ def _check_alike(experts: Sequence[nn.Module]) -> None:
         for name, part in expert.named_modules():
             if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
                 raise NotLiftable(f"expert {i} has a hook on '{name or type(part).__name__}', which would not run")
+    return want
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
     """What two experts must have in common to share a body."""
     return (
         repr(module),
+        module.training,
         tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in module.named_parameters(remove_duplicate=False)),
         tuple((name, tuple(b.shape), b.dtype, b.device) for name, b in module.named_buffers(remove_duplicate=False)),
     )
