@@ -33,7 +33,9 @@ def prepare_hf(module: nn.Module) -> list[Diagnostic]:
             continue
         # A cold model takes a lock for this in its first forward, which a full graph can't.
         maybe_install_capturing_hooks(model)
-        experts = [m for m in model.modules() if is_hf_experts(m) and m.config._experts_implementation != IMPLEMENTATION]
+        experts = [
+            m for m in model.modules() if is_hf_experts(m) and m.config._experts_implementation != IMPLEMENTATION
+        ]
         if not experts:
             continue
         before = experts[0].config._experts_implementation
@@ -53,7 +55,9 @@ def prepare_hf(module: nn.Module) -> list[Diagnostic]:
 
 def is_hf_experts(module: nn.Module) -> bool:
     """Whether transformers dispatches this module's forward through its experts registry."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(getattr(module, "config", None), "_experts_implementation")
+    return hasattr(module, "_is_expert_parallel") and hasattr(
+        getattr(module, "config", None), "_experts_implementation"
+    )
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -83,4 +87,4 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.has_post_expert_norm:
         x = self.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1)[rows.order].unsqueeze(-1)
-    return grouped.combined(x, rows, axis=1, dtype=hidden_states.dtype)
+    return grouped.total(x, rows, (0,), like=hidden_states)
