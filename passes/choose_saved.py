@@ -40,9 +40,8 @@ ops = torch.ops.fp8c
 SCALED_GEMMS = frozenset(
     {ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default}
 )
-GEMM_TARGETS = g.GEMMS | SCALED_GEMMS
 #: Too expensive to compute twice, or not allowed to (random numbers would differ).
-NEVER_TWICE = GEMM_TARGETS | frozenset(
+NEVER_TWICE = g.GEMMS | SCALED_GEMMS | frozenset(
     {
         ops.attention.default,
         aten.topk.default,
@@ -163,9 +162,9 @@ def feeding_gemms(anchor: fx.Node) -> list[fx.Node]:
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
-        if node.target in NEVER_TWICE:
-            found += [node] if node.target in GEMM_TARGETS else []  # a bias gathered by a sort is no gate input
-        else:
+        if node.target in g.GEMMS | SCALED_GEMMS:
+            found.append(node)
+        elif node.target not in NEVER_TWICE:
             frontier += node.all_input_nodes
     return sorted(found)
 
