@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-# pytest's log capture would switch torch's structured trace on, which is slow and fills every failure report.
-logging.getLogger("torch.__trace").propagate = False
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
