@@ -89,7 +89,7 @@ def check_gemm(op: str, args: Sequence[Any], out: Tensor, accumulator: Accumulat
 
 def evaluate_gemm(op: str, args: Sequence[Any], accumulator: Accumulator = "fp32") -> Evaluation:
     """Evaluate a GEMM in FP64 on the CPU, with the error bound of `accumulator`."""
-    tensors = [t.cpu() if isinstance(t, Tensor) else t for t in args]
+    tensors: list[Any] = [t.cpu() if isinstance(t, Tensor) else t for t in args]
     match op:
         case "scaled_mm":
             a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, out_dtype = tensors
