@@ -1,6 +1,7 @@
 """Codecs against oracles that share no code with them: exact fractions, and ml_dtypes. Inputs are exhaustive."""
 
 import bisect
+import itertools
 from fractions import Fraction
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import torch
 from fp8c import decompositions
 from fp8c.backends.reference import formats
 from fp8c.formats import MAX, Element, ScaleKind
+from fp8c.ops import DATA_DTYPE
 
 ML_DTYPE = {Element.E4M3: ml_dtypes.float8_e4m3fn, Element.E5M2: ml_dtypes.float8_e5m2}
 EXPONENT_BITS = {Element.E4M3: 4, Element.E5M2: 5, Element.E5M6: 5}
@@ -56,7 +58,7 @@ def all_bf16() -> torch.Tensor:
 def boundaries(element: Element) -> torch.Tensor:
     """Every value of the element, every midpoint of neighbours, and the FP32 numbers next to each of these."""
     values = positive_values(element)
-    points = values + [(a + b) / 2 for a, b in zip(values, values[1:])]
+    points = values + [(a + b) / 2 for a, b in itertools.pairwise(values)]
     exact = torch.tensor([float(p) for p in points])
     near = torch.cat([exact, exact.nextafter(torch.tensor(torch.inf)), exact.nextafter(torch.tensor(-torch.inf))])
     return torch.cat([near, -near])  # -0.0 and the numbers beside 0 included
@@ -98,7 +100,7 @@ def test_encode_agrees_with_ml_dtypes(element: Element) -> None:
 def test_decode_agrees_with_ml_dtypes_on_all_codes(element: Element) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     expected = codes.numpy().view(ML_DTYPE[element]).astype(np.float32)
-    decoded = formats.decode(codes.view(formats.DATA_DTYPE[element]), element).numpy()
+    decoded = formats.decode(codes.view(DATA_DTYPE[element]), element).numpy()
     np.testing.assert_array_equal(decoded, expected)
 
 
@@ -115,7 +117,7 @@ def test_every_e5m6_code_survives_a_round_trip() -> None:
 @pytest.mark.parametrize("element", list(ML_DTYPE))
 def test_every_fp8_code_survives_a_round_trip(element: Element) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
-    decoded = formats.decode(codes.view(formats.DATA_DTYPE[element]), element)
+    decoded = formats.decode(codes.view(DATA_DTYPE[element]), element)
     is_finite = decoded.isfinite()
     again = formats.encode(decoded[is_finite], element).view(torch.uint8)
     assert torch.equal(again, codes[is_finite])

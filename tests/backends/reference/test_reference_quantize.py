@@ -150,7 +150,10 @@ def test_strides_do_not_matter(layout: str, fmt: str) -> None:
     expected = torch.ops.fp8c.quantize(view.clone(memory_format=torch.contiguous_format), fmt)
     quantized = torch.ops.fp8c.quantize(view, fmt)
     assert_same_bits(quantized, expected, layout)
-    assert all(t.is_contiguous() for t in quantized)
+    assert all(t.is_contiguous() for t in (*quantized, *decompositions.quantize(view, fmt)))
+    aligned = view[:128, :128]  # without padding, which would hide the strides of the input
+    assert all(t.is_contiguous() for t in torch.ops.fp8c.quantize(aligned, fmt))
+    assert all(t.is_contiguous() for t in decompositions.quantize(aligned, fmt))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -216,7 +219,7 @@ def test_groups_restart_at_each_expert(ends: list[int], fmt: str) -> None:
     q, s = torch.ops.fp8c.quantize(x, fmt, offs)
     assert s.shape[0] == rows // height + len(ends)
     back = torch.ops.fp8c.dequantize(q, s, fmt, torch.float32, offs, cols)
-    used = set()
+    used: set[int] = set()
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         alone = torch.ops.fp8c.quantize(x[start:end], fmt)
         first = start // height + expert
@@ -271,11 +274,11 @@ def test_retile_with_pow2_scales_is_exact_exactly_where_the_condition_holds(spre
 
 
 def test_retile_moves_only_the_exponent_of_normal_payloads() -> None:
-    x = torch.randn(128, 128)
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
     q, s = torch.ops.fp8c.quantize(x, "e4m3[1x128] pow2")
     q2, s2 = torch.ops.fp8c.requantize(q, s, "e4m3[1x128] pow2", "e4m3[128x1] pow2")
     old, new = q.view(torch.uint8).int(), q2.view(torch.uint8).int()
-    is_normal = (new & 0x78) > 0
+    is_normal = ((old & 0x78) > 0) & ((q.float() * s / s2).abs() >= 2.0**-6)
     assert is_normal.float().mean() > 0.9
     assert torch.equal((old & 0x87)[is_normal], (new & 0x87)[is_normal])  # sign and mantissa
 
