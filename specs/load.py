@@ -56,6 +56,15 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in STD.glob("*.fp8"))
 
 
+def shipped_text(name: str) -> str:
+    """The text of a shipped spec. Raises DiagnosticError E0603."""
+    name = name.removeprefix("std:")
+    if name not in shipped():
+        help = did_you_mean(name, shipped())
+        raise _error("E0603", f"no shipped spec is called `{name}`", None, help)
+    return (STD / f"{name}.fp8").read_text(encoding="utf-8")
+
+
 def load(spec: str | Path) -> Spec:
     """Load a shipped spec by name (`deepseek_v3`, `std:deepseek_v3`) or a file by path.
 
