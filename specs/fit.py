@@ -35,34 +35,47 @@ def format_of(cell: Given) -> Format:
     return cell.decision.value
 
 
-def _isformat_of(cell: Given) -> bool:
+def _is_format(cell: Given) -> bool:
     return isinstance(cell.decision.value, Format)
 
 
 class Findings:
-    """What a resolution has found so far."""
+    """What a resolution has found so far. The same finding on several uses is one: `{uses}` in its text names the first
+    use and counts the others."""
 
     def __init__(self) -> None:
-        self.diagnostics: list[Diagnostic] = []
+        self._found: dict[Diagnostic, list[str]] = {}
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        return tuple(_with_uses(d, uses) if uses else d for d, uses in self._found.items())
 
     @property
     def has_error(self) -> bool:
-        return any(d.severity is Severity.ERROR for d in self.diagnostics)
+        return any(d.severity is Severity.ERROR for d in self._found)
+
+    def add(self, diagnostic: Diagnostic, uses: Sequence[str] = ()) -> None:
+        self._found.setdefault(diagnostic, []).extend(uses)
 
     def report(
         self,
         code: str,
         message: str,
         span: Span | None,
+        *,
+        uses: Sequence[str] = (),
         help: str = "",
         severity: Severity = Severity.ERROR,
         notes: tuple[str, ...] = (),
         related: tuple[tuple[str, Span], ...] = (),
     ) -> None:
-        """Add a finding, once."""
-        diagnostic = Diagnostic(code, message, span, severity, notes, help, related)
-        if diagnostic not in self.diagnostics:
-            self.diagnostics.append(diagnostic)
+        self.add(Diagnostic(code, message, span, severity, notes, help, related), uses)
+
+
+def _with_uses(diagnostic: Diagnostic, uses: Sequence[str]) -> Diagnostic:
+    text = and_more(uses)
+    message = diagnostic.message.replace("{uses}", text)
+    return replace(diagnostic, message=message, notes=tuple(n.replace("{uses}", text) for n in diagnostic.notes))
 
 
 class GemmFit:
@@ -106,8 +119,9 @@ class GemmFit:
         fp8_name, other = names if first is pair[0] else names[::-1]
         self.findings.report(
             "E0505",
-            f"{gemm} of {and_more(keys)} mixes formats: {fp8_name} is {format_of(first).text}, {other} is {format_of(second).text}",
+            f"{gemm} of {{uses}} mixes formats: {fp8_name} is {format_of(first).text}, {other} is {format_of(second).text}",
             first.field.span,
+            uses=keys,
             related=((f"{other} comes from", second.field.span),),
             help=f"give both operands of {gemm} an FP8 format, or both `bf16`",
         )
@@ -121,38 +135,44 @@ class GemmFit:
         keys: list[str],
     ) -> bool:
         """Formats, groups, scales and promotion against the target and each other."""
-        before = len(self.findings.diagnostics)
         along: list[int] = []
+        fits = True
         for name, cell in zip(names, pair):
             format_ = format_of(cell)
-            self.check_on_target(name, format_, cell.field.span, keys)
+            fits &= self.check_on_target(name, format_, cell.field.span, keys)
             assert format_.group is not None
             group = format_.group[_REDUCTION_AXIS[name]]
             across = format_.group[1 - _REDUCTION_AXIS[name]]
             if group == 1 and across != 1:
+                fits = False
                 self.findings.report(
                     "E0508",
                     f"groups of {name} run across the sum: {gemm} adds up along "
                     f"{'columns' if _REDUCTION_AXIS[name] else 'rows'}, where [{format_.group_text}] changes its scale at every element",
                     cell.field.span,
-                    notes=(f"on {and_more(keys)}",),
+                    notes=("on {uses}",),
+                    uses=keys,
                     help=f"write [{format_.transposed.group_text}]",
                 )
             along.append(group)
-        if len(self.findings.diagnostics) == before and WHOLE not in along and along[0] != along[1]:
+        if fits and WHOLE not in along and along[0] != along[1]:
+            fits = False
             self.findings.report(
                 "E0508",
-                f"groups of {gemm} of {and_more(keys)} end at different places: {along[0]} elements in {names[0]}, "
+                f"groups of {gemm} of {{uses}} end at different places: {along[0]} elements in {names[0]}, "
                 f"{along[1]} in {names[1]}",
                 pair[0].field.span,
+                uses=keys,
                 related=((f"{names[1]} comes from", pair[1].field.span),),
                 help="groups of both operands need the same length along the summed axis",
             )
-        self.check_promotion(gemm, pair, cells, along)
-        return not any(d.severity is Severity.ERROR for d in self.findings.diagnostics[before:])
+        if fits:
+            self.check_promotion(gemm, pair, cells, along)
+        return fits
 
-    def check_on_target(self, name: str, format_: Format, span: Span, keys: list[str]) -> None:
+    def check_on_target(self, name: str, format_: Format, span: Span, keys: list[str]) -> bool:
         target = self.target
+        fits = True
         assert format_.scale is not None
         checks = (
             ("E0404", "element", format_.element.value, target.elements, "elements"),
@@ -161,13 +181,16 @@ class GemmFit:
         )
         for code, what, value, supported, plural in checks:
             if value not in supported:
+                fits = False
                 shown = f"[{value}]" if what == "group" else value
                 self.findings.report(
                     code,
-                    f"target {target.name} ({target.architecture}) has no {shown} {plural}, found on {name} of {and_more(keys)}",
+                    f"target {target.name} ({target.architecture}) has no {shown} {plural}, found on {name} of {{uses}}",
                     span,
+                    uses=keys,
                     help=f"it has {', '.join(sorted(supported))}",
                 )
+        return fits
 
     def check_promotion(
         self, gemm: str, pair: tuple[Given, Given], cells: Mapping[str, Given], along: list[int]
@@ -213,9 +236,9 @@ class GemmFit:
         if requires is not None and not self.meets(requires, use, gemm):
             self.findings.report(
                 "E0402",
-                f"{gemm} of {and_more(keys)} does not meet what the spec's target requires "
-                f"(m {use.m}, n {use.n}, k {use.k}; {gemm} adds up along {REDUCTION[gemm]})",
+                f"{gemm} of {{uses}} does not meet what the spec's target requires; its `k` is the model's {REDUCTION[gemm]}",
                 requires.span,
+                uses=keys,
                 help="keep it in bf16 with a rule, or change the model's size",
             )
             return None
@@ -232,8 +255,9 @@ class GemmFit:
                 if policy is None:
                     self.findings.report(
                         "E0402",
-                        f"{axis} = {size} is not a multiple of {group}, found on {name} ({format_.text}) of {and_more(keys)}",
+                        f"{axis} = {size} is not a multiple of {group}, found on {name} ({format_.text}) of {{uses}}",
                         cell.field.span,
+                        uses=keys,
                         help="write `pad { partial_group = pad; }` for a shorter last group with a scale of its own, "
                         "or `partial_group = keep;` to leave such GEMMs in bf16",
                     )
@@ -241,8 +265,9 @@ class GemmFit:
                 if policy.value == "keep":
                     self.findings.report(
                         "R0402",
-                        f"{gemm} of {and_more(keys)} stays in bf16: {axis} = {size} is not a multiple of {group}",
+                        f"{gemm} of {{uses}} stays in bf16: {axis} = {size} is not a multiple of {group}",
                         cell.field.span,
+                        uses=keys,
                         severity=Severity.REMARK,
                     )
                     overrode = ((cell.decision.value, cell.decision.reason), *cell.decision.overrode)
@@ -270,17 +295,18 @@ class GemmFit:
     def check_cache(self, use: OpUse, cells: dict[str, Given], keys: list[str]) -> None:
         cached, wgrad = cells.get("cache.x"), cells.get("wgrad.x", cells.get("precision"))
         retile = cells.get("retile.x")
-        if retile is not None and (retile.decision.value == ("", False) or cached is None or not _isformat_of(cached)):
+        if retile is not None and (retile.decision.value == ("", False) or cached is None or not _is_format(cached)):
             del cells["retile.x"]
             retile = None
-        if cached is None or not _isformat_of(cached) or wgrad is None or "wgrad" not in gemms_of(use):
+        if cached is None or not _is_format(cached) or wgrad is None or "wgrad" not in gemms_of(use):
             return
         kept, read = format_of(cached), format_of(wgrad)
         if kept.is_quantized and not read.is_quantized and cached.rule != wgrad.rule:
             self.findings.report(
                 "W0509",
-                f"wgrad of {and_more(keys)} reads {read.text}, but backward keeps {kept.text}: it would read a rounded copy",
+                f"wgrad of {{uses}} reads {read.text}, but backward keeps {kept.text}: it would read a rounded copy",
                 wgrad.field.span,
+                uses=keys,
                 severity=Severity.WARNING,
                 related=(("cached by", cached.field.span),),
                 help="write `cache x off;` beside it",
@@ -294,7 +320,8 @@ class GemmFit:
                 "E0506",
                 f"wgrad.x reads [{read.group_text}] groups, but {found}",
                 (retile or cached).field.span,
-                notes=(f"on {and_more(keys)}",),
+                notes=("on {uses}",),
+                uses=keys,
                 related=(("wgrad.x comes from", wgrad.field.span),),
                 help=f"write `cache x as ... retile [{read.group_text}];`: it is one more rounding, unless it is exact",
             )

@@ -51,7 +51,8 @@ class _Resolver:
         self.findings = Findings()
         self.given: list[dict[str, Given]] = [{} for _ in uses]
         self.sections, conflicts = merge_sections(spec)
-        self.findings.diagnostics += conflicts
+        for conflict in conflicts:
+            self.findings.add(conflict)
         self.fit = GemmFit(spec, target, self.sections, self.findings)
 
     def setting(self, section: str, name: str, default: str | int) -> str | int:
@@ -66,7 +67,8 @@ class _Resolver:
             self.apply(layer, level)
             for expect in () if self.partial else layer.expects:
                 self.check_expectation(expect)
-        self.findings.diagnostics += self.selection.diagnostics
+        for found in self.selection.diagnostics:
+            self.findings.add(found)
         if not self.findings.has_error:
             self.check_uses()
             self.check_payloads()
@@ -76,7 +78,7 @@ class _Resolver:
         }
         target = self.target.name
         plan = PrecisionPlan(self.spec.name, self.spec.digest, target, uses, self.sections)
-        return replace(plan, diagnostics=tuple(self.findings.diagnostics))
+        return replace(plan, diagnostics=self.findings.diagnostics)
 
     def check_architecture(self) -> None:
         wanted = self.spec.target
@@ -117,12 +119,8 @@ class _Resolver:
                     "write `optional rule` if that is meant",
                 )
             ]
-        known = {(d.code, d.span, d.message) for d in self.findings.diagnostics}
         for d in found:
-            if severity is Severity.WARNING:
-                d = replace(d, severity=severity, code="W" + d.code[1:])
-            if (d.code, d.span, d.message) not in known:
-                self.findings.diagnostics.append(d)
+            self.findings.add(d if severity is Severity.ERROR else replace(d, severity=severity, code="W" + d.code[1:]))
 
     def give(self, rule: ast.Rule, layer: Layer, level: int, mask: int) -> None:
         """Put the rule's fields on every use of `mask`; conflicts are reported once for each pair of places."""
@@ -152,17 +150,17 @@ class _Resolver:
                     conflicts.setdefault(pair, (result, []))[1].append(use.key)
                 else:
                     cells[new.field.name] = result
-        seen: set[tuple[str, Span | None, Span]] = set()
-        for conflict, keys in conflicts.values():
-            place = (conflict.code, conflict.span, conflict.related[0][1])
-            if place not in seen:
-                seen.add(place)
-                self.findings.diagnostics.append(replace(conflict, notes=(f"on {and_more(keys)}",)))
+        by_place: dict[tuple[Span | None, Span], tuple[Diagnostic, list[str]]] = {}
+        for conflict, keys in conflicts.values():  # `precision` gives seven fields from one place: one conflict
+            by_place.setdefault((conflict.span, conflict.related[0][1]), (conflict, keys))
+        for conflict, keys in by_place.values():
+            self.findings.add(replace(conflict, notes=("on {uses}",)), keys)
         for field, keys in misfits.values():
             self.findings.report(
                 "E0305",
-                f"`{field.name}` does not fit {and_more(keys)}",
+                f"`{field.name}` does not fit {{uses}}",
                 field.span,
+                uses=keys,
                 help=_misfit_help(field.name),
             )
 
@@ -205,8 +203,9 @@ class _Resolver:
                 rule = next(iter(cells.values()))
                 self.findings.report(
                     "E0303",
-                    f"`{rule.rule}` decides {use.key} in part: no rule gives {', '.join(missing)}",
+                    f"`{rule.rule}` decides {{uses}} in part: no rule gives {', '.join(missing)}",
                     rule.field.span,
+                    uses=keys,
                     help="give every operand of fprop, dgrad and wgrad a format, or write `precision = bf16;`",
                 )
                 continue
@@ -255,8 +254,9 @@ class _Resolver:
                     f"{section} sends {payload.value.text}, but {name} of {role} is {format_of(cell).text}"
                     + (": it would be quantized twice" if is_error else ": it would read a rounded copy"),
                     cell.field.span,
+                    uses=[use.key],
                     severity=Severity.ERROR if is_error else Severity.WARNING,
-                    notes=(f"payload decided by {payload.reason.file}:{payload.reason.line}",),
+                    notes=("on {uses}", f"payload decided by {payload.reason.file}:{payload.reason.line}"),
                     help=f"give {name} the payload's format",
                 )
 
