@@ -31,6 +31,8 @@ RESHAPES = frozenset(
         aten.contiguous.default,
     }
 )
+#: Views between two GEMMs that read one value: the rows stay the rows.
+ROW_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default})
 TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 #: Views of a part of a value.
