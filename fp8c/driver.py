@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import external_utils
 from torch._dynamo.backends.common import aot_autograd
 
 import fp8c.ops  # noqa: F401  (defines the operators)
@@ -184,7 +185,10 @@ def compile(
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
     session.remarks += prepare(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
-    step.compile(backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
+    call = step._call_impl
+    if torch._dynamo.trace_rules.check(type(step).forward):
+        call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
+    step._compiled_call_impl = torch.compile(call, backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
     step.__dict__["fp8c_session"] = session
     return step
 

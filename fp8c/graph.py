@@ -162,7 +162,10 @@ def fake_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return target(*real_args, **real_kwargs)
 
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag", ROLE)
+_PROVENANCE = (
+    *("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag", ROLE),
+    *("recompute", "ac_graph_id"),  # PyTorch's: the user's checkpoint regions
+)
 
 
 def inherit(node: fx.Node, like: fx.Node) -> None:
