@@ -13,7 +13,7 @@ from fp8c.backends.target import load_target
 from fp8c.diagnostics import DiagnosticError, ExitCode, Severity
 from fp8c.formats import Format
 from fp8c.roles import Op, OpUse
-from fp8c.specs.load import load, loads
+from fp8c.specs.load import load, loads, shipped
 from fp8c.specs.plan import PrecisionPlan, UsePlan
 from fp8c.specs.resolve import resolve
 from fp8c.specs.select import Selection, indices
@@ -127,12 +127,20 @@ def test_ue8m0_variant_has_no_fp32_scale_left() -> None:
     assert [layer.name for layer in load("deepseek_v3_ue8m0").layers] == ["deepseek_v3", "deepseek_v3_ue8m0"]
 
 
-@pytest.mark.parametrize("name", ["bf16", "deepseek_v3", "deepseek_v3_ue8m0"])
+@pytest.mark.parametrize("name", shipped())
 @pytest.mark.parametrize("target", ["h200", "h100", "h800", "b200", "cpu"])
 @pytest.mark.parametrize("uses", [DEEPSEEK, LLAMA], ids=["deepseek", "llama"])
 def test_shipped_specs_fit_dense_and_moe_models(name: str, target: str, uses: list[OpUse]) -> None:
-    plan = resolve(load(name), uses, load_target(target))
-    assert not plan.diagnostics and set(plan.uses) == {u.key for u in uses}
+    spec, machine = load(name), load_target(target)
+    wanted = [a.text for a in spec.target.architectures] if spec.target else []
+    if machine.architecture not in (*wanted, "cpu") and wanted:
+        with pytest.raises(DiagnosticError) as e:
+            resolve(spec, uses, machine)
+        assert [d.code for d in e.value.diagnostics] == ["E0407"]
+        return
+    plan = resolve(spec, uses, machine)
+    assert set(plan.uses) == {u.key for u in uses}
+    assert {d.code for d in plan.diagnostics} <= {"R0402"}, "a remark where a size does not fit, nothing else"
 
 
 def test_lock_is_the_same_in_every_process(recipe: PrecisionPlan) -> None:
@@ -178,7 +186,8 @@ def matched(selector: str, uses: list[OpUse] = DEEPSEEK) -> list[str]:
 
 
 def layers_of(selector: str) -> set[int | None]:
-    return {u.layer for u in DEEPSEEK if u.key in set(matched(selector))}
+    keys = set(matched(selector))
+    return {u.layer for u in DEEPSEEK if u.key in keys}
 
 
 def test_layers_are_ranges_or_lists_and_count_from_the_end() -> None:
