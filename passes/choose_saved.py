@@ -162,9 +162,9 @@ def feeding_gemms(anchor: fx.Node) -> list[fx.Node]:
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
-        if node.target in NEVER_TWICE:
+        if node.target in g.GEMMS | SCALED_GEMMS:
             found.append(node)
-        else:
+        elif node.target not in NEVER_TWICE:
             frontier += node.all_input_nodes
     return sorted(found)
 
