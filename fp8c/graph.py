@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fp8c.diagnostics import Span
+from fp8c.user_code import short_path
 
 aten = torch.ops.aten
 
@@ -111,7 +112,7 @@ def source_span(node: fx.Node) -> Span | None:
     frames = list(_FRAME.finditer(trace))
     for frame in reversed(frames):
         if "/torch/" not in frame["file"]:
-            return Span(frame["file"], int(frame["line"]), text=frame["text"].strip())
+            return Span(short_path(frame["file"]), int(frame["line"]), text=frame["text"].strip())
     return None
 
 

@@ -7,6 +7,7 @@ result's), or show a traceback through fp8c.
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import os
 import sys
@@ -125,6 +126,16 @@ def _is_users(filename: str) -> bool:
 
 def _is_own(filename: str) -> bool:
     return str(Path(filename).resolve()).startswith(str(_OWN_FOLDER) + os.sep)
+
+
+def short_path(filename: str) -> str:
+    """The name of a source file in messages and locks: the same on every machine for a package's file."""
+    return _short_in(filename, os.getcwd())
+
+
+@functools.lru_cache(maxsize=4096)
+def _short_in(filename: str, folder: str) -> str:
+    return _short(filename)
 
 
 def _short(filename: str) -> str:
