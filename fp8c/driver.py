@@ -186,14 +186,7 @@ def capture_step(step: nn.Module, batch: Any, session: Session) -> pipeline.Rewr
 
     The tensors may be on the meta device. Raises: DiagnosticError for a graph break or a model that raises.
     """
-    session.plan_only = True
-    torch._dynamo.reset()
-    compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
-    try:
-        compiled(batch)
-    except Exception as error:  # Dynamo wraps whatever a backend raises
-        if not any(isinstance(e, PlanningDone) for e in causes(error)):
-            raise explain_failure(error) from error
+    trace_step(step, batch, session)
     if not session.steps:
         raise DiagnosticError(
             [
@@ -206,6 +199,21 @@ def capture_step(step: nn.Module, batch: Any, session: Session) -> pipeline.Rewr
             ExitCode.MODEL,
         )
     return session.steps[-1]
+
+
+def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
+    """Call `step(batch)` under the session's backend until it has planned; nothing is lowered.
+
+    Raises: DiagnosticError for a graph break or a model that raises.
+    """
+    session.plan_only = True
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
+    try:
+        compiled(batch)
+    except Exception as error:  # Dynamo wraps whatever a backend raises
+        if not any(isinstance(e, PlanningDone) for e in causes(error)):
+            raise explain_failure(error) from error
 
 
 def causes(error: BaseException | None) -> list[BaseException]:

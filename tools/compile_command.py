@@ -25,6 +25,7 @@ from fp8c.backends.target import record_json
 from fp8c.build import check_output, graph_file, json_bytes, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
 from fp8c.models import LoadedModel, Weights, check_step, load_model
+from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
 from fp8c.retrace import retrace
@@ -70,6 +71,7 @@ class CompileResult:
     build: Path | None
     verified: verify.Verification | None
     tables: Mapping[str, Any]
+    passes: tuple[PassRecord, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
@@ -149,6 +151,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
         build=request.out,
         verified=verified,
         tables=tables,
+        passes=tuple(rewritten.records),
     )
     if request.out is not None:
         with progress.stage("writing the build"):
@@ -373,6 +376,13 @@ def result_text(result: CompileResult) -> str:
     if result.build:
         lines += ["", f"report: {result.build / 'report.html'}"]
     return "\n".join(lines)
+
+
+def times_text(result: CompileResult) -> str:
+    """Rewrites and times of every pass."""
+    rows = [("pass", "rewrites", "pass s", "verifier s")]
+    rows += [(r.name, f"{r.changed:,}", f"{r.pass_s:.3f}", f"{r.verify_s:.3f}") for r in result.passes]
+    return "\n".join(columns(rows))
 
 
 def saved_lines(layers: Sequence[Mapping[str, Any]]) -> list[str]:
