@@ -92,4 +92,6 @@ def _convert(value: object, annotation: str) -> Any:
 def record_json(record: TargetRecord) -> dict[str, Any]:
     """A record for `--json` documents; sets become sorted lists."""
     values = {f.name: getattr(record, f.name) for f in fields(TargetRecord)}
-    return {k: sorted(v) if isinstance(v, frozenset) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {
+        k: sorted(v) if isinstance(v, frozenset) else list(v) if isinstance(v, tuple) else v for k, v in values.items()
+    }

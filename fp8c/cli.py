@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`head`, a pager) has what it wants; keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 (the last resort: say that it is a bug)
         import traceback
 
         traceback.print_exc()
@@ -64,7 +64,7 @@ def print_diagnostics(diagnostics: Sequence[Diagnostic]) -> None:
         text = render(diagnostic)
         if has_colour:
             word = diagnostic.severity.value
-            text = re.sub(rf"{word}\[\w+\]", lambda m: f"{_COLOURS[word]}{m[0]}\033[0m", text, count=1)
+            text = re.sub(rf"({word}\[\w+\])", rf"{_COLOURS[word]}\1\033[0m", text, count=1)
         print(text, file=sys.stderr)
 
 
@@ -159,7 +159,9 @@ def _replace_file(path: Path, text: str) -> None:
 
 @spec.command("new")
 @click.argument("name")
-@click.option("--extends", default="deepseek_v3", show_default=True, metavar="SPEC", help="A shipped spec to start from.")
+@click.option(
+    "--extends", default="deepseek_v3", show_default=True, metavar="SPEC", help="A shipped spec to start from."
+)
 def spec_new(name: str, extends: str) -> None:
     """Begin NAME.fp8, a spec that extends a shipped one."""
     from fp8c.specs.summary import new_spec

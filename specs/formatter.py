@@ -201,7 +201,7 @@ def _branches(line: str) -> list[str]:
                 at += 1
             elif char == quote:
                 quote = ""
-        elif char in "\"/":
+        elif char in '"/':
             quote = char
         elif char in "([":
             depth += 1

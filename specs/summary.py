@@ -10,7 +10,7 @@ from typing import Any
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, diagnostic_json, fail
 from fp8c.specs import ast
 from fp8c.specs.load import Spec, load, load_file, shipped
-from fp8c.specs.resolve import resolve_sections
+from fp8c.specs.merge import merge_sections
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def summarize(spec: str) -> Summary:
         return Summary(spec, "", e.diagnostics)
     if isinstance(loaded, ast.File):
         return Summary(spec, f"{spec}: ok: {len(loaded.formats)} formats, {len(loaded.sets)} sets, no spec", ())
-    _, conflicts = resolve_sections(loaded)
+    _, conflicts = merge_sections(loaded)
     return Summary(spec, _line(spec, loaded), tuple(conflicts))
 
 
