@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from fp8c import graph as g
 from fp8c.backends.target import record_json
 from fp8c.build import check_output, graph_file, json_bytes, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
+from fp8c.fingerprint import batch_signature, decisions_digest, parameter_types, portable_hash
 from fp8c.models import LoadedModel, Weights, check_step, load_model
 from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
@@ -126,6 +125,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     else:
         with progress.stage("running the model once"):
             check_step(loaded)
+    parameters = parameter_types(loaded.module)  # as the user's model has them, before anything is prepared
     with progress.stage("preparing the model"):
         session.remarks += prepare(loaded.module, loaded.example_inputs)
     rewritten, captured = capture(loaded, session, observer, request, progress)
@@ -155,7 +155,7 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     )
     if request.out is not None:
         with progress.stage("writing the build"):
-            write(request, loaded, session, rewritten, observer, result, progress)
+            write(request, loaded, parameters, session, rewritten, observer, result, progress)
     return result
 
 
@@ -244,6 +244,7 @@ def bf16_baseline(rewritten: Rewritten, captured: Captured) -> SavedReport:
 def write(
     request: Request,
     loaded: LoadedModel,
+    parameters: Mapping[str, str],
     session: driver.Session,
     rewritten: Rewritten,
     observer: Observer,
@@ -272,7 +273,7 @@ def write(
         "plan": rewritten.plan.digest(),
         "decisions": decisions_digest(lock),
         "graphs": {name: portable_hash(graph) for name, graph in graphs.items()},
-        "parameters": parameters(loaded),
+        "parameters": parameters,
         "batch": batch_signature(loaded.example_inputs),
         "gemms": result.gemms,
     }
@@ -309,49 +310,6 @@ def model_reference(request: Request, loaded: LoadedModel) -> dict[str, Any]:
         "weights": loaded.weights,
         "has_loss_function": loaded.loss is not None,
     }
-
-
-def parameters(loaded: LoadedModel) -> dict[str, str]:
-    """Type of every parameter and buffer by name; a frozen parameter says so."""
-    state = dict(loaded.module.named_parameters(remove_duplicate=False))
-    found = {name: g.type_text(p) + ("" if p.requires_grad else " frozen") for name, p in state.items()}
-    found |= {name: g.type_text(b) for name, b in loaded.module.named_buffers(remove_duplicate=False)}
-    return dict(sorted(found.items()))
-
-
-def batch_signature(batch: Any) -> dict[str, str]:
-    """Type of every tensor of a batch, by its place."""
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(batch)
-    return {
-        torch.utils._pytree.keystr(path): g.type_text(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)
-        for path, leaf in leaves
-    }
-
-
-def decisions_digest(lock: Mapping[str, Any]) -> str:
-    """SHA-256 of the decisions alone: neither source places nor the number of tokens count."""
-    uses = {
-        key: {
-            **{k: v for k, v in use.items() if k not in ("source", "shape")},
-            "shape": {k: v for k, v in use["shape"].items() if k != "m"},
-        }
-        for key, use in lock["uses"].items()
-    }
-    text = json.dumps({"uses": uses, "sections": lock["sections"]}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def portable_hash(graph: fx.Graph) -> str:
-    """SHA-256 over operators, arguments and types, the same on every device: where tensors live does not count."""
-    numbers: dict[fx.Node, int] = {}
-    digest = hashlib.sha256()
-    for i, node in enumerate(graph.nodes):
-        numbers[node] = i
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory")}
-        arguments = fx.map_arg((node.args, kwargs), lambda n: f"%{numbers[n]}")
-        kept = torch.utils._pytree.tree_map(lambda a: "device" if isinstance(a, torch.device) else a, arguments)
-        digest.update(f"{node.op}|{g.target_text(node.target)}|{kept}|{g.type_text(node.meta.get('val'))}\n".encode())
-    return digest.hexdigest()
 
 
 # --- what a person reads ----------------------------------------------------------------------------------------------
