@@ -375,6 +375,7 @@ def explain(code: str, as_json: bool) -> int:
 @as_json_option
 def passes(as_json: bool) -> None:
     """List the rewrites in the order they run."""
+    import fp8c.ops  # noqa: F401  (passes name operators, which must be registered)
     from fp8c.passes import ALL_PASSES
 
     rows = [(p.name, _summary(sys.modules[type(p).__module__].__doc__ or "")) for p in ALL_PASSES]

@@ -37,7 +37,9 @@ def merge(old: Given | None, new: Given) -> Given | Diagnostic:
         # Both say it; name one of them independently of their order.
         keep = old if (old.layer, old.rule) <= (new.layer, new.rule) or old.is_override else new
         return replace(keep, is_final=old.is_final or new.is_final)
-    if old.is_final and old.decision.value != new.decision.value:
+    # Plain rules of one spec conflict whichever is final: which is read first must not matter.
+    is_later = new.is_override or new.layer != old.layer
+    if old.is_final and is_later and old.decision.value != new.decision.value:
         return Diagnostic(
             "E0204",
             f"`{new.field.name}` was made final by `{old.rule}`, and `{new.rule}` changes it",

@@ -15,7 +15,8 @@ from fp8c import cli
 from fp8c.diagnostics import ExitCode
 
 ROOT = Path(__file__).parents[2]
-BUDGET_S = 0.25  # of CPU time: the wall clock of a loaded machine says nothing about fp8c
+BUDGET_S = 0.25  # of CPU time on a machine at rest: the wall clock of a busy one says nothing about fp8c
+YARDSTICK_S = 0.019  # of CPU time that `python -c pass` takes on the machine at rest where the budget was set
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,18 +50,24 @@ def test_light_verbs_do_not_import_torch(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
 def test_light_verbs_stay_within_the_budget(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    # Bytecode is compiled once, as in any installation; the fastest of five is what fp8c needs, the rest is noise.
+    # Bytecode is compiled once, as in any installation. Neighbours on the same cores slow everything down alike, so
+    # the budget stretches as much as starting Python does; the best of eight tries counts, the rest is noise.
     environment = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    assert run("-m", "fp8c", *arguments, **environment).returncode == 0
-    fastest = float("inf")
-    for _ in range(8):
+
+    def cpu_s(*command: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run("-m", "fp8c", *arguments, **environment)
+        assert run(*command, **environment).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        fastest = min(fastest, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if fastest < BUDGET_S:
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    cpu_s("-m", "fp8c", *arguments)
+    tries: list[tuple[float, float]] = []
+    for _ in range(8):
+        stretch = max(1.0, cpu_s("-c", "pass") / YARDSTICK_S)
+        tries.append((cpu_s("-m", "fp8c", *arguments), stretch))
+        if tries[-1][0] < BUDGET_S * stretch:
             return
-    pytest.fail(f"{' '.join(arguments)} takes {fastest:.2f} s of CPU time, budget {BUDGET_S} s")
+    pytest.fail(f"{' '.join(arguments)}: (CPU seconds, stretch of the {BUDGET_S} s budget) {tries}")
 
 
 def test_check_prints_a_line_for_a_good_spec(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +189,8 @@ def test_fmt_rewrites_in_place_and_check_and_diff_do_not(tmp_path: Path, capsys:
 
 
 def test_passes_are_listed_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["passes"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
     from fp8c.passes import ALL_PASSES
 
-    assert cli.main(["passes"]) == ExitCode.OK
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [p.name for p in ALL_PASSES]
+    assert [line.split()[:2] for line in lines] == [[str(i), p.name] for i, p in enumerate(ALL_PASSES, 1)]
