@@ -1,4 +1,4 @@
-"""What identifies a training step: the types of its parameters and batch, its decisions, its graphs."""
+"""What identifies a training step: the types of its parameters and data, its decisions, its graphs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fp8c import graph as g
+from fp8c.pipeline import Rewritten
 
 
 def parameter_types(module: nn.Module) -> dict[str, str]:
@@ -24,12 +25,11 @@ def parameter_types(module: nn.Module) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def batch_signature(batch: Any) -> dict[str, str]:
-    """Type of every tensor of a batch, by its place; other values as they are."""
-    leaves, _ = pytree.tree_flatten_with_path(batch)
-    return {
-        pytree.keystr(path): g.type_text(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf) for path, leaf in leaves
-    }
+def data_types(rewritten: Rewritten) -> list[str]:
+    """Types of the tensors the captured step reads besides its parameters and buffers: the batch."""
+    placeholders = rewritten.joint_before.graph.find_nodes(op="placeholder")
+    data = [n for n in placeholders if rewritten.ctx.inputs.get(n.name) == ""]
+    return [g.type_text(n.meta["val"]) for n in data if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
 def decisions(lock: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Mapping
@@ -10,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fp8c import driver
 from fp8c import graph as g
+from fp8c.backends.target import load_target
 from fp8c.build import Build, read_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
-from fp8c.fingerprint import batch_signature, decisions, parameter_types, portable_hash
+from fp8c.fingerprint import data_types, decisions, parameter_types, portable_hash
 from fp8c.models import LoadedModel, LossFunction, StepModule, load_model
 from fp8c.pipeline import Rewritten
 from fp8c.specs.load import Spec
@@ -35,7 +34,7 @@ def load(
     loss: LossFunction | None = None,
     target: str | None = None,
     lowering: str | None = None,
-) -> StepModule:
+) -> LoadedStep:
     """The compiled training step of a build: `step(batch)` is the scalar loss, `step.module` the model.
 
     The model is the one the build names, with new random weights, or the one given, whose parameters are shared. It is
@@ -55,18 +54,31 @@ def load(
     check_parameters(read, loaded)
     session = LoadedSession(
         spec,
-        driver.load_target(target or read.manifest["target"]["name"]),
+        load_target(target or read.manifest["target"]["name"]),
         lowering=lowering,
         build=read,
     )
     session.remarks += prepare(loaded.module, loaded.example_inputs)
-    step = loaded.step()
-    session.watch(step)
-    compiled = copy.copy(step)
-    compiled.compile(backend=driver.guarded(session), fullgraph=True)
-    compiled.__dict__["fp8c_session"] = session
-    compiled.__dict__["example_inputs"] = loaded.example_inputs
-    return compiled
+    step = LoadedStep(loaded.module, loaded.loss, source=loaded.source)
+    step.compile(backend=driver.guarded(session), fullgraph=True)
+    step.__dict__["fp8c_session"] = session
+    step.example_inputs = loaded.example_inputs
+    return step
+
+
+class LoadedStep(StepModule):
+    """The compiled step of a build. `example_inputs`: the build's own batch, None with a model of the caller's."""
+
+    example_inputs: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:
+            explained = driver.explain_failure(error)
+            if explained is error:
+                raise
+            raise explained from None
 
 
 @dataclass
@@ -74,21 +86,11 @@ class LoadedSession(driver.Session):
     """A session that compares what it rewrote with the build before anything runs."""
 
     build: Build | None = None
-    signature: dict[str, str] = field(default_factory=dict)
-
-    def watch(self, step: StepModule) -> None:
-        """Note the batch of every call, to know whether its shapes are the build's."""
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batch = args[0] if args else kwargs.get("batch")
-            self.signature = batch_signature(batch)
-
-        step.register_forward_pre_hook(note, with_kwargs=True)
 
     def _partition(self, joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         halves = super()._partition(joint, inputs, **options)
         assert self.build is not None
-        problems = differences(self.build, self.steps[-1], has_same_batch=self.signature == self.build.manifest["batch"])
+        problems = differences(self.build, self.steps[-1])
         if problems:
             raise DiagnosticError(problems, ExitCode.MODEL)
         return halves
@@ -190,15 +192,18 @@ def changed_model_diagnostic(message: str, lines: list[str]) -> Diagnostic:
     )
 
 
-def differences(build: Build, rewritten: Rewritten, *, has_same_batch: bool) -> list[Diagnostic]:
-    """E0613 or E0614 for every way the step differs from the build."""
+def differences(build: Build, rewritten: Rewritten) -> list[Diagnostic]:
+    """E0613 for the first way in which the step differs from the build; graphs count for a batch of the same shape."""
     before = decisions(build.json("plan.lock.json"))
     now = decisions(rewritten.plan.to_json())
     lines = decision_changes(before["uses"], now["uses"])
     lines += decision_changes({"": before["sections"]}, {"": now["sections"]})
     if lines:
         return [changed_model_diagnostic(f"{len(lines)} decisions differ", lines)]
-    if not has_same_batch:
+    data = data_types(rewritten)
+    if len(data) != len(build.manifest["data"]):
+        return [changed_model_diagnostic(f"it reads {len(data)} tensors of data, in the build {len(build.manifest['data'])}", [])]
+    if data != build.manifest["data"]:
         return []
     graphs = {
         "captured": rewritten.joint_before.graph,

@@ -22,7 +22,7 @@ from fp8c import graph as g
 from fp8c.backends.target import record_json
 from fp8c.build import check_output, graph_file, json_bytes, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
-from fp8c.fingerprint import batch_signature, decisions_digest, parameter_types, portable_hash
+from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
 from fp8c.models import LoadedModel, Weights, check_step, load_model
 from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
@@ -274,7 +274,7 @@ def write(
         "decisions": decisions_digest(lock),
         "graphs": {name: portable_hash(graph) for name, graph in graphs.items()},
         "parameters": parameters,
-        "batch": batch_signature(loaded.example_inputs),
+        "data": data_types(rewritten),
         "gemms": result.gemms,
     }
     shown = {
