@@ -117,13 +117,5 @@ def _cached_pair(graph: fx.Graph, gemm: fx.Node, x: fx.Node, cache: Format) -> t
             results = sorted(node.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             if len(results) == 2:
                 return results[0], results[1]
-    with graph.inserting_before(after(x)):
+    with graph.inserting_before(g.after(x)):
         return Quantizer(graph).quantize(x, cache, gemm)
-
-
-def after(node: fx.Node) -> fx.Node:
-    """The node in front of which to insert what reads `node`; behind all inputs, which stay together."""
-    following = node.next
-    while following.op == "placeholder":
-        following = following.next
-    return following
