@@ -24,7 +24,7 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
 from fp8c.backends.target import TargetRecord, load_target
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
 from fp8c.partition import Halves, default_min_cut
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan

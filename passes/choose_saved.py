@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -213,7 +212,11 @@ def pair_read_by_wgrad(wgrad: fx.Node, fmt: Format) -> tuple[fx.Node, fx.Node] |
             data, scale = source.args[:2]
             assert isinstance(data, fx.Node) and isinstance(scale, fx.Node)
             return data, scale
-        if g.is_call(source, {ops.quantize.default}) and source.args[1] == fmt.text and _is_forward_value(source.args[0]):
+        if (
+            g.is_call(source, {ops.quantize.default})
+            and source.args[1] == fmt.text
+            and _is_forward_value(source.args[0])
+        ):
             data, scale = sorted(source.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             return data, scale
     return None
