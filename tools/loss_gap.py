@@ -193,12 +193,13 @@ def main(argv: Iterable[str] | None = None) -> None:
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("loss_gap.jsonl"))
     args = parser.parse_args(list(argv) if argv is not None else None)
     setup = Setup(**{name: getattr(args, name) for name in asdict(defaults)})
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for variant in VARIANTS:
+        for variant in args.variants:
             if (variant, seed) in read_runs(args.out, setup):
                 continue
             torch._dynamo.reset()
