@@ -45,6 +45,8 @@ class RequantizeForWgrad:
             cache = use.cache("x")
             if cache is None or use.use.key not in forward or not use.gemm("wgrad").is_fp8:
                 continue
+            if cache == use.gemm("wgrad").a:
+                continue  # wgrad's own quantize is the copy: there is nothing to make it from but the BF16 value
             gemm, quantize = forward[use.use.key]
             target = use.gemm("wgrad").a
             for late in late_quantizes(quantize, target, gemm):

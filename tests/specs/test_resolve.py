@@ -19,7 +19,7 @@ from fp8c.specs.resolve import resolve
 from fp8c.specs.select import Selection, indices
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models  # noqa: E402  (hand-written role records beside this file)
+import role_records as models
 
 DEEPSEEK = models.deepseek()
 LLAMA = models.llama()
@@ -147,7 +147,7 @@ def test_lock_is_the_same_in_every_process(recipe: PrecisionPlan) -> None:
     import subprocess
 
     code = (
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import models;"
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import role_records as models;"
         "from fp8c.specs.load import load; from fp8c.specs.resolve import resolve;"
         "from fp8c.backends.target import load_target;"
         "print(resolve(load('deepseek_v3'), models.deepseek(), load_target('h200')).digest())"
@@ -155,7 +155,12 @@ def test_lock_is_the_same_in_every_process(recipe: PrecisionPlan) -> None:
     root = Path(__file__).parents[2]
     digests = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, cwd=root, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         for seed in ("1", "2")
     }
