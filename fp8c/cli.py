@@ -284,6 +284,32 @@ def spec_new(name: str, extends: str) -> None:
     print(f"{path}: extends {extends}; next: fp8c spec check {path}")
 
 
+@spec.command("import")
+@click.argument("source")
+@click.option("--name", default="imported", show_default=True, help="The new spec's name.")
+@click.option("--out", "-o", metavar="FILE", help="Write the spec here instead of stdout.")
+@click.option(
+    "--skip", multiple=True, metavar="TEXT", help="Keep modules whose path contains TEXT in BF16 (filter_fqns)."
+)
+@click.option(
+    "--default", default="bf16", show_default=True, metavar="RECIPE", help="Megatron: modules that no matcher names."
+)
+def spec_import(source: str, name: str, out: str | None, skip: tuple[str, ...], default: str) -> None:
+    """Write what another tool uses as a spec.
+
+    SOURCE is te:RECIPE (Transformer Engine), torchao:RECIPE, a Hugging Face config.json with a quantization_config, or
+    a YAML file for Megatron's --te-precision-config-file.
+    """
+    from fp8c.specs.importers import import_spec
+
+    text = import_spec(source, name, default, skip)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    _replace_file(Path(out), text)
+    print(f"{out}: next: fp8c spec check {out}")
+
+
 @spec.command("list")
 @as_json_option
 def spec_list(as_json: bool) -> None:

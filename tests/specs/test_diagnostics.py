@@ -139,6 +139,7 @@ EXAMPLES_IN_TESTS = {
     "E0406": "test_targets.py",
     "E0408": "test_targets.py",
     "E0604": "test_text.py",
+    "E0605": "test_importers.py",
 }
 
 

@@ -93,7 +93,9 @@ def test_high_precision_parts_stay_in_bf16(recipe: PrecisionPlan) -> None:
 
 def test_norms_and_mla_up_projections_are_recomputed(recipe: PrecisionPlan) -> None:
     recomputed = {p.use.path.rpartition(".")[2] for p in recipe.uses.values() if p.recomputes()}
-    assert not at(recipe, "model.layers.0.mlp.act_fn", "swiglu").recomputes(), "SwiGLU of dense layers is not in the text"
+    assert not at(recipe, "model.layers.0.mlp.act_fn", "swiglu").recomputes(), (
+        "SwiGLU of dense layers is not in the text"
+    )
     assert recomputed == {
         "input_layernorm", "q_a_layernorm", "kv_a_layernorm", "post_attention_layernorm", "norm",
         "q_b_proj", "kv_b_proj", "experts", "act_fn",
