@@ -174,7 +174,7 @@ def test_large_model_is_resolved_within_the_budget() -> None:
     uses = models.deepseek(layers=80)
     assert len(uses) > 1500
     spec = load("deepseek_v3_ue8m0")
-    fastest = min(_cpu_s(lambda: resolve(spec, uses, H200)) for _ in range(5))
+    fastest = min(_cpu_s(lambda: resolve(spec, uses, H200)) for _ in range(10))
     assert fastest < 0.1, f"{fastest * 1000:.0f} ms"
 
 
