@@ -80,6 +80,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0603": "A spec file cannot be read, or no shipped spec has the name. `fp8c spec list` names those that come with "
     "fp8c.",
     "E0604": "Files use each other more than 16 deep.",
+    "E0605": "`fp8c spec import` cannot write this as a spec: the source is unknown, or asks for what no spec can say, such as "
+    "FP4 or scales fixed ahead of time. Nothing is left out silently.",
     "E0610": "The build, or a file asked for, cannot be written there: no permission, no space, or a file stands where a "
     "folder is needed. Nothing half-written is left, and a build that was there is still there.",
     "E0611": "The output folder holds files that fp8c did not write, and a build replaces its folder whole. Choose another "
