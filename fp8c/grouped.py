@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+#: grouped_mm wants rows of 16-byte multiples: 8 values of BF16. Zeros are padded where a width is no multiple.
+ALIGNED_WIDTH = 8
+
+
 class Rows(NamedTuple):
     """The rows of a routing decision, sorted by expert.
 
@@ -118,7 +122,11 @@ def matmul(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) ->
     if x.dtype is torch.float64 and not torch.compiler.is_compiling():
         y = _matmul_f64(x, weight, rows)  # grouped_mm has no FP64; checks and tests want one
     else:
+        k, n = -x.shape[-1] % ALIGNED_WIDTH, -weight.shape[-1] % ALIGNED_WIDTH
+        if k or n:  # narrow adapters
+            x, weight = F.pad(x, (0, k)), F.pad(weight, (0, n, 0, k))
         y = F.grouped_mm(x, weight, offs=rows.ends)
+        y = y[:, : y.shape[1] - n] if n else y
     if bias is not None:
         y = y + bias[rows.expert]
     return y.reshape(*shape[:-1], y.shape[-1])

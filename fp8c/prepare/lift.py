@@ -208,7 +208,7 @@ class Lifter:
     lifted: dict[str, Lifted] = field(default_factory=dict)  # functions the new code calls, by name
     accumulations: list[Accumulation] = field(default_factory=list)
     routes: dict[str, str] = field(default_factory=dict)
-    expert_calls: int = 0
+    selects: bool = False
     here: ast.stmt | None = None
     depth: int = 0
     _cache: dict[tuple[int, ...], str] = field(default_factory=dict)
@@ -452,8 +452,13 @@ class Lifter:
                 return self.per_row(
                     node, [self.lift(body), self.lift(orelse)], lambda t: f"({t[0]} if {text} else {t[1]})"
                 )
+            case ast.IfExp(test, body, orelse):
+                condition = self.lift(test)
+                if isinstance(condition, Known):
+                    return self.lift(body if condition.value else orelse)
+                raise CannotLift(test, f"a choice by {_words(condition)} has no known meaning here")
             case ast.Slice():
-                return Same(_slice_text(node)) if not self.varies(node) else self.index_slice(node)
+                return Same(_index_text(node)) if not self.varies(node) else self.index_slice(node)
             case _:
                 raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
 
@@ -515,7 +520,7 @@ class Lifter:
                 keeps_rows = isinstance(first, ast.Slice) and first.lower is first.upper is first.step is None
                 keeps_rows |= isinstance(first, ast.Constant) and first.value is ...
                 if keeps_rows and not self.varies(index):
-                    return PerRow(f"{text}[{ast.unparse(index)}]", rows)
+                    return PerRow(f"{text}[{_index_text(index)}]", rows)
         raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
 
     def subscript_same(self, node: ast.Subscript, value: ast.expr, text: str, index: ast.expr) -> Value:
@@ -555,7 +560,7 @@ class Lifter:
                 a == b and self.env.get(a) == Index()
             ):
                 return Several((Index(), Same("keepdim")))
-        raise CannotLift(node, f"the slice `{_slice_text(node)}` has no known meaning for all experts at once")
+        raise CannotLift(node, f"the slice `{_index_text(node)}` has no known meaning for all experts at once")
 
     def from_list(self, node: ast.AST, text: str, objects: tuple[Any, ...]) -> Value:
         if len(objects) != self.experts:
@@ -674,7 +679,6 @@ class Lifter:
             raise CannotLift(node, f"`{ast.unparse(node.func)}` is not a module: its code can't be lifted")
         rows = self.rows_of(node, *values)
         texts = [v.text for v in args if isinstance(v, PerRow | Same)]
-        self.expert_calls += 1
         if type(expert.objects[0]).forward is nn.Linear.forward and len(values) == 1:
             return PerRow(f"{GROUPED}.linear({texts[0]}, {expert.list_text}, {rows})", rows)
         texts += [f"{name}={v.text}" for name, v in keywords if isinstance(v, PerRow | Same)]
@@ -761,6 +765,8 @@ class Lifter:
                 return Count()
             case ("eq", [Same(text), Index()]) | ("eq", [Index(), Same(text)]):
                 return Mask(self.routed(text))
+            case "eq", [Index()] if isinstance(node.func, ast.Attribute):
+                return Mask(self.routed(ast.unparse(node.func.value)))
             case "len", [PerRow()]:
                 return Count()
             case "int" | "bool", [(Count() | Empty() | Index()) as value]:
@@ -801,6 +807,7 @@ class Lifter:
 
     def routed(self, decision: str) -> str:
         """The name of the sorted rows of a decision, computed in front of its first use."""
+        self.selects = True
         if decision not in self.routes:
             name = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
             self.emit(f"{name} = {GROUPED}.route({decision}, {self.experts})")
@@ -920,5 +927,6 @@ def _flat(values: Sequence[Value]) -> Iterator[Value]:
             yield value
 
 
-def _slice_text(node: ast.Slice) -> str:
+def _index_text(node: ast.expr) -> str:
+    """An index as it is written between brackets: `:, None`, where a tuple alone would have parentheses."""
     return ast.unparse(ast.Subscript(ast.Name("x", ast.Load()), node, ast.Load()))[2:-1]

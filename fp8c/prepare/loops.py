@@ -118,11 +118,11 @@ def reachable_sources(module: nn.Module) -> Iterator[Source]:
         self_name = source.tree.args.args[0].arg if source.tree.args.args else "self"
         for node in _training_nodes(source.tree.body, self_name):
             match node:
-                case ast.Call(ast.Attribute(ast.Name(receiver), called)) if (
-                    receiver == self_name and called not in seen
-                ):
-                    seen.add(called)
-                    waiting.append(called)
+                case ast.Call(ast.Attribute(ast.Name(receiver), called)) if receiver == self_name:
+                    attribute = _mangled(called, source.function)
+                    if attribute not in seen:
+                        seen.add(attribute)
+                        waiting.append(attribute)
 
 
 def method_source(module: nn.Module, name: str) -> Source | None:
@@ -134,17 +134,18 @@ def method_source(module: nn.Module, name: str) -> Source | None:
     if function.__module__.partition(".")[0] == "torch":
         return None
     file = inspect.getsourcefile(function)
-    tree = _trees(file).get((function.__name__, function.__code__.co_firstlineno)) if file else None
+    text = "".join(linecache.getlines(file)) if file else ""
+    tree = _trees(text).get((function.__name__, function.__code__.co_firstlineno))
     if tree is None or file is None:
         return None
     return Source(name, function, tree, file)
 
 
 @functools.lru_cache(maxsize=256)
-def _trees(file: str) -> dict[tuple[str, int], ast.FunctionDef]:
+def _trees(text: str) -> dict[tuple[str, int], ast.FunctionDef]:
     """Every function of a file by name and first line (its first decorator's, as in code objects)."""
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
+        tree = ast.parse(text)
     except SyntaxError:  # changed on disk since it was imported
         return {}
     return {
@@ -166,6 +167,8 @@ def _training_nodes(body: Sequence[ast.stmt], self_name: str) -> Iterator[ast.AS
                     taken = statement.orelse
         if taken is not None:
             yield from _training_nodes(taken, self_name)
+            if taken and isinstance(taken[-1], ast.Return | ast.Raise):
+                return  # what follows is for evaluation
             continue
         blocks = [b for b in (getattr(statement, f, None) for f in ("body", "orelse", "finalbody")) if b]
         inside = {id(s) for block in blocks for s in block}
@@ -266,7 +269,7 @@ def _lift_loop(module: nn.Module, tree: ast.FunctionDef, self_name: str, place: 
             raise CannotLift(loop.orelse[0], "the loop has an else branch")
         _check_carried(loop)
         lifter.body(loop.body)
-        if not lifter.routes:
+        if not lifter.selects:
             raise CannotLift(loop, "it selects no tokens by a comparison with the expert's index")
     except CannotLift:
         if selects_by_data(loop):
@@ -387,6 +390,11 @@ def _check_carried(loop: ast.For) -> None:
     everywhere = {name for statement in loop.body for name in _stored(statement)}
 
     def read(node: ast.AST, stored: set[str]) -> None:
+        match node:
+            case ast.AugAssign(ast.Subscript(ast.Name(), index), _, value):  # an output, not a carried value
+                read(index, stored)
+                read(value, stored)
+                return
         for part in ast.walk(node):
             is_read = isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
             if isinstance(part, ast.AugAssign):  # its target is read, though written as a store
@@ -548,8 +556,7 @@ def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) 
     for arg in ast.walk(tree.args):
         if isinstance(arg, ast.arg):
             arg.annotation = None
-    class_name = original.__qualname__.rpartition(".")[0].rpartition(".")[2]
-    _Mangler(class_name.lstrip("_")).visit(tree)
+    _Mangler(original).visit(tree)
     # Names of the closure are parameters of a function around it, so that the compiler sees them as free variables.
     outer = ast.FunctionDef(
         name="outer",
@@ -573,14 +580,19 @@ def _code_named(code: types.CodeType, name: str) -> types.CodeType:
     return next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
 
 
-class _Mangler(ast.NodeTransformer):
-    """`self.__x` means `self._Class__x` inside a class, and the function is compiled outside of it."""
+def _mangled(name: str, function: types.FunctionType) -> str:
+    """`self.__x` means `self._Class__x` inside a class."""
+    class_name = function.__qualname__.rpartition(".")[0].rpartition(".")[2].lstrip("_")
+    return f"_{class_name}{name}" if name.startswith("__") and not name.endswith("__") and class_name else name
 
-    def __init__(self, class_name: str) -> None:
-        self.class_name = class_name
+
+class _Mangler(ast.NodeTransformer):
+    """Spells private names out, because the function is compiled outside of its class."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.function = function
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
-        if node.attr.startswith("__") and not node.attr.endswith("__"):
-            node.attr = f"_{self.class_name}{node.attr}"
+        node.attr = _mangled(node.attr, self.function)
         return node
