@@ -7,6 +7,17 @@ E07xx broken invariants · E08xx models · W.... warnings and R.... remarks use 
 from __future__ import annotations
 
 EXPLANATIONS: dict[str, str] = {
+    "E0420": "An fp8c operator ran on a device for which nothing implements it. Kernels are registered when their "
+    "backend is imported: fp8c.backends.reference for the CPU, fp8c.decompositions for plain tensor operations on any "
+    "device.",
+    "E0421": "The format cannot be produced by fp8c::quantize: it is not a quantized format, or it asks for stochastic "
+    "rounding or delayed scales, which no kernel implements.",
+    "E0423": "The tensor-core model promotes after whole instructions of 32 elements of K; the promotion interval, or a group "
+    "size along K, is no multiple of 32.",
+    "E0520": "An fp8c operator got operands that do not fit it: rank, dtype, sizes, or scales of another group shape.",
+    "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
+    "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
+    "E0522": "fp8c::attention computes no gradient for an additive mask, and the model asks for one (a learned bias).",
     "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
     "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
     "model type.",
@@ -31,6 +42,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0813": "The Hugging Face configuration is not valid: no JSON object, or one without `model_type`.",
     "E0814": "The configuration asks for code from its repository (`auto_map`), and transformers has no class of that "
     "type. fp8c never runs such code; import it in a model.py of your own instead.",
+    "W0422": "No C compiler worked, so the exact model of the tensor core's accumulator runs in PyTorch: the same bits, several "
+    "times slower. Install a C compiler or name one in the environment variable CC.",
     "E0820": "A loop over experts selects tokens by the data, so no graph can hold it, and fp8c can't rewrite it to "
     "grouped GEMMs: it holds a construct whose meaning for all experts at once isn't known, or experts that differ. "
     "The usual loop is `for i, expert in enumerate(self.experts): token, slot = torch.where(indices == i); "
