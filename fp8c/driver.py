@@ -26,6 +26,7 @@ from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Sp
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
+from fp8c.user_code import is_own
 
 log = logging.getLogger("fp8c")
 
@@ -239,7 +240,7 @@ def graph_break(error: Exception) -> Diagnostic:
     stack = getattr(error, "real_stack", None) or []
     span = None
     for frame in reversed(list(stack)):
-        if "/torch/" not in frame.filename:
+        if "/torch/" not in frame.filename and not is_own(frame.filename):
             span = Span(frame.filename, frame.lineno or 0, text=(frame.line or "").strip())
             break
     hint = next((line.split("Hint:", 1)[1].strip() for line in text.splitlines() if "Hint:" in line), "")

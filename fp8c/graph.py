@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fp8c.diagnostics import Span
+from fp8c.user_code import is_own
 
 aten = torch.ops.aten
 
@@ -110,7 +111,7 @@ def source_span(node: fx.Node) -> Span | None:
     trace = node.meta.get("stack_trace") or ""
     frames = list(_FRAME.finditer(trace))
     for frame in reversed(frames):
-        if "/torch/" not in frame["file"]:
+        if "/torch/" not in frame["file"] and not is_own(frame["file"]):
             return Span(frame["file"], int(frame["line"]), text=frame["text"].strip())
     return None
 

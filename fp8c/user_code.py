@@ -7,6 +7,7 @@ result's), or show a traceback through fp8c.
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import os
 import sys
@@ -90,8 +91,8 @@ def diagnose(error: Exception, what: str, source: str, help: str = "") -> Diagno
     span = span_of_exception(error, source)
     inner = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
     for frame in inner:
-        if span is not None and Path(frame.filename) != Path(span.file) and not _is_own(frame.filename):
-            notes += (f"raised in {_short(frame.filename)}:{frame.lineno}, in {frame.name}",)
+        if span is not None and Path(frame.filename) != Path(span.file) and not is_own(frame.filename):
+            notes += (f"raised in {shown_path(frame.filename)}:{frame.lineno}, in {frame.name}",)
     return Diagnostic("E0803", f"{what} raised {type(error).__name__}: {first}", span, notes=notes, help=help)
 
 
@@ -101,7 +102,7 @@ def span_of_exception(error: BaseException, source: str) -> Span | None:
         column = error.offset or 1
         length = max(1, (error.end_offset or column + 1) - column) if error.end_lineno in (None, error.lineno) else 1
         text = error.text or linecache.getline(error.filename, error.lineno)
-        return Span(_short(error.filename), error.lineno, column, length, text.rstrip("\n"))
+        return Span(shown_path(error.filename), error.lineno, column, length, text.rstrip("\n"))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
     return span_of_frame(frames[-1]) if frames else Span(source)
 
@@ -113,7 +114,7 @@ def span_of_frame(frame: traceback.FrameSummary) -> Span:
     start = frame.colno if frame.colno is not None else len(text) - len(text.lstrip())
     one_line = frame.end_lineno in (None, frame.lineno) and frame.end_colno is not None
     end = frame.end_colno if one_line and frame.end_colno is not None else len(text)
-    return Span(_short(frame.filename), frame.lineno, start + 1, max(1, end - start), text)
+    return Span(shown_path(frame.filename), frame.lineno, start + 1, max(1, end - start), text)
 
 
 def _is_users(filename: str) -> bool:
@@ -123,11 +124,13 @@ def _is_users(filename: str) -> bool:
     return not any(path.startswith(folder + os.sep) for folder in _LIBRARY_FOLDERS)
 
 
-def _is_own(filename: str) -> bool:
+@functools.lru_cache(maxsize=4096)
+def is_own(filename: str) -> bool:
+    """Whether a frame is fp8c's own code: a place there says nothing to the model's author."""
     return str(Path(filename).resolve()).startswith(str(_OWN_FOLDER) + os.sep)
 
 
-def _short(filename: str) -> str:
+def shown_path(filename: str) -> str:
     """Relative to the current folder where that is shorter to read, without any folder for installed packages."""
     path = Path(filename)
     for folder in _LIBRARY_FOLDERS:

@@ -33,7 +33,7 @@ from fp8c.prepare.lift import (
     OneHot,
     Slice,
 )
-from fp8c.user_code import _short
+from fp8c.user_code import shown_path
 
 _FUTURE_FLAGS = functools.reduce(
     lambda flags, name: flags | getattr(future, name).compiler_flag, future.all_feature_names, 0
@@ -53,8 +53,28 @@ class Rewrite:
     loops: tuple[tuple[Span, int], ...]
 
     def install(self) -> None:
-        # An instance attribute: the class, its other instances and the state_dict stay untouched.
-        setattr(self.module, self.method, types.MethodType(self.function, self.module))
+        # A subclass of the same name for this instance: its class and other instances stay untouched, and it is named,
+        # copied and traced like any module (a function bound to the instance would be traced through its `__self__`).
+        self.module.__class__ = _subclass(type(self.module), self.method, self.function)
+
+
+def _subclass(base: type[nn.Module], method: str, function: types.FunctionType) -> type[nn.Module]:
+    key = (base, method, function)
+    if key not in _SUBCLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        _SUBCLASSES[key] = type(base.__name__, (base,), {method: function, **names})
+    return _SUBCLASSES[key]
+
+
+#: Layers of a model share one class, as they did before.
+_SUBCLASSES: dict[object, type[nn.Module]] = {}
+
+
+def is_rewritten(function: object) -> bool:
+    return hasattr(function, _MARK)
+
+
+_MARK = "__fp8c_rewritten__"
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,7 @@ class Source:
         column = getattr(node, "col_offset", len(text) - len(text.lstrip()))
         same_line = getattr(node, "end_lineno", None) == line
         end = getattr(node, "end_col_offset", None) if same_line else len(text)
-        return Span(_short(self.file), line, column + 1, max(1, (end or len(text)) - column), text)
+        return Span(shown_path(self.file), line, column + 1, max(1, (end or len(text)) - column), text)
 
 
 def rewrite_loops(module: nn.Module) -> tuple[list[Rewrite], list[Diagnostic]]:
@@ -126,10 +146,10 @@ def reachable_sources(module: nn.Module) -> Iterator[Source]:
 
 
 def method_source(module: nn.Module, name: str) -> Source | None:
-    if name in module.__dict__:  # replaced on the instance already, by fp8c or by the user
+    if name in module.__dict__:  # replaced on the instance by the user
         return None
     function = inspect.getattr_static(type(module), name, None)
-    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__") or is_rewritten(function):
         return None
     if function.__module__.partition(".")[0] == "torch":
         return None
@@ -550,6 +570,9 @@ def _drop_unused(tree: ast.FunctionDef, candidates: set[str]) -> None:
 def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) -> types.FunctionType:
     """Compile the tree as the function it came from: same globals, closure, defaults, file and lines."""
     original = source.function
+    key = (original, ast.dump(tree), tuple(lifted.items()))
+    if key in _COMPILED:
+        return _COMPILED[key]
     cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
     cells |= {name: types.CellType(value) for name, value in {GROUPED: grouped, **lifted}.items()}
     tree.decorator_list, tree.returns = [], None
@@ -572,8 +595,14 @@ def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) 
     closure = tuple(cells[name] for name in inner.co_freevars)
     function = types.FunctionType(inner, original.__globals__, original.__name__, original.__defaults__, closure)
     function.__kwdefaults__ = original.__kwdefaults__
+    setattr(function, _MARK, True)
     function.__qualname__, function.__module__ = original.__qualname__, original.__module__
+    _COMPILED[key] = function
     return function
+
+
+#: Layers of a model share one function, as they shared one method.
+_COMPILED: dict[object, types.FunctionType] = {}
 
 
 def _code_named(code: types.CodeType, name: str) -> types.CodeType:
