@@ -6,10 +6,12 @@ Tests use them through the fixture `zoo` (tests/conftest.py), because test modul
         loaded = zoo.load("qwen3_moe")             # a fp8c.models.LoadedModel: module, example_inputs, step()
 
 `zoo.MOE` names the models with experts, `zoo.DENSE` the others, `zoo.ALL` both; "example" is examples/moe_transformer.py.
+`zoo.TITAN` names torchtitan's MoE blocks; `zoo.why_no_titan()` says why they can't be loaded, "" when they can.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 DENSE = ("llama",)
 MOE = (*(name for name in CONFIGS if name not in DENSE), "example")
 ALL = (*MOE, *DENSE)
+TITAN = ("titan_deepseek_v3", "titan_qwen3")
 
 #: Keyword arguments of the example's `Config`, for a model that compiles in seconds.
 SMALL_EXAMPLE = {"n_layers": 2, "dim": 128, "n_heads": 2, "dense_hidden_dim": 256, "expert_hidden_dim": 128}
@@ -67,6 +70,17 @@ SMALL_EXAMPLE = {"n_layers": 2, "dim": 128, "n_heads": 2, "dense_hidden_dim": 25
 
 def load(name: str, *, batch: int = 2, seq: int = 64, weights: Weights = "random", **overrides: Any) -> LoadedModel:
     """A small model by name, in BF16, with a batch of 2 x 64 tokens unless said otherwise."""
+    if name in TITAN:
+        return load_model(f"{Path(__file__).with_name('titan_moe.py')}:{name.removeprefix('titan_')}", weights=weights)
     if name == "example":
         return load_model(str(EXAMPLE), weights=weights, overrides=SMALL_EXAMPLE | overrides, batch=batch, seq=seq)
     return load_model(f"hf:{name}", weights=weights, overrides=CONFIGS[name] | overrides, batch=batch, seq=seq)
+
+
+def why_no_titan() -> str:
+    """Why torchtitan's models can't be imported here; "" when they can. It needs triton, and so mostly a GPU machine."""
+    try:
+        importlib.import_module("torchtitan.models.common.moe")
+    except Exception as error:  # noqa: BLE001 - whatever its imports raise
+        return f"torchtitan is not usable here: {type(error).__name__}: {error}"
+    return ""
