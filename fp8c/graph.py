@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fp8c.diagnostics import Span
-from fp8c.user_code import is_own
+from fp8c.user_code import is_model_file, short_path
 
 aten = torch.ops.aten
 
@@ -32,6 +32,8 @@ RESHAPES = frozenset(
         aten.contiguous.default,
     }
 )
+#: Views between two GEMMs that read one value: the rows stay the rows.
+ROW_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default})
 TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 #: Views of a part of a value.
@@ -107,12 +109,12 @@ _FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?P<t
 
 
 def source_span(node: fx.Node) -> Span | None:
-    """The model's source line behind a node: the innermost frame that is not torch's own."""
+    """The model's source line behind a node: the innermost frame that is neither torch's nor fp8c's own."""
     trace = node.meta.get("stack_trace") or ""
     frames = list(_FRAME.finditer(trace))
     for frame in reversed(frames):
-        if "/torch/" not in frame["file"] and not is_own(frame["file"]):
-            return Span(frame["file"], int(frame["line"]), text=frame["text"].strip())
+        if is_model_file(frame["file"]):
+            return Span(short_path(frame["file"]), int(frame["line"]), text=frame["text"].strip())
     return None
 
 
@@ -161,7 +163,10 @@ def fake_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return target(*real_args, **real_kwargs)
 
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag", ROLE)
+_PROVENANCE = (
+    *("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag", ROLE),
+    *("recompute", "ac_graph_id"),  # PyTorch's: the user's checkpoint regions
+)
 
 
 def inherit(node: fx.Node, like: fx.Node) -> None:

@@ -20,9 +20,10 @@ from typing import NoReturn
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span, fail
 
 _OWN_FOLDER = Path(__file__).resolve().parent
+_OWN_FOLDERS = (_OWN_FOLDER, *((_OWN_FOLDER / name).resolve() for name in ("passes", "backends", "specs", "tools")))
 _LIBRARY_FOLDERS = tuple(
     {str(Path(sysconfig.get_paths()[key]).resolve()) for key in ("stdlib", "purelib", "platlib")}
-    | {str(_OWN_FOLDER), *(str((_OWN_FOLDER / name).resolve()) for name in ("passes", "backends", "specs", "tools"))}
+    | {str(folder) for folder in _OWN_FOLDERS}
 )
 
 
@@ -90,12 +91,10 @@ def diagnose(error: Exception, what: str, source: str, help: str = "") -> Diagno
     notes = tuple(line.strip() for line in rest[:6] if line.strip())
     span = span_of_exception(error, source)
     frames = traceback.extract_tb(error.__traceback__)
-    if (
-        frames
-        and Path(frames[-1].filename).is_file()
-        and not (_is_users(frames[-1].filename) or is_own(frames[-1].filename))
-    ):
-        notes += (f"raised in {shown_path(frames[-1].filename)}:{frames[-1].lineno}, in {frames[-1].name}",)
+    if frames and Path(frames[-1].filename).is_file():
+        place = frames[-1].filename
+        if not _is_users(place) and not _is_own(place):
+            notes += (f"raised in {_short(place)}:{frames[-1].lineno}, in {frames[-1].name}",)
     return Diagnostic("E0803", f"{what} raised {type(error).__name__}: {first}", span, notes=notes, help=help)
 
 
@@ -105,7 +104,7 @@ def span_of_exception(error: BaseException, source: str) -> Span | None:
         column = error.offset or 1
         length = max(1, (error.end_offset or column + 1) - column) if error.end_lineno in (None, error.lineno) else 1
         text = error.text or linecache.getline(error.filename, error.lineno)
-        return Span(shown_path(error.filename), error.lineno, column, length, text.rstrip("\n"))
+        return Span(_short(error.filename), error.lineno, column, length, text.rstrip("\n"))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
     return span_of_frame(frames[-1]) if frames else Span(source)
 
@@ -117,7 +116,7 @@ def span_of_frame(frame: traceback.FrameSummary) -> Span:
     start = frame.colno if frame.colno is not None else len(text) - len(text.lstrip())
     one_line = frame.end_lineno in (None, frame.lineno) and frame.end_colno is not None
     end = frame.end_colno if one_line and frame.end_colno is not None else len(text)
-    return Span(shown_path(frame.filename), frame.lineno, start + 1, max(1, end - start), text)
+    return Span(_short(frame.filename), frame.lineno, start + 1, max(1, end - start), text)
 
 
 def _is_users(filename: str) -> bool:
@@ -127,13 +126,31 @@ def _is_users(filename: str) -> bool:
     return not any(path.startswith(folder + os.sep) for folder in _LIBRARY_FOLDERS)
 
 
-@functools.lru_cache(maxsize=4096)
-def is_own(filename: str) -> bool:
-    """Whether a frame is fp8c's own code: a place there says nothing to the model's author."""
+def _is_own(filename: str) -> bool:
     return str(Path(filename).resolve()).startswith(str(_OWN_FOLDER) + os.sep)
 
 
-def shown_path(filename: str) -> str:
+@functools.lru_cache(maxsize=4096)
+def is_model_file(filename: str) -> bool:
+    """Whether a source file is neither torch's nor fp8c's own: a model's, perhaps one from an installed package."""
+    return (
+        "/torch/" not in filename
+        and not filename.startswith("<")
+        and not any(str(Path(filename).resolve()).startswith(str(folder) + os.sep) for folder in _OWN_FOLDERS)
+    )
+
+
+def short_path(filename: str) -> str:
+    """The name of a source file in messages and locks: the same on every machine for a package's file."""
+    return _short_in(filename, os.getcwd())
+
+
+@functools.lru_cache(maxsize=4096)
+def _short_in(filename: str, folder: str) -> str:
+    return _short(filename)
+
+
+def _short(filename: str) -> str:
     """Relative to the current folder where that is shorter to read, without any folder for installed packages."""
     path = Path(filename)
     for folder in _LIBRARY_FOLDERS:

@@ -38,12 +38,13 @@ class Layer:
 @dataclass(frozen=True)
 class Spec:
     """A spec ready to be resolved. `layers` go from the root of the chain to the spec itself; `digest` is a SHA-256
-    over the text of every file that was read."""
+    over the text of every file that was read, and `texts` are those, by name."""
 
     name: str
     path: str
     layers: tuple[Layer, ...]
     digest: str
+    texts: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def target(self) -> ast.Target | None:
@@ -54,6 +55,15 @@ class Spec:
 def shipped() -> list[str]:
     """Names of the specs that come with fp8c."""
     return sorted(path.stem for path in STD.glob("*.fp8"))
+
+
+def shipped_text(name: str) -> str:
+    """The text of a shipped spec. Raises DiagnosticError E0603."""
+    name = name.removeprefix("std:")
+    if name not in shipped():
+        help = did_you_mean(name, shipped())
+        raise _error("E0603", f"no shipped spec is called `{name}`", None, help)
+    return (STD / f"{name}.fp8").read_text(encoding="utf-8")
 
 
 def load(spec: str | Path) -> Spec:
@@ -74,6 +84,20 @@ def load(spec: str | Path) -> Spec:
         return _Loader(STD).load(_std_source(name))
     path = Path(spec)
     return _Loader(path.resolve().parent).load(parser.read(path, path.name))
+
+
+def load_file(path: Path) -> Spec | ast.File:
+    """Load a file as `load` does; a file of formats and sets alone, which is for `use`, is checked and given back."""
+    loader = _Loader(path.resolve().parent)
+    source = parser.read(path, path.name)
+    unit = loader.unit(source, loader.root, ())
+    if unit.file.spec is not None:
+        return loader.load(source)
+    mistakes: list[Diagnostic] = []
+    _Linker(unit, mistakes).names()
+    if mistakes:
+        raise DiagnosticError(_distinct(mistakes), ExitCode.SPEC)
+    return unit.file
 
 
 def loads(text: str, name: str = "<spec>", root: Path | None = None) -> Spec:
@@ -133,7 +157,8 @@ class _Loader:
         digest = hashlib.sha256()
         for name in sorted(self.texts):
             digest.update(f"{name}\0{self.texts[name]}\0".encode())
-        return Spec(spec.name, source.path, tuple(reversed(layers)), digest.hexdigest())
+        texts = tuple(sorted(self.texts.items()))
+        return Spec(spec.name, source.path, tuple(reversed(layers)), digest.hexdigest(), texts)
 
     def parent(self, unit: _Unit) -> _Unit | None:
         spec = unit.file.spec
@@ -214,11 +239,15 @@ class _Linker:
     def mistake(self, code: str, message: str, span: Span | None, help: str = "") -> None:
         self.mistakes.append(Diagnostic(code, message, span, help=help))
 
-    def layer(self, spec: ast.SpecDecl) -> Layer:
+    def names(self) -> None:
+        """Link every format and set of the file, used or not, so that a mistake in any is found."""
         for named in self.unit.file.formats:
             self.format(named.value)
         for named_set in self.unit.file.sets:
             self.selector(ast.SetRef(named_set.name, named_set.span))
+
+    def layer(self, spec: ast.SpecDecl) -> Layer:
+        self.names()
         return Layer(
             spec.name,
             self.unit.file.name,
@@ -289,27 +318,27 @@ class _Linker:
         fields = tuple(self.field(field) for field in rule.fields)
         by_name = {field.name: field for field in fields}
         operands = {f"{gemm}.{operand}" for gemm, names in OPERANDS.items() for operand in names}
-        for field in fields:
-            if isinstance(field.value, Format):
-                if field.name in operands and field.value.element is Element.E5M6:
+        for given in fields:
+            if isinstance(given.value, Format):
+                if given.name in operands and given.value.element is Element.E5M6:
                     self.mistake(
                         "E0404",
-                        f"e5m6 is a cache format: no tensor core reads it as {field.name}",
-                        field.span,
+                        f"e5m6 is a cache format: no tensor core reads it as {given.name}",
+                        given.span,
                         "write an e4m3 format here and `cache x as ...` for the copy that backward keeps",
                     )
-                elif field.value.is_quantized and (field.name == "precision" or field.name.endswith(".out")):
-                    self.not_plain(field)
-            elif field.name.startswith("retile."):
-                cached = by_name["cache." + field.name.partition(".")[2]].value
-                assert isinstance(field.value, tuple)
+                elif given.value.is_quantized and (given.name == "precision" or given.name.endswith(".out")):
+                    self.not_plain(given)
+            elif given.name.startswith("retile."):
+                cached = by_name["cache." + given.name.partition(".")[2]].value
+                assert isinstance(given.value, tuple)
                 if isinstance(cached, Format) and not cached.is_quantized:
-                    self.mistake("E0506", f"{cached.text} has no groups to retile", field.span, "delete `retile ...`")
-                elif isinstance(cached, Format) and field.value[1] and cached.scale is ScaleKind.FP32:
+                    self.mistake("E0506", f"{cached.text} has no groups to retile", given.span, "delete `retile ...`")
+                elif isinstance(cached, Format) and given.value[1] and cached.scale is ScaleKind.FP32:
                     self.mistake(
                         "E0501",
                         "an exact retile needs power-of-two scales, and these are fp32",
-                        field.span,
+                        given.span,
                         "write `scale pow2` in the cached format, or delete `exact`: the copy is then rounded a second time",
                     )
         return replace(rule, fields=fields, selector=self.selector(rule.selector)[0])

@@ -33,7 +33,7 @@ from fp8c.prepare.lift import (
     OneHot,
     Slice,
 )
-from fp8c.user_code import shown_path
+from fp8c.user_code import short_path
 
 _FUTURE_FLAGS = functools.reduce(
     lambda flags, name: flags | getattr(future, name).compiler_flag, future.all_feature_names, 0
@@ -92,7 +92,7 @@ class Source:
         column = getattr(node, "col_offset", len(text) - len(text.lstrip()))
         same_line = getattr(node, "end_lineno", None) == line
         end = getattr(node, "end_col_offset", None) if same_line else len(text)
-        return Span(shown_path(self.file), line, column + 1, max(1, (end or len(text)) - column), text)
+        return Span(short_path(self.file), line, column + 1, max(1, (end or len(text)) - column), text)
 
 
 def rewrite_loops(module: nn.Module) -> tuple[list[Rewrite], list[Diagnostic]]:
