@@ -49,6 +49,18 @@ def route(decision: Tensor, experts: int) -> Rows:
     return Rows(order, expert, ends, tuple(decision.shape))
 
 
+def counted(counts: Tensor, like: Tensor) -> Rows:
+    """Rows that are sorted by expert already: `counts` i64 [E] says how many each expert has, `like` [R, ...] is one."""
+    ends = counts.cumsum(0).int()
+    order = torch.arange(like.shape[0], device=like.device)
+    return Rows(order, torch.searchsorted(ends, order.int(), right=True), ends, (like.shape[0],))
+
+
+def histogram(decision: Tensor, experts: int) -> Tensor:
+    """`torch.bincount(decision, minlength=experts)` for entries in [0, experts), in a shape known beforehand: i64 [E]."""
+    return F.one_hot(decision.reshape(-1), experts).sum(0)
+
+
 def positions(rows: Rows) -> tuple[Tensor, ...]:
     """`torch.where(decision == e)` of every expert e, concatenated: one i64 [R] tensor per axis of the decision."""
     found: list[Tensor] = []

@@ -140,6 +140,16 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """Where the expert's rows begin or end among rows that are sorted by expert already."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """`start:end`, the expert's rows among sorted ones."""
+
+
+@dataclass(frozen=True)
 class Empty:
     """True exactly when the expert has no rows (`when`), or exactly when it has some (not `when`)."""
 
@@ -169,7 +179,24 @@ class Several:
     brackets: str = "()"
 
 
-Value = Same | Index | Expert | Slice | Mask | Where | Table | PerRow | Shape | Count | Empty | Known | Column | Several
+Value = (
+    Same
+    | Index
+    | Expert
+    | Slice
+    | Mask
+    | Where
+    | Table
+    | PerRow
+    | Shape
+    | Count
+    | Bound
+    | Run
+    | Empty
+    | Known
+    | Column
+    | Several
+)
 
 
 @dataclass(frozen=True)
@@ -197,11 +224,14 @@ class Lifter:
     experts:   how many there are
     resolve:   the object an expression on `self` stands for, or None
     one_hots:  one-hot masks defined in front of the loop
+    tensor_of: the tensor behind a list of counts, as text
     """
 
     experts: int
     resolve: Callable[[ast.expr], Any]
     one_hots: dict[str, OneHot]
+    tensor_of: Callable[[ast.expr], str]
+    counts: ast.expr | None = None  # rows per expert, where the loop runs through sorted rows
     prefix: str = ""
     env: dict[str, Value] = field(default_factory=dict)
     out: list[ast.stmt] = field(default_factory=list)
@@ -234,6 +264,8 @@ class Lifter:
                 self.assign_item(node, target, index, value)
             case ast.AugAssign(ast.Subscript(target, index), ast.Add(), value):
                 self.add_to(node, target, self.lift(index), self.lift(value))
+            case ast.AugAssign(ast.Name(name), ast.Add(), value) if self.env.get(name) == Bound():
+                self.count(node, value)
             case ast.AugAssign(ast.Name(name), op, value) if isinstance(self.env.get(name), PerRow):
                 target = ast.copy_location(ast.Name(name, ast.Load()), node)
                 self.assign_name(name, ast.copy_location(ast.BinOp(target, op, value), node))
@@ -296,6 +328,8 @@ class Lifter:
         axes: tuple[int, ...] | None
         match at, found:
             case Mask() as mask, PerRow() if not mask.reduced:
+                axes = None
+            case Run(), PerRow():
                 axes = None
             case PerRow(is_position=True) as position, PerRow():
                 axes = position.axes
@@ -549,12 +583,17 @@ class Lifter:
                     return Column(text)
             case [*_, Several((Index(), Same("keepdim")))]:
                 return Column(text, keepdim=True)
+            case [Run()]:
+                return PerRow(text, self.counted(node, text))
         rows = self.rows_of(node, *found)
         texts = [t for item in found for t in self.index_texts(node, item, rows)]
         return PerRow(f"{text}[{', '.join(texts)}]", rows)
 
     def index_slice(self, node: ast.Slice) -> Value:
-        """`i:i + 1`, the only slice that depends on the expert."""
+        """`start:end` of running bounds, or `i:i + 1`: the slices that depend on the expert."""
+        if node.lower is not None and node.upper is not None and node.step is None and self.varies(node.lower):
+            if self.lift(node.lower) == Bound() == self.lift(node.upper):
+                return Run()
         match node:
             case ast.Slice(ast.Name(a), ast.BinOp(ast.Name(b), ast.Add(), ast.Constant(1)), None) if (
                 a == b and self.env.get(a) == Index()
@@ -599,6 +638,9 @@ class Lifter:
             case PerRow(), ast.MatMult(), Slice(text, transposed):
                 weight = f"{text}.transpose(-2, -1)" if transposed else text
                 return PerRow(f"{GROUPED}.matmul({left.text}, {weight}, {left.rows})", left.rows)
+            case Bound(), ast.Add(), _:
+                self.count(node, node.right)
+                return Bound()
             case (Count() | Slice(), _, Same()) | (Same(), _, Count()) | (Count(), _, Count()):
                 return Count()
             case (Index(), ast.Add(), Same(text)) | (Same(text), ast.Add(), Index()):
@@ -814,6 +856,29 @@ class Lifter:
             self.routes[decision] = name
         return self.routes[decision]
 
+    def count(self, node: ast.AST, value: ast.expr) -> None:
+        """Check that a bound moves by the expert's count, and remember where counts come from."""
+        match self.lift(value):
+            case Count():
+                pass
+            case Slice():
+                assert isinstance(value, ast.Subscript)
+                self.counts = value.value
+            case other:
+                raise CannotLift(node, f"a running bound moves by {_words(other)}, expected the expert's count")
+
+    def counted(self, node: ast.AST, like: str) -> str:
+        """The name of rows that are sorted already, made in front of their first use."""
+        if self.counts is None:
+            raise CannotLift(node, "the expert's run of tokens has no counts that say where it ends")
+        counts = self.tensor_of(self.counts)
+        key = f"counts {counts}"
+        self.selects = True
+        if key not in self.routes:
+            self.routes[key] = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
+            self.emit(f"{self.routes[key]} = {GROUPED}.counted({counts}, {like})")
+        return self.routes[key]
+
     def rows_of(self, node: ast.AST, *values: Value) -> str:
         """The one selection that all per-row values belong to."""
         found = {v.rows for v in _flat(values) if isinstance(v, PerRow | Mask)}
@@ -908,6 +973,8 @@ _WORDS: dict[type[object], str] = {
     PerRow: "a value per selected token",
     Shape: "the shape of the expert's tokens",
     Count: "the number of the expert's tokens",
+    Bound: "where the expert's tokens begin or end",
+    Run: "the expert's run of tokens",
     Empty: "whether the expert has tokens",
     Known: "a constant",
     Column: "the expert's column of a table",

@@ -25,13 +25,13 @@ from fp8c.diagnostics import Diagnostic, Span
 from fp8c.prepare.experts import Lifted
 from fp8c.prepare.lift import (
     GROUPED,
+    Bound,
     CannotLift,
     Count,
-    Expert,
     Index,
     Lifter,
     OneHot,
-    Slice,
+    PerRow,
 )
 from fp8c.user_code import short_path
 
@@ -282,17 +282,23 @@ def _lift_loop(module: nn.Module, tree: ast.FunctionDef, self_name: str, place: 
     if not lists:
         return None
     experts = lists[0]
-    lifter = Lifter(experts, resolve, _one_hots(place.before), prefix=f"{number}_" if number else "")
+    definitions = _definitions(place.before)
+    tensor_of = functools.partial(_tensor_of, definitions=definitions, experts=experts)
+    lifter = Lifter(experts, resolve, _one_hots(place.before), tensor_of, prefix=f"{number}_" if number else "")
+    # What the target needs (the rows of a split) is emitted at the loop's own line.
+    lifter.here = loop
     try:
-        _bind_target(lifter, loop, resolve)
+        _bind(lifter, loop.target, loop.iter, resolve, definitions)
         if loop.orelse:
             raise CannotLift(loop.orelse[0], "the loop has an else branch")
-        _check_carried(loop)
+        bounds = {name for name in _stored(loop) if resolve(ast.Name(name, ast.Load())) == 0}
+        _check_carried(loop, bounds)
+        lifter.env.update({name: Bound() for name in bounds})
         lifter.body(loop.body)
         if not lifter.selects:
-            raise CannotLift(loop, "it selects no tokens by a comparison with the expert's index")
+            raise CannotLift(loop, "it selects no tokens by the expert's index")
     except CannotLift:
-        if selects_by_data(loop):
+        if lifter.selects or selects_by_data(loop):
             raise
         return None  # a static loop, over layers or dense experts: capture unrolls it as it is
     return lifter
@@ -354,11 +360,16 @@ def _expert_lists(loop: ast.For, resolve: Callable[[ast.expr], Any]) -> list[int
         elif isinstance(owner, nn.Parameter) and owner.ndim >= 3:
             found.append(owner.shape[0])
 
-    match loop.iter:
-        case ast.Call(ast.Name("enumerate"), [source], []):
-            consider(source)
-        case ast.Attribute() as source:
-            consider(source)
+    def sources(node: ast.expr) -> Iterator[ast.expr]:
+        match node:
+            case ast.Call(ast.Name("enumerate" | "zip"), args):
+                for arg in args:
+                    yield from sources(arg)
+            case ast.Attribute() | ast.Name():
+                yield node
+
+    for source in sources(loop.iter):
+        consider(source)
     for node in ast.walk(loop):
         if isinstance(node, ast.Subscript) and any(
             isinstance(n, ast.Name) and n.id in targets for n in ast.walk(node.slice)
@@ -367,47 +378,121 @@ def _expert_lists(loop: ast.For, resolve: Callable[[ast.expr], Any]) -> list[int
     return found
 
 
-def _bind_target(lifter: Lifter, loop: ast.For, resolve: Callable[[ast.expr], Any]) -> None:
-    match loop.target, loop.iter:
-        case ast.Tuple([ast.Name(i), ast.Name(item)]), ast.Call(ast.Name("enumerate"), [source], []):
-            owner, text = resolve(source), ast.unparse(source)
+def _bind(
+    lifter: Lifter,
+    target: ast.expr,
+    source: ast.expr,
+    resolve: Callable[[ast.expr], Any],
+    definitions: dict[str, ast.expr],
+    numbered: bool = False,
+) -> None:
+    """Say what the loop's variables are. `numbered`: another variable counts the experts, or takes them along."""
+    match target, source:
+        case ast.Tuple([ast.Name(i), item]), ast.Call(ast.Name("enumerate"), [inner], []):
             lifter.env[i] = Index()
-            if isinstance(owner, nn.ModuleList | nn.ParameterList):
-                found = lifter.from_list(source, text, tuple(owner))
-                assert isinstance(found, Expert | Slice)
-                lifter.env[item] = found
-            else:
-                lifter.env[item] = Count()  # `for i, count in enumerate(counts)`
+            _bind(lifter, item, inner, resolve, definitions, numbered=True)
+        case ast.Tuple(targets), ast.Call(ast.Name("zip"), sources) if len(targets) == len(sources):
+            for item, inner in zip(targets, sources, strict=True):
+                _bind(lifter, item, inner, resolve, definitions, numbered=True)
         case ast.Name(i), ast.Call(ast.Name("range"), args, []):
             bounds = [resolve(arg) for arg in args]
             start, stop, step = {1: [0, *bounds, 1], 2: [*bounds, 1]}.get(len(bounds), bounds)
             known = all(isinstance(b, int) for b in (start, stop, step))
             if known and (start, stop, step) != (0, lifter.experts, 1):
                 raise CannotLift(
-                    loop.iter,
+                    source,
                     f"the loop covers experts {start} to {stop} of {lifter.experts}",
                     "loop over all experts; experts on other ranks need an expert-parallel dispatch",
                 )
             lifter.env[i] = Index()
-        case ast.Name(item), ast.Attribute() as source:
-            owner = resolve(source)
-            if isinstance(owner, nn.ModuleList):
+        case ast.Name(item), _:
+            owner, split = resolve(source), _split(source, definitions)
+            if isinstance(owner, nn.ModuleList | nn.ParameterList):
                 lifter.env[item] = lifter.from_list(source, ast.unparse(source), tuple(owner))
-            else:
+            elif split is not None:
+                rows, lifter.counts = split
+                lifter.env[item] = PerRow(ast.unparse(rows), lifter.counted(source, ast.unparse(rows)))
+            elif numbered:  # `for i, count in enumerate(counts)`
+                lifter.env[item], lifter.counts = Count(), source
+            else:  # `for e in hit`: the experts that have tokens; the others have nothing to add
                 lifter.env[item] = Index(boxed=True)
-        case ast.Name(i), _:  # `for e in hit`: the experts that have tokens; the others have nothing to add
-            lifter.env[i] = Index(boxed=True)
         case _:
             raise CannotLift(
-                loop.target,
-                f"`for {ast.unparse(loop.target)} in {ast.unparse(loop.iter)}` is not a known loop over experts",
+                target,
+                f"`for {ast.unparse(target)} in {ast.unparse(source)}` is not a known loop over experts",
                 "write `for i, expert in enumerate(self.experts)`",
             )
 
 
-def _check_carried(loop: ast.For) -> None:
-    """No value may travel from one expert to the next."""
-    everywhere = {name for statement in loop.body for name in _stored(statement)}
+def _definitions(before: Sequence[ast.stmt]) -> dict[str, ast.expr]:
+    """Names in front of the loop with expressions that still have their values there."""
+    known: dict[str, ast.expr] = {}
+    for statement in before:
+        stored = _stored(statement)
+        value = None
+        match statement:
+            case ast.Assign([ast.Name(name)], found):
+                # `counts = counts.tolist()`: what the name stood for takes its place in the new expression.
+                old = known.get(name)
+                value = _Replaced(name, old).visit(copy.deepcopy(found)) if old is not None else found
+        known = {n: v for n, v in known.items() if n not in stored and not (_loaded(v) & stored)}
+        match statement:
+            case ast.Assign([ast.Name(name)]) if value is not None and name not in _loaded(value):
+                known[name] = value
+    return known
+
+
+class _Replaced(ast.NodeTransformer):
+    def __init__(self, name: str, value: ast.expr) -> None:
+        self.name, self.value = name, value
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return copy.deepcopy(self.value) if node.id == self.name else node
+
+
+def _tensor_of(node: ast.expr, definitions: dict[str, ast.expr], experts: int) -> str:
+    """The tensor of counts behind `counts.tolist()` and the like, as text."""
+    match node:
+        case ast.Call(ast.Attribute(inner, "tolist" | "cpu" | "numpy"), [], []):
+            return _tensor_of(inner, definitions, experts)
+        case ast.Name(name) if name in definitions:
+            text = _tensor_of(definitions[name], definitions, experts)
+            return name if text == ast.unparse(definitions[name]) else text
+        # Its length depends on data, unless the number of experts is known.
+        case ast.Call(ast.Attribute(ast.Name("torch"), "bincount"), [decision, *_]):
+            return f"{GROUPED}.histogram({ast.unparse(decision)}, {experts})"
+        case ast.Call(ast.Attribute(decision, "bincount"), []):
+            return f"{GROUPED}.histogram({ast.unparse(decision)}, {experts})"
+        case _:
+            return ast.unparse(node)
+
+
+def _split(node: ast.expr, definitions: dict[str, ast.expr]) -> tuple[ast.expr, ast.expr] | None:
+    """Rows and counts of `torch.split(rows, counts)`, by name or in place."""
+    match node:
+        case ast.Name(name) if name in definitions:
+            return _split(definitions[name], definitions)
+        case ast.Call(ast.Attribute(ast.Name("torch"), "split"), args, keywords):
+            names = ["tensor", "split_size_or_sections", "dim"]
+        case ast.Call(ast.Attribute(rows, "split"), args, keywords):
+            names, args = ["tensor", "split_size", "dim"], [rows, *args]
+        case _:
+            return None
+    given = dict(zip(names, args, strict=False)) | {k.arg: k.value for k in keywords if k.arg is not None}
+    axis = given.get("dim")
+    counts = given.get("split_size_or_sections", given.get("split_size"))
+    if counts is None or "tensor" not in given or (axis is not None and ast.unparse(axis) != "0"):
+        return None
+    return given["tensor"], counts
+
+
+def _loaded(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+def _check_carried(loop: ast.For, bounds: set[str]) -> None:
+    """No value may travel from one expert to the next, except running bounds of sorted rows."""
+    everywhere = {name for statement in loop.body for name in _stored(statement)} - bounds
 
     def read(node: ast.AST, stored: set[str]) -> None:
         match node:
@@ -528,43 +613,86 @@ def _starts_from_zeros(place: _Place, name: str) -> bool:
 
 
 def _drop_unused(tree: ast.FunctionDef, candidates: set[str]) -> None:
-    """Remove what only the loop needed (masks, counts, lists of hit experts): some of it has data-dependent shapes."""
+    """Remove what only the loop needed (masks, counts, lists of hit experts): some of it has data-dependent shapes.
 
-    class Dropper(ast.NodeTransformer):
-        changed = False
+    candidates: the names the loop read; what they were computed from becomes a candidate with them.
+    """
+    candidates -= {a.arg for a in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)}
+    while dead := _dead_assignments(tree.body, candidates):
+        for statement in dead:
+            candidates |= _loaded(statement.value)
+        _Dropper({id(statement) for statement in dead}).visit(tree)
 
-        def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-            names = {t.id for t in node.targets if isinstance(t, ast.Name)}
-            if len(names) == len(node.targets) and names <= candidates and not names & self.loaded:
-                candidates.update(
-                    n.id for n in ast.walk(node.value) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
-                )
-                self.changed = True
-                return None
-            return node
 
-        def visit_With(self, node: ast.With) -> ast.AST | None:
-            self.generic_visit(node)
-            return node if node.body else None
+def _dead_assignments(body: list[ast.stmt], candidates: set[str]) -> list[ast.Assign]:
+    """Assignments to candidates that nothing reads afterwards; inside loops, that nothing reads at all."""
+    order: list[tuple[ast.AST, bool]] = []  # statements and conditions in the order they run, and whether they repeat
 
-        def visit_If(self, node: ast.If) -> ast.AST | None:
-            self.generic_visit(node)
-            node.body = node.body or [ast.copy_location(ast.Pass(), node)]
-            return node
+    def visit(block: Sequence[ast.stmt], repeats: bool) -> None:
+        for statement in block:
+            match statement:
+                case ast.If(test, inner, orelse):
+                    order.append((test, repeats))
+                    visit(inner, repeats)
+                    visit(orelse, repeats)
+                case ast.With(_, inner):
+                    order.extend((item, repeats) for item in statement.items)
+                    visit(inner, repeats)
+                case ast.For(target, source, inner, orelse):
+                    order.extend([(source, repeats), (target, repeats)])
+                    visit(inner, True)
+                    visit(orelse, repeats)
+                case _:
+                    order.append((statement, repeats))
 
-        def __init__(self) -> None:
-            self.loaded = {
-                n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load | ast.Del)
-            }
+    visit(body, False)
+    everything = [name for node, _ in order for name in _loaded(node)]
+    dead: list[ast.Assign] = []
+    read_later: set[str] = set()
+    for node, repeats in reversed(order):
+        match node:
+            case ast.Assign([ast.Name(name)], value) if name in candidates and _has_no_effect(value):
+                if (everything.count(name) == 0) if repeats else (name not in read_later):
+                    dead.append(node)
+                    continue  # what it reads is read no more
+        read_later |= _loaded(node)
+    return dead
 
-    parameters = {a.arg for a in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)}
-    candidates -= parameters
-    while True:
-        dropper = Dropper()
-        dropper.visit(tree)
-        if not dropper.changed:
-            return
-        candidates -= parameters
+
+def _has_no_effect(node: ast.expr) -> bool:
+    """Whether an expression only computes: tensor methods and torch functions, nothing in place, nothing of the model's."""
+    for part in ast.walk(node):
+        match part:
+            case ast.Call(ast.Attribute(ast.Name(owner), _)) if owner in ("torch", "F"):
+                pass
+            case ast.Call(ast.Attribute(ast.Name("self" | "cls"), _)):
+                return False
+            case ast.Call(ast.Attribute(_, name)):
+                if name.endswith("_"):
+                    return False
+            case ast.Call(ast.Name(name)):
+                if name not in ("len", "int", "list", "tuple", "range", "sum", "max", "min", "one_hot"):
+                    return False
+            case ast.NamedExpr() | ast.Await() | ast.Yield() | ast.YieldFrom():
+                return False
+    return True
+
+
+class _Dropper(ast.NodeTransformer):
+    def __init__(self, dead: set[int]) -> None:
+        self.dead = dead
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if id(node) in self.dead else node
+
+    def visit_With(self, node: ast.With) -> ast.AST | None:
+        self.generic_visit(node)
+        return node if node.body else None
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        self.generic_visit(node)
+        node.body = node.body or [ast.copy_location(ast.Pass(), node)]
+        return node
 
 
 def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) -> types.FunctionType:

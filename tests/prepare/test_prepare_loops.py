@@ -354,6 +354,89 @@ class InHelper(Base):
         return y
 
 
+class RunsAsInDeepSeek(Base):
+    """moe_infer of DeepSeek-V3's modeling file: tokens sorted once, running bounds, outputs put back in order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, topk_ids = self.routed(x)
+        counts = topk_ids.new_zeros((topk_ids.shape[0], len(self.experts)))
+        counts.scatter_(1, topk_ids, 1)
+        tokens_per_expert = counts.sum(dim=0)
+        idxs = topk_ids.view(-1).argsort()
+        sorted_tokens = x[idxs // topk_ids.shape[1]]
+        tokens_per_expert = tokens_per_expert.cpu().numpy()  # type: ignore[assignment]
+        outputs: list[Tensor] = []
+        start_idx = 0
+        for i, num_tokens in enumerate(tokens_per_expert):
+            end_idx = start_idx + num_tokens
+            if num_tokens == 0:
+                continue
+            expert = self.experts[i]
+            tokens_for_this_expert = sorted_tokens[start_idx:end_idx]
+            outputs.append(expert(tokens_for_this_expert))
+            start_idx = end_idx
+        outs = torch.cat(outputs, dim=0) if len(outputs) else sorted_tokens.new_empty(0)
+        new_x = torch.empty_like(outs)
+        new_x[idxs] = outs
+        return (new_x.view(*topk_ids.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class RunningSum(Base):
+    """The same with counts by bincount, the bound moved at the end, and stores into runs of the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, indices = self.routed(x)
+        order = indices.flatten().argsort(stable=True)
+        counts = torch.bincount(indices.flatten(), minlength=self.n_experts)
+        counts = counts.tolist()  # type: ignore[assignment]
+        rows = x[order // self.top_k]
+        done = torch.zeros_like(rows)
+        start = 0
+        for e in range(self.n_experts):
+            done[start : start + counts[e]] = self.experts[e](rows[start : start + counts[e]])
+            start += counts[e]  # type: ignore[assignment]
+        return torch.zeros_like(x).index_add(0, order // self.top_k, done * weights.flatten()[order, None])
+
+
+class SplitAsInTorchtitan(Base):
+    """torchtitan's for-loop experts: tokens split by counts, 3-D parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList()
+        self.w1 = nn.Parameter(torch.randn(E, 2 * H, H) / 6)
+        self.w2 = nn.Parameter(torch.randn(E, H, 2 * H) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, indices = self.routed(x)
+        num_tokens_per_expert = F.one_hot(indices, E).sum((0, 1))
+        order = indices.flatten().argsort(stable=True)
+        x_splits = torch.split(x[order // K], split_size_or_sections=num_tokens_per_expert.tolist(), dim=0)
+        out_splits: list[Tensor] = []
+        for expert_idx, x_expert in enumerate(x_splits):
+            h = F.silu(torch.matmul(x_expert, self.w1[expert_idx].transpose(-2, -1)))
+            out_splits.append(torch.matmul(h, self.w2[expert_idx].transpose(-2, -1)))
+        out = torch.cat(out_splits, dim=0) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, order // K, out)
+
+
+class ZipAsInMegatron(Base):
+    """Megatron's SequentialMLP: experts and their tokens side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, indices = self.routed(x)
+        order = indices.flatten().argsort(stable=True)
+        permuted = x[order // K]
+        tokens_per_expert = indices.flatten().bincount(minlength=E).tolist()
+        tokens_list = permuted.split(tokens_per_expert)  # type: ignore[no-untyped-call]
+        outputs: list[Tensor] = []
+        for expert, tokens in zip(self.experts, tokens_list, strict=True):
+            output = expert(tokens)
+            outputs.append(output)
+        out = torch.cat(outputs, dim=0) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, order // K, out)
+
+
 IDIOMS: list[type[Base]] = [
     Enumerated,
     CountsAsInDeepSeek,
@@ -372,6 +455,10 @@ IDIOMS: list[type[Base]] = [
     StackedParameters,
     Dictionary,
     InHelper,
+    RunsAsInDeepSeek,
+    RunningSum,
+    SplitAsInTorchtitan,
+    ZipAsInMegatron,
 ]
 
 
@@ -433,6 +520,32 @@ def test_lora_experts_train_only_their_adapters_under_compile() -> None:
     torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
     for name, parameter in module.named_parameters():
         assert (parameter.grad is None) == (".base." in name), name
+
+
+def test_what_has_an_effect_stays_when_the_loop_needs_it_no_more() -> None:
+    class Counting(Base):
+        calls = 0
+
+        def count(self, indices: Tensor) -> list[int]:
+            self.calls += 1
+            return [1] * E
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, indices = self.routed(x)
+            counts = self.count(indices)
+            y = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                if counts[i] == 0:
+                    continue
+                token, slot = torch.where(indices == i)
+                y[token] += expert(x[token]) * weights[token, slot, None]
+            return y
+
+    module = Counting()
+    prepare(module, torch.randn(T, H))
+    before = module.calls
+    module(torch.randn(T, H))
+    assert module.calls == before + 1
 
 
 def test_only_the_given_instance_changes() -> None:
@@ -505,15 +618,15 @@ class Capacity(Base):
         return y
 
 
-class Running(Base):
+class Carried(Base):
     def forward(self, x: Tensor) -> Tensor:
-        _, indices = self.routed(x)
-        order, start = indices.flatten().argsort(), 0
-        rows, outputs = x[order // K], []
-        for i, count in enumerate(indices.flatten().bincount(minlength=E).tolist()):
-            outputs.append(self.experts[i](rows[start : start + count]))
-            start += count
-        return torch.cat(outputs)
+        weights, indices = self.routed(x)
+        y, scale = torch.zeros_like(x), 1.0
+        for i, expert in enumerate(self.experts):
+            token, slot = torch.where(indices == i)
+            y[token] += scale * expert(x[token]) * weights[token, slot, None]
+            scale = scale * 0.5
+        return y
 
 
 class OwnRank(Base):
@@ -567,7 +680,7 @@ class HostSync(Base):
     ("module", "line", "message"),
     [
         (Capacity, "token, slot = token[:4], slot[:4]", "`token[:4]` has no known meaning for all experts at once"),
-        (Running, "outputs.append(self.experts[i](rows[start : start + count]))", "'start' carries a value"),
+        (Carried, "y[token] += scale * expert(x[token])", "'scale' carries a value from one expert to the next"),
         (OwnRank, "for i in range(2, 4):", "the loop covers experts 2 to 4 of 4"),
         (SpecialExpert, "scale = 2.0 if i == 0 else 1.0", "expert 0 is treated differently from the others"),
         (
