@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from fp8c.diagnostics import DiagnosticError
-from fp8c.pipeline import (
+from fp8c.pipeline_schedule import (
     Action,
     Pair,
     Pipeline,
