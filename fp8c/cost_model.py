@@ -1,24 +1,18 @@
 """Per-operator times from a machine's numbers: GEMM, grouped GEMM, quantize, attention, all-to-all, elementwise.
 
-A machine is a target record (rates, bandwidths, SM counts) and a cost sheet (`backends/costs/*.toml`: what share of the
-peaks kernels reach, launch costs, how communication and GEMMs slow each other). Every number of a sheet names its
-source there. No torch here.
+A machine is a target record (rates, bandwidths, SM counts) and a cost sheet (`backends/costs/*.toml`, read by
+`backends/costs.py`: what share of the peaks kernels reach, launch costs, how communication and GEMMs slow each other).
+Every number of a sheet names its source there. No torch here.
 """
 
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, assert_never
+from dataclasses import dataclass
+from typing import assert_never
 
-from fp8c.diagnostics import ExitCode, Span, fail
 from fp8c.network import Network
-
-_COSTS = Path(__file__).resolve().parent.parent / "backends" / "costs"
-SHEET_SCHEMA = "fp8c.costs/1"
 
 #: Output tiles a GEMM library chooses from; wave quantisation comes from these. Source: the tiles DeepGEMM's sm90
 #: heuristics try (`csrc/jit_kernels/heuristics/`).
@@ -50,7 +44,7 @@ class Machine:
     nic_gb_per_s: float
     gpus_per_node: int = 8
     hbm_usable: float = 0.89
-    nvlink_usable: float = 0.8
+    nvlink_usable: float = 1.0
     nic_usable: float = 0.9
     launch_us: float = 3.0
     gemm_fp8_efficiency: float = 0.67
@@ -291,53 +285,3 @@ def beside_us(gemm_us: list[float], comm_us: float, comm_sms: int, machine: Mach
         left = max(0.0, comm_us - time)
         time += one * (1.0 + machine.blocked_share * min(1.0, left / one))
     return max(time, comm_us)
-
-
-# ---------------------------------------------------------------------------------------------------------- loading
-
-
-def load_machine(name: str | Path) -> Machine:
-    """A machine by name (`h800`), a what-if by name (`whatif/comm-engine`) or a sheet by path.
-
-    A sheet may say `base = "..."` and list only what differs. Raises (exit code TARGET): E0930 no such machine, E0931
-    not a cost sheet, E0932 an unknown field or a value of the wrong type.
-    """
-    text = str(name)
-    path = Path(text) if text.endswith(".toml") else _COSTS / f"{text}.toml"
-    if not path.is_file():
-        known = ", ".join(machine_names())
-        raise fail("E0930", f"there is no machine {text!r}", help=f"known are {known}", exit_code=ExitCode.TARGET)
-    return _read_sheet(path, set())
-
-
-def machine_names() -> list[str]:
-    return sorted(p.relative_to(_COSTS).with_suffix("").as_posix() for p in _COSTS.rglob("*.toml"))
-
-
-def _read_sheet(path: Path, seen: set[Path]) -> Machine:
-    span = Span(str(path))
-    try:
-        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise fail("E0931", f"not a cost sheet: {error}", span=span, exit_code=ExitCode.TARGET) from error
-    if raw.pop("schema", None) != SHEET_SCHEMA:
-        raise fail("E0931", f'expected schema = "{SHEET_SCHEMA}"', span=span, exit_code=ExitCode.TARGET)
-    if path in seen:
-        raise fail("E0931", "the sheet is based on itself", span=span, exit_code=ExitCode.TARGET)
-    raw.pop("sources", None)
-    raw.pop("wish", None)
-    base = raw.pop("base", None)
-    known = {f.name: str(f.type) for f in fields(Machine) if f.name != "name"}
-    for key, value in raw.items():
-        types = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(known.get(key, ""), ())
-        is_right = isinstance(value, types) and (isinstance(value, bool) == (known.get(key) == "bool"))
-        if not is_right or (not isinstance(value, bool) and not 0 <= value < math.inf):
-            expected = known.get(key, "one of " + ", ".join(known))
-            raise fail("E0932", f"{key} = {value!r}: expected {expected}", span=span, exit_code=ExitCode.TARGET)
-    if base is not None:
-        on = base if str(base).endswith(".toml") else _COSTS / f"{base}.toml"
-        return replace(_read_sheet(Path(on), {*seen, path}), name=path.stem, **raw)
-    try:
-        return Machine(name=path.stem, **raw)
-    except TypeError as error:
-        raise fail("E0932", f"the sheet is incomplete: {error}", span=span, exit_code=ExitCode.TARGET) from error

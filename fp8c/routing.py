@@ -79,7 +79,8 @@ def sample_traffic(spec: RoutingSpec, seed: int) -> Traffic:
     to_node = np.zeros((spec.ranks, spec.nodes))
     rows = np.zeros(spec.ranks)
     for source in range(spec.ranks):
-        gumbel = -np.log(rng.standard_exponential((drawn, spec.experts), dtype=np.float32))
+        waiting = rng.standard_exponential((drawn, spec.experts), dtype=np.float32)
+        gumbel = -np.log(np.maximum(waiting, np.finfo(np.float32).tiny))
         scores = log_p.astype(np.float32) + gumbel
         if 0 < spec.nodes_per_token < spec.nodes:
             scores = _limit_nodes(scores, spec)
