@@ -137,11 +137,21 @@ def move_router_weights(gm: fx.GraphModule) -> int:
         for made in (scaled.args[0], scaled, new, out):
             _copy_meta(made, product)
         node.replace_all_uses_with(out)
-        gm.graph.erase_node(node)
-        if not product.users:
-            gm.graph.erase_node(product)
+        for dead in (node, *_dead_chain(node, product)):
+            gm.graph.erase_node(dead)
         changed += 1
     return changed
+
+
+def _dead_chain(node: fx.Node, product: fx.Node) -> list[fx.Node]:
+    """The reshapes between the product and the node that used it, and the product, last use first."""
+    factor = next(a for a in node.args if isinstance(a, fx.Node) and _behind_same_shape(a) is product)
+    chain = [factor]
+    while chain[-1] is not product:
+        source = chain[-1].args[0]
+        assert isinstance(source, fx.Node)
+        chain.append(source)
+    return chain
 
 
 def _weighted_expert_output(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -150,27 +160,34 @@ def _weighted_expert_output(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
         return None
-    for product, weight in (node.args, node.args[::-1]):
-        assert isinstance(product, fx.Node) and isinstance(weight, fx.Node)
+    for factor, weight in (node.args, node.args[::-1]):
+        assert isinstance(factor, fx.Node) and isinstance(weight, fx.Node)
+        product = _behind_same_shape(factor)
         if product.op == "call_function" and product.target in _GROUPED_MM and len(product.users) == 1:
             example, w = product.meta.get("example_value"), weight.meta.get("example_value")
             if example is None or w is None or example.dim() != 2 or w.dim() != 2 or w.shape[-1] != 1:
                 continue
             if not isinstance(product.args[0], fx.Node) or product.args[0].meta.get("example_value") is None:
                 continue
-            if _before(weight, product):
-                return product, weight
-            # The weight is computed after the GEMM: it can move only if it does not depend on it.
-            if product not in _ancestors_within(weight):
+            if product not in _ancestors(weight):
                 return product, weight
     return None
 
 
-def _before(a: fx.Node, b: fx.Node) -> bool:
-    return a < b
+def _behind_same_shape(node: fx.Node) -> fx.Node:
+    """The node behind a reshape that changes nothing and has no other reader."""
+    while node.op == "call_method" and node.target in ("reshape", "view") and len(node.users) == 1:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        before, after = source.meta.get("example_value"), node.meta.get("example_value")
+        if before is None or after is None or before.shape != after.shape:
+            break
+        node = source
+    return node
 
 
-def _ancestors_within(node: fx.Node) -> set[fx.Node]:
+def _ancestors(node: fx.Node) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     frontier = [node]
     while frontier:

@@ -32,6 +32,7 @@ from fp8c.graph import aten
 from fp8c.pass_manager import PassContext, PassResult, SavedValue
 from fp8c.passes.assign_roles import GemmRole
 from fp8c.roles import Op
+from fp8c.saved import storage_root
 from fp8c.specs.plan import UsePlan
 
 ops = torch.ops.fp8c
@@ -286,31 +287,29 @@ def _network(sinks: set[fx.Node], policy: Policy) -> nx.DiGraph:
 
 
 def _cut_component(component: nx.DiGraph, sinks: set[fx.Node], policy: Policy) -> list[fx.Node]:
-    """Minimum cut by bytes, the one nearest to backward among equals (found from the reversed network)."""
+    """Minimum cut by bytes; among equals the one nearest to backward, which computes the least again."""
     sources = [n for n in component if is_source(n, policy)]
     if not sources:
         return []  # all of it can be computed from inputs and saved values
     flow: nx.DiGraph = nx.DiGraph()
     for node in component:
         capacity = save_cost_bytes(node, policy)
-        # Reversed: flow runs from backward ("s") to the sources ("t"), so the source-side cut is the latest one.
-        if capacity is None:
-            flow.add_edge((node, "out"), (node, "in"))
-        else:
-            flow.add_edge((node, "out"), (node, "in"), capacity=capacity)
+        limit = {} if capacity is None else {"capacity": capacity}
+        flow.add_edge((node, "in"), (node, "out"), **limit)
         if node in sinks:
-            flow.add_edge("s", (node, "out"))
+            flow.add_edge((node, "out"), "backward")
     for producer, consumer in component.edges:
-        flow.add_edge((consumer, "in"), (producer, "out"))
+        flow.add_edge((producer, "out"), (consumer, "in"))
     for node in sources:
-        flow.add_edge((node, "in"), "t")
-    if "s" not in flow:
+        flow.add_edge("forward", (node, "in"))
+    if "backward" not in flow:
         return []
     try:
-        _, (near_backward, _) = nx.minimum_cut(flow, "s", "t", flow_func=nx.algorithms.flow.boykov_kolmogorov)
+        # networkx returns the cut whose sink side is smallest.
+        _, (far, near) = nx.minimum_cut(flow, "forward", "backward", flow_func=nx.algorithms.flow.boykov_kolmogorov)
     except nx.NetworkXUnbounded:
         raise _unreachable(component, sinks, policy) from None
-    return sorted(n for n in component if (n, "out") in near_backward and (n, "in") not in near_backward)
+    return sorted(n for n in component if (n, "in") in far and (n, "out") in near)
 
 
 def _unreachable(component: nx.DiGraph, sinks: set[fx.Node], policy: Policy) -> DiagnosticError:
@@ -325,8 +324,10 @@ def _unreachable(component: nx.DiGraph, sinks: set[fx.Node], policy: Policy) -> 
 
 
 def save_cost_bytes(node: fx.Node, policy: Policy) -> int | None:
-    """Bytes of keeping a value; None where it must not be kept."""
+    """Bytes of keeping a value; None where it must not be kept. A view keeps its whole storage: keep that instead."""
     val = node.meta.get("val")
+    if storage_root(node) is not node:
+        return None
     if not isinstance(val, torch.Tensor) or node in policy.never_save or g.is_backward(node):
         return None
     return max(1, g.size_bytes(val))

@@ -62,7 +62,7 @@ def move_before(
     assert fmt.group is not None
     if fmt.group[0] != 1 or len(quantize.args) > 2 or not quantize.users:
         return None
-    mover = g.strip(moved, {aten.alias.default})
+    mover = behind_same_shape(moved)
     if not (is_row_gather(mover) or is_all_to_all(mover)):
         return None
     source = tokens_of(mover)
@@ -78,6 +78,15 @@ def move_before(
     first = data.args[0]
     assert isinstance(first, fx.Node)
     return first
+
+
+def behind_same_shape(node: fx.Node) -> fx.Node:
+    """The node behind views that change nothing."""
+    while g.is_call(node, g.RESHAPES) and isinstance(node.args[0], fx.Node):
+        if g.value(node.args[0]).shape != g.value(node).shape:
+            break
+        node = node.args[0]
+    return node
 
 
 def is_row_gather(node: fx.Node) -> bool:

@@ -38,13 +38,16 @@ class _Given:
     rule: str
 
 
-def resolve(spec: Spec, uses: Sequence[OpUse], target: TargetRecord) -> PrecisionPlan:
+def resolve(spec: Spec, uses: Sequence[OpUse], target: TargetRecord, *, partial: bool = False) -> PrecisionPlan:
     """Decide every field of every use.
+
+    partial: the uses are those of a part of a model (one compiled layer, one graph of several), so what matches nothing
+             here may match elsewhere: unmatched rules and `expect` are not reported
 
     Raises DiagnosticError listing all problems; its exit code is TARGET when only the target is at fault, else SPEC.
     Warnings and remarks are in the plan's `diagnostics`.
     """
-    resolver = _Resolver(spec, uses, target)
+    resolver = _Resolver(spec, uses, target, partial)
     plan = resolver.run()
     errors = [d for d in resolver.diagnostics if d.severity is Severity.ERROR]
     if errors:
@@ -123,8 +126,8 @@ def _and_more(paths: Sequence[str]) -> str:
 
 
 class _Resolver:
-    def __init__(self, spec: Spec, uses: Sequence[OpUse], target: TargetRecord) -> None:
-        self.spec, self.uses, self.target = spec, uses, target
+    def __init__(self, spec: Spec, uses: Sequence[OpUse], target: TargetRecord, partial: bool) -> None:
+        self.spec, self.uses, self.target, self.partial = spec, uses, target, partial
         self.selection = Selection(uses)
         self.diagnostics: list[Diagnostic] = []
         self.given: list[dict[str, _Given]] = [{} for _ in uses]
@@ -154,7 +157,7 @@ class _Resolver:
         self.check_architecture()
         for level, layer in enumerate(self.spec.layers):
             self.apply(layer, level)
-            for expect in layer.expects:
+            for expect in () if self.partial else layer.expects:
                 self.check_expectation(expect)
         self.diagnostics += self.selection.diagnostics
         if not any(d.severity is Severity.ERROR for d in self.diagnostics):
@@ -193,7 +196,7 @@ class _Resolver:
             self.give(rule, layer, level, mask)
 
     def check_matches(self, rule: ast.Rule, mask: int) -> None:
-        if rule.modifiers.optional:
+        if rule.modifiers.optional or self.partial:
             return
         severity = Severity.WARNING if self.setting("defaults", "unmatched_rule", "error") == "warn" else Severity.ERROR
         found = list(self.selection.unmatched(rule.selector))

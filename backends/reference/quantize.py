@@ -141,15 +141,15 @@ def dequantize_f32(q: Tensor, s: Tensor, fmt: Format, offs: Tensor | None = None
         raise fail("E0520", f"format '{fmt.text}' of a tensor {shape} has scales {expected}, found {list(s.shape)}")
     values, scale = decode(q, fmt.element, cols), decode_scale(s)
     if experts is None:
-        return _apply_scale(values, scale, fmt)
+        return apply_scale(values, scale, fmt)
     assert offs is not None and fmt.group is not None
     out = torch.zeros_like(values)
     for expert, start, end in expert_ranges(offs, values.shape[0]):
-        out[start:end] = _apply_scale(values[start:end], scale[expert_groups(fmt.group[0], expert, start, end)], fmt)
+        out[start:end] = apply_scale(values[start:end], scale[expert_groups(fmt.group[0], expert, start, end)], fmt)
     return out
 
 
-def _apply_scale(values: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+def apply_scale(values: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     groups = _split_groups(values, fmt)
     return _join_groups(groups * scale[..., :, None, :, None], values.shape)
 
