@@ -230,7 +230,11 @@ def _over_budget(problem: Problem, best_bytes: int | None) -> str:
 
 
 class Timeline:
-    """A partial schedule that grows task by task; holds that streams and memory are never oversubscribed."""
+    """A partial schedule that grows task by task; holds that streams and memory are never oversubscribed.
+
+    With a memory budget, tasks are issued in time order over all streams: what is held when the next one starts is then
+    known. Some shortest schedule is always reached that way (sort its tasks by start; none starts later here).
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -239,70 +243,74 @@ class Timeline:
         self.free_us = dict.fromkeys(problem.resources, 0.0)
         self.last_start_us = 0.0
         self.issued: list[int] = []
+        self.missing = [len(p) for p in problem.predecessors]
+        self.held_bytes = problem.base_bytes  # at `last_start_us`, kept only with a budget
+        self.frees: list[tuple[float, int]] = []  # heap of (time, bytes given back)
+        self.readers_left = [len(s) for s in problem.successors] if problem.memory_budget_bytes is not None else []
 
     def copy(self) -> Timeline:
         other = Timeline.__new__(Timeline)
         other.problem = self.problem
         other.start_us, other.end_us = self.start_us.copy(), self.end_us.copy()
         other.free_us, other.last_start_us = self.free_us.copy(), self.last_start_us
-        other.issued = self.issued.copy()
+        other.issued, other.missing = self.issued.copy(), self.missing.copy()
+        other.held_bytes, other.frees = self.held_bytes, self.frees.copy()
+        other.readers_left = self.readers_left.copy()
         return other
 
     def is_ready(self, i: int) -> bool:
-        return self.start_us[i] < 0.0 and all(self.end_us[p] >= 0.0 for p in self.problem.predecessors[i])
+        return self.missing[i] == 0 and self.start_us[i] < 0.0
+
+    def arrival_us(self, i: int) -> float:
+        """When the inputs of task `i`, all issued, have ended."""
+        return max((self.end_us[p] for p in self.problem.predecessors[i]), default=0.0)
 
     def earliest_us(self, i: int) -> float | None:
         """When task `i`, whose inputs are all issued, can start; None when memory never suffices without others."""
-        problem = self.problem
-        time = self.free_us[problem.tasks[i].resource]
-        for p in problem.predecessors[i]:
-            time = max(time, self.end_us[p])
-        if problem.memory_budget_bytes is None:
-            return time
-        # With a budget, tasks are issued in time order: what is held when the next one starts is then known.
-        return self._first_fit_us(i, max(time, self.last_start_us), problem.memory_budget_bytes)
+        time = max(self.free_us[self.problem.tasks[i].resource], self.arrival_us(i))
+        budget = self.problem.memory_budget_bytes
+        return time if budget is None else self._first_fit_us(i, max(time, self.last_start_us), budget)
 
     def _first_fit_us(self, i: int, time: float, budget: int) -> float | None:
         task = self.problem.tasks[i]
-        need = task.output_bytes + max(0, task.delta_bytes)
-        held, frees = self._memory()
-        frees.sort()
-        for free_us, size in frees:
-            if free_us <= time:
-                held -= size
-        if held + need <= budget:
+        over = self.held_bytes + task.output_bytes + max(0, task.delta_bytes) - budget
+        if over <= 0:
             return time
-        for free_us, size in frees:
-            if free_us > time:
-                held -= size
-                if held + need <= budget:
-                    return free_us
+        for free_us, size in sorted(self.frees):
+            over -= size
+            if over <= 0:
+                return max(time, free_us)
         return None
-
-    def _memory(self) -> tuple[int, list[tuple[float, int]]]:
-        """Bytes taken by everything issued so far, and when which of them are given back."""
-        tasks, held, frees = self.problem.tasks, self.problem.base_bytes, []
-        for j in self.issued:
-            task = tasks[j]
-            held += task.output_bytes + max(0, task.delta_bytes)
-            if task.delta_bytes < 0:
-                frees.append((self.end_us[j], -task.delta_bytes))
-            readers = self.problem.successors[j]
-            if task.output_bytes and readers and all(self.end_us[s] >= 0.0 for s in readers):
-                frees.append((max(self.end_us[s] for s in readers), task.output_bytes))
-        return held, frees
 
     def start(self, i: int) -> bool:
         """Issue task `i` at its earliest time; False when memory forbids it."""
         time = self.earliest_us(i)
         if time is None:
             return False
+        task = self.problem.tasks[i]
         self.start_us[i] = time
-        self.end_us[i] = time + self.problem.tasks[i].duration_us
-        self.free_us[self.problem.tasks[i].resource] = self.end_us[i]
+        self.end_us[i] = time + task.duration_us
+        self.free_us[task.resource] = self.end_us[i]
         self.last_start_us = max(self.last_start_us, time)
         self.issued.append(i)
+        for s in self.problem.successors[i]:
+            self.missing[s] -= 1
+        if self.problem.memory_budget_bytes is not None:
+            self._take_memory(i, time)
         return True
+
+    def _take_memory(self, i: int, time: float) -> None:
+        tasks = self.problem.tasks
+        while self.frees and self.frees[0][0] <= time:
+            self.held_bytes -= heapq.heappop(self.frees)[1]
+        self.held_bytes += tasks[i].output_bytes + max(0, tasks[i].delta_bytes)
+        if tasks[i].delta_bytes < 0:
+            heapq.heappush(self.frees, (self.end_us[i], -tasks[i].delta_bytes))
+        for p in self.problem.predecessors[i]:
+            self.readers_left[p] -= 1
+            if self.readers_left[p] == 0 and tasks[p].output_bytes:
+                last_us = max(self.end_us[s] for s in self.problem.successors[p])
+                heapq.heappush(self.frees, (last_us, tasks[p].output_bytes))
 
     def makespan_us(self) -> float:
         return max(self.end_us, default=0.0)

@@ -6,6 +6,7 @@ ranks that agree on the problem agree on the schedule.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -119,29 +120,76 @@ def _priorities(problem: Problem) -> Iterable[list[float]]:
 
 
 def list_schedule(problem: Problem, priority: list[float], bound_us: float = 0.0) -> Schedule | None:
-    """Always issue the task that can start first; among those of one time, the one of highest priority.
+    """Always issue the task that can start first; among those of one stream and time, the one of highest priority.
 
-    With a memory budget, when nothing fits the way is blocked and None is returned.
+    O(n log n) for n tasks. With a memory budget a task that does not fit is passed over until memory is given back;
+    None when nothing fits and nothing more is given back.
     """
     timeline = Timeline(problem)
-    missing = [len(p) for p in problem.predecessors]
-    ready = [i for i, m in enumerate(missing) if m == 0]
-    while ready:
-        best: tuple[float, float, int] | None = None
-        for i in ready:
-            time = timeline.earliest_us(i)
-            if time is not None and (best is None or (time, -priority[i], i) < best):
-                best = (time, -priority[i], i)
-        if best is None:
+    coming: dict[str, list[tuple[float, int]]] = {r: [] for r in problem.resources}  # (inputs there, task)
+    waiting: dict[str, list[tuple[float, int]]] = {r: [] for r in problem.resources}  # (-priority, task), startable
+    for i in range(len(problem.tasks)):
+        if timeline.is_ready(i):
+            heapq.heappush(coming[problem.tasks[i].resource], (0.0, i))
+    blocked_us = 0.0  # before this time, no waiting task fits into memory
+    while len(timeline.issued) < len(problem.tasks):
+        best: tuple[float, str] | None = None
+        for resource in problem.resources:
+            if waiting[resource]:
+                time = timeline.free_us[resource]
+            elif coming[resource]:
+                time = max(timeline.free_us[resource], coming[resource][0][0])
+            else:
+                continue
+            time = max(time, blocked_us)
+            if best is None or time < best[0]:
+                best = (time, resource)
+        assert best is not None, "a problem's tasks are in topological order, so one is always ready"
+        for resource in problem.resources:
+            while coming[resource] and coming[resource][0][0] <= best[0]:
+                _, i = heapq.heappop(coming[resource])
+                heapq.heappush(waiting[resource], (-priority[i], i))
+        chosen = _pop_fitting(timeline, waiting[best[1]], best[0])
+        if chosen is None:
+            chosen = _any_fitting(problem, timeline, waiting, best[0])
+        if chosen is None:
+            later = [t for t, _ in timeline.frees if t > best[0]]
+            later += [t for row in coming.values() for t, _ in row if t > best[0]]
+            later += [t for r, t in timeline.free_us.items() if t > best[0] and waiting[r]]
+            if not later:
+                return None
+            blocked_us = min(later)
+            continue
+        if not timeline.start(chosen):
             return None
-        chosen = best[2]
-        timeline.start(chosen)
-        ready.remove(chosen)
         for s in problem.successors[chosen]:
-            missing[s] -= 1
-            if missing[s] == 0:
-                ready.append(s)
+            if timeline.missing[s] == 0:
+                heapq.heappush(coming[problem.tasks[s].resource], (timeline.arrival_us(s), s))
     return timeline.schedule("list", bound_us)
+
+
+def _pop_fitting(timeline: Timeline, waiting: list[tuple[float, int]], now_us: float) -> int | None:
+    """The first waiting task, by priority, that memory lets start now."""
+    if timeline.problem.memory_budget_bytes is None:
+        return heapq.heappop(waiting)[1]
+    for entry in sorted(waiting):
+        time = timeline.earliest_us(entry[1])
+        if time is not None and time <= now_us + EPSILON_US:
+            waiting.remove(entry)
+            heapq.heapify(waiting)
+            return entry[1]
+    return None
+
+
+def _any_fitting(
+    problem: Problem, timeline: Timeline, waiting: dict[str, list[tuple[float, int]]], now_us: float
+) -> int | None:
+    for resource in problem.resources:
+        if timeline.free_us[resource] <= now_us and waiting[resource]:
+            chosen = _pop_fitting(timeline, waiting[resource], now_us)
+            if chosen is not None:
+                return chosen
+    return None
 
 
 # ------------------------------------------------------------------------------------- branching, beam, exact search
