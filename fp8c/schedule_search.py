@@ -34,11 +34,13 @@ class SearchLimits:
 
     exact_tasks: int = 64
     exact_nodes: int = 20_000
-    beam_width: int = 48
+    beam_width: int = 128
     beam_work: int = 400_000
 
 
 DEFAULT_LIMITS = SearchLimits()
+#: Partial schedules of the same tasks the beam keeps: they differ in when streams and inputs come free.
+KEPT_PER_SET = 16
 
 
 def solve(problem: Problem, limits: SearchLimits = DEFAULT_LIMITS) -> Schedule:
@@ -233,7 +235,7 @@ def _profile(timeline: Timeline) -> tuple[float, ...]:
 
 
 def beam_search(problem: Problem, width: int, bound_us: float = 0.0) -> Schedule | None:
-    """Keep the `width` most promising partial schedules of each size; of those with the same tasks, one of the best."""
+    """Keep the `width` most promising partial schedules of each size; of those with the same tasks, the best few."""
     beam = [Timeline(problem)]
     for _ in problem.tasks:
         scored: dict[int, list[tuple[tuple[float, float], Timeline]]] = {}
@@ -243,7 +245,7 @@ def beam_search(problem: Problem, width: int, bound_us: float = 0.0) -> Schedule
                 child.start(i)
                 score = (lower_bound_us(problem, child), sum(_profile(child)))
                 scored.setdefault(_key(child), []).append((score, child))
-        kept = [pair for same in scored.values() for pair in sorted(same, key=lambda p: p[0])[:3]]
+        kept = [pair for same in scored.values() for pair in sorted(same, key=lambda p: p[0])[:KEPT_PER_SET]]
         kept.sort(key=lambda p: p[0])
         beam = [timeline for _, timeline in kept[:width]]
         if not beam:
