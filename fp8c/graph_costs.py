@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import graph as g
 from fp8c.cost_model import AllToAll, Attention, Elementwise, Gemm, Machine, Operator, Quantize, Retile, estimate_us
 from fp8c.graph import aten

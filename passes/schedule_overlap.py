@@ -96,7 +96,9 @@ def schedule_graph(
     problem, anchors = graph_problem(graph, cost_us, memory_budget_bytes)
     schedule = solve(problem, limits)
     given = program_order(issue_order_problem(graph, cost_us))
-    found = emission_order(graph, [anchors[s.task.name] for s in schedule.slots])
+    # Of what starts together, transfers are issued first: the host needs a moment for each, and compute would wait.
+    issue = sorted(schedule.slots, key=lambda s: (s.start_us, s.task.resource != COMM))
+    found = emission_order(graph, [anchors[s.task.name] for s in issue])
     _apply(graph, found)
     raise_if(order_only(before, graph))
     moved = sum(a is not b for a, b in zip(order, graph.nodes))
@@ -178,7 +180,8 @@ def ordering_constraints(graph: fx.Graph) -> Mapping[fx.Node, tuple[fx.Node, ...
                 writer[source] = node
                 readers[source] = []
             readers.setdefault(source, []).append(node)
-        if node.is_impure() or _draws_random(node):
+        # FX calls waits and collectives impure; their order is what is being decided.
+        if (node.is_impure() or _draws_random(node)) and node.target is not WAIT and not is_collective(node):
             if impure is not None:
                 behind.setdefault(node, []).append(impure)
             impure = node
@@ -318,11 +321,11 @@ def pair_graphs(forward: fx.GraphModule, backward: fx.GraphModule) -> fx.GraphMo
     returns (forward's outputs, backward's outputs).
 
     Nothing of one reads the other, so `schedule_graph` interleaves them: DualPipe's overlapped pair, from plain graphs.
-    Attributes of both modules are kept under `forward.` and `backward.`.
+    Attributes of both modules are kept under `forward_chunk.` and `backward_chunk.`.
     """
     root = torch.nn.Module()
     merged = fx.Graph()
-    halves = (("forward", forward), ("backward", backward))
+    halves = (("forward_chunk", forward), ("backward_chunk", backward))
     copies: dict[fx.Node, fx.Node] = {}
     for name, half in halves:
         root.add_module(name, _bare(half))
