@@ -20,8 +20,8 @@ from fp8c.durations import DurationTable, OpDuration
 from fp8c.network import simulate_combine, simulate_dispatch
 from fp8c.overlap import (
     CommTimes,
-    chunk_tasks,
     choose_chunks,
+    chunk_tasks,
     length_us,
     pair_problem,
     scaled_table,
@@ -247,14 +247,11 @@ class Loads:
     experts: Array
 
     def factor(self, kind: str, pattern: int) -> Array | None:
-        match kind:
-            case "dispatch":
-                return self.dispatch[pattern]
-            case "combine":
-                return self.combine[pattern]
-            case "experts":
-                return self.experts[pattern]
-        return None
+        rows = {"dispatch": self.dispatch, "combine": self.combine, "experts": self.experts}.get(kind)
+        if rows is None:
+            return None
+        factors: Array = rows[pattern]
+        return factors
 
 
 def draw_loads(table: DurationTable, mesh: Mesh, run: ClusterRun) -> Loads | None:
@@ -589,4 +586,3 @@ def gpu_hours_per_trillion_tokens(step_us: float, gpus: int, tokens: int) -> flo
 
 def tokens_per_step(table: DurationTable) -> int:
     return table.deployment.sequences_per_step * table.model.sequence
-

@@ -206,7 +206,9 @@ def _run(net: Network, traffic: Traffic, token_bytes: float, warps: tuple[int, i
         heapq.heappush(heap, (time, key, stage + 1, source, node, share))
     busy = max(float(nic_out.busy_us.max()), float(nic_in.busy_us.max()))
     duration = float(finish.max())
-    return Transfer(finish, (warps[0], warps[1], warps[2]), busy / duration if duration else 0.0, float(remote_bytes.sum()))
+    return Transfer(
+        finish, (warps[0], warps[1], warps[2]), busy / duration if duration else 0.0, float(remote_bytes.sum())
+    )
 
 
 def transfer_bound_us(net: Network, traffic: Traffic, token_bytes: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fp8c.cost_model import Machine, compute_stretch
 from fp8c.diagnostics import fail
@@ -339,7 +340,7 @@ def _partition(layers: list[str], costs: list[float], stages: int) -> list[tuple
     for stage in range(stages, 0, -1):
         cuts.append(best[stage][cuts[-1]][2])
     cuts.reverse()
-    return [tuple(layers[a:b]) for a, b in zip(cuts, cuts[1:])]
+    return [tuple(layers[a:b]) for a, b in pairwise(cuts)]
 
 
 def totals_ms(table: DurationTable, layers: Iterable[str]) -> Mapping[str, float]:

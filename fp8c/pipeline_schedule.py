@@ -105,6 +105,15 @@ class _Writer:
     def pair(self, forward: tuple[int, int], backward: tuple[int, int]) -> None:
         self.steps.append(Pair(self._next(FORWARD, *forward), self._next(BACKWARD, *backward)))
 
+    def forwards(self, stage: int) -> int:
+        """How many forwards of a stage are written."""
+        return self.counts.get((FORWARD, stage, 0), 0)
+
+    def backward_in_parts(self, stage: int) -> None:
+        """Input part and weight part, one after the other."""
+        self.backward(stage, is_split=True)
+        self.steps.append(self.delayed.pop())
+
     def weight(self) -> None:
         """The oldest delayed weight part, if there is one."""
         if self.delayed:
@@ -147,16 +156,13 @@ def _looped(name: str, ranks: int, micro_batches: int, local_stages: int, reach:
         writer = _Writer()
         warmup = min((local_stages - 1) * per_round + reach * (ranks - 1 - rank), total)
 
-        def stage(turn: int, *, backwards: bool) -> int:
-            local = (turn // per_round) % local_stages
-            return (local_stages - 1 - local if backwards else local) * ranks + rank
-
         for turn in range(total + warmup):
             if turn < total:
-                writer.forward(stage(turn, backwards=False))
+                writer.forward(turn // per_round % local_stages * ranks + rank)
             back = turn - warmup
             if back >= 0:
-                writer.backward(stage(back, backwards=True), is_split=is_split)
+                local = local_stages - 1 - back // per_round % local_stages
+                writer.backward(local * ranks + rank, is_split=is_split)
                 if back >= rank:  # the first `rank` weight parts wait for the bubble at the end
                     writer.weight()
         while writer.delayed:
@@ -184,13 +190,6 @@ def zero_bubble_v(ranks: int, micro_batches: int) -> Pipeline:
         down, up = rank, 2 * ranks - 1 - rank
         writer = _Writer()
 
-        def done(kind: str, stage: int) -> int:
-            return writer.counts.get((kind, stage, 0), 0)
-
-        def backward_with_weight(stage: int) -> None:
-            writer.backward(stage, is_split=True)
-            writer.steps.append(writer.delayed.pop())
-
         for _ in range(2 * (ranks - rank) - 1):
             writer.forward(down)
         for _ in range(rank):
@@ -198,13 +197,13 @@ def zero_bubble_v(ranks: int, micro_batches: int) -> Pipeline:
             writer.forward(down)
         for _ in range(ranks - rank):
             writer.forward(up)
-            backward_with_weight(up)
-        while done(FORWARD, up) < done(FORWARD, down) or done(FORWARD, down) < enough:
-            if done(FORWARD, down) < enough:
+            writer.backward_in_parts(up)
+        while writer.forwards(up) < writer.forwards(down) or writer.forwards(down) < enough:
+            if writer.forwards(down) < enough:
                 writer.forward(down)
-            backward_with_weight(down)
+            writer.backward_in_parts(down)
             writer.forward(up)
-            backward_with_weight(up)
+            writer.backward_in_parts(up)
         for _ in range(rank):
             writer.backward(down, is_split=True)
             writer.backward(up, is_split=True)

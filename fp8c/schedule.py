@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from fp8c.diagnostics import Diagnostic, DiagnosticError, fail
 
@@ -414,7 +415,7 @@ def check_schedule(problem: Problem, schedule: Schedule) -> list[Diagnostic]:
                 found.append(Diagnostic("E0751", f"{task.name!r} starts before its input {name!r} has ended"))
     for resource in problem.resources:
         row = sorted((s for s in schedule.slots if s.task.resource == resource), key=lambda s: (s.start_us, s.end_us))
-        for a, b in zip(row, row[1:]):
+        for a, b in pairwise(row):
             if a.end_us > b.start_us + EPSILON_US:
                 found.append(Diagnostic("E0752", f"{a.task.name!r} and {b.task.name!r} overlap on stream {resource!r}"))
     peak = peak_bytes(problem, schedule.slots)
@@ -451,21 +452,21 @@ def check_ranks(orders: Mapping[int, Sequence[CollectiveCall]]) -> list[Diagnost
     pending = sorted(queues)
     while pending:
         key = pending.pop()
-        call = head(*key)
-        if call is None or any(head(member, call.stream) != call for member in call.group):
+        ready = head(*key)
+        if ready is None or any(head(member, ready.stream) != ready for member in ready.group):
             continue
-        for member in call.group:
-            position[(member, call.stream)] += 1
-            pending.append((member, call.stream))
+        for member in ready.group:
+            position[(member, ready.stream)] += 1
+            pending.append((member, ready.stream))
     found: list[Diagnostic] = []
     for rank, stream in sorted(queues):
-        call = head(rank, stream)
-        if call is None:
+        stuck = head(rank, stream)
+        if stuck is None:
             continue
-        others = [(m, head(m, call.stream)) for m in call.group if head(m, call.stream) != call]
+        others = [(m, head(m, stuck.stream)) for m in stuck.group if head(m, stuck.stream) != stuck]
         member, other = others[0] if others else (rank, None)
         doing = f"is at {other.name!r}" if other else "has no such call left"
-        found.append(Diagnostic("E0755", f"rank {rank} waits in {call.name!r} for rank {member}, which {doing}"))
+        found.append(Diagnostic("E0755", f"rank {rank} waits in {stuck.name!r} for rank {member}, which {doing}"))
     return found
 
 

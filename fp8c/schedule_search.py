@@ -6,6 +6,7 @@ ranks that agree on the problem agree on the schedule.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -90,7 +91,7 @@ def _best(problem: Problem, bound_us: float, limits: SearchLimits) -> Schedule |
 def _attempts(problem: Problem, bound_us: float, limits: SearchLimits) -> Iterator[Callable[[], Schedule | None]]:
     yield lambda: _in_program_order(problem, bound_us)
     for priority in _priorities(problem):
-        yield lambda priority=priority: list_schedule(problem, priority, bound_us)
+        yield functools.partial(list_schedule, problem, priority, bound_us)
     width = min(limits.beam_width, limits.beam_work // max(1, len(problem.tasks) ** 2))
     if width >= 2:
         yield lambda: beam_search(problem, width, bound_us)
@@ -278,7 +279,7 @@ def branch_and_bound(
         if len(timeline.issued) == len(problem.tasks):
             best, best_us = timeline.schedule("exact", root_bound), timeline.makespan_us()
             continue
-        children = []
+        children: list[tuple[float, int, Timeline]] = []
         for i in _branches(problem, timeline):
             child = timeline.copy()
             child.start(i)

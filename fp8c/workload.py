@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fp8c.cost_model import AllToAll, Attention, Elementwise, Gemm, Machine, Operator, Quantize, Retile, estimate_us
+from fp8c.cost_model import Attention, Elementwise, Gemm, Machine, Operator, Quantize, Retile, estimate_us
 from fp8c.durations import PREVIOUS, Deployment, DurationTable, Measured, ModelShape, OpDuration
 from fp8c.network import simulate_combine, simulate_dispatch
 from fp8c.routing import RoutingSpec, balanced_traffic
+from fp8c.schedule import COMM, COMPUTE
 
 FP8_TOKEN_SCALES = 4.0 / 128.0  # an FP32 scale per 128 values, bytes per value
 
@@ -189,36 +190,52 @@ def predicted_table(shape: ModelShape, deployment: Deployment, machine: Machine,
         net = machine.network(comm_sms)
         dispatch = simulate_dispatch(net, traffic, dispatch_bytes(shape)).duration_us * machine.comm_slowdown_dispatch
         combine = simulate_combine(net, traffic, combine_bytes(shape)).duration_us * machine.comm_slowdown_combine
-    for kind in (["dense"] if shape.dense_layers else []) + ["moe"]:
+    for kind in ["dense", "moe"] if shape.dense_layers else ["moe"]:
         work = layer_work(shape, kind, tokens, deployment.expert_parallel)
-        sends = has_peers and kind == "moe"
-
-        def add(phase: str, name: str, after: tuple[str, ...], output: bool = False, can_split: bool = False) -> None:
-            ops.append(OpDuration(kind, phase, name, "compute", ms(work[f"{phase}.{name}"]), after, output, can_split))
-
-        def send(phase: str, name: str, us: float, after: str, what: str, output: bool = False) -> None:
-            ops.append(OpDuration(kind, phase, name, "comm", us / 1000.0, (after,), output, True, 0.0, what))
-
-        add("F", "attention", (PREVIOUS,))
-        if sends:
-            send("F", "dispatch", dispatch, "attention", "dispatch")
-        add("F", "mlp", ("dispatch" if sends else "attention",), output=not sends, can_split=True)
-        if sends:
-            send("F", "combine", combine, "mlp", "combine", output=True)
-            send("B", "combine", dispatch, PREVIOUS, "dispatch")
-        add("B", "mlp", ("combine" if sends else PREVIOUS,), can_split=True)
-        if sends:
-            send("B", "dispatch", combine, "mlp", "combine")
-        add("B", "attention", ("dispatch" if sends else "mlp",), output=True)
-        add("W", "mlp", ("B.mlp",))
-        add("W", "attention", ("B.attention",))
+        times = {key: ms(ops_of) for key, ops_of in work.items()}
+        if has_peers and kind == "moe":
+            ops += _moe_rows(times, dispatch / 1000.0, combine / 1000.0)
+        else:
+            ops += _local_rows(kind, times)
     measured = Measured(machine.name, comm_sms, tokens, deployment.expert_parallel)
     return DurationTable(f"{shape.name} on {machine.name}, predicted", measured, tuple(ops), shape, deployment)
 
 
-def transfer_bytes(shape: ModelShape, deployment: Deployment) -> AllToAll:
-    """Bytes the busiest GPU sends in one even dispatch, as the flat estimate takes them."""
-    spec = routing_of(shape, deployment, 8)
-    traffic = balanced_traffic(spec)
-    away = traffic.to_node[0].sum() - traffic.to_node[0, 0]
-    return AllToAll(float(away) * dispatch_bytes(shape), float(traffic.to_gpu[0].sum()) * dispatch_bytes(shape))
+def _moe_rows(ms: Mapping[str, float], dispatch_ms: float, combine_ms: float) -> list[OpDuration]:
+    """Attention, dispatch, experts, combine, and back. A combine's backward runs a dispatch, a dispatch's a combine."""
+
+    def op(phase: str, name: str, *after: str, output: bool = False, can_split: bool = False) -> OpDuration:
+        return OpDuration("moe", phase, name, COMPUTE, ms[f"{phase}.{name}"], after, output, can_split)
+
+    def send(phase: str, name: str, after: str, kind: str, output: bool = False) -> OpDuration:
+        time_ms = dispatch_ms if kind == "dispatch" else combine_ms
+        return OpDuration("moe", phase, name, COMM, time_ms, (after,), output, True, 0.0, kind)
+
+    return [
+        op("F", "attention", PREVIOUS),
+        send("F", "dispatch", "attention", "dispatch"),
+        op("F", "mlp", "dispatch", can_split=True),
+        send("F", "combine", "mlp", "combine", output=True),
+        send("B", "combine", PREVIOUS, "dispatch"),
+        op("B", "mlp", "combine", can_split=True),
+        send("B", "dispatch", "mlp", "combine"),
+        op("B", "attention", "dispatch", output=True),
+        op("W", "mlp", "B.mlp"),
+        op("W", "attention", "B.attention"),
+    ]
+
+
+def _local_rows(kind: str, ms: Mapping[str, float]) -> list[OpDuration]:
+    """A layer without transfers."""
+    rows = [
+        ("F", "attention", PREVIOUS, False),
+        ("F", "mlp", "attention", True),
+        ("B", "mlp", PREVIOUS, False),
+        ("B", "attention", "mlp", True),
+        ("W", "mlp", "B.mlp", False),
+        ("W", "attention", "B.attention", False),
+    ]
+    return [
+        OpDuration(kind, phase, name, COMPUTE, ms[f"{phase}.{name}"], (after,), output)
+        for phase, name, after, output in rows
+    ]

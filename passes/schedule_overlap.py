@@ -15,6 +15,7 @@ Source:   DeepSeek-V3 (arXiv:2412.19437), section 3.2.1.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,17 @@ from fp8c.graph_costs import WAIT, group_of, is_collective, node_us, stream_of
 from fp8c.overlap import Exposure, exposure
 from fp8c.partition import Halves
 from fp8c.pass_manager import PassContext
-from fp8c.schedule import COMM, CollectiveCall, Problem, Schedule, Task, check_ranks, make_problem, program_order, raise_if
+from fp8c.schedule import (
+    COMM,
+    CollectiveCall,
+    Problem,
+    Schedule,
+    Task,
+    check_ranks,
+    make_problem,
+    program_order,
+    raise_if,
+)
 from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
 
 NodeCost = Callable[[fx.Node], float]
@@ -69,7 +80,7 @@ class ScheduleOverlap:
                 continue
             report = schedule_graph(
                 half.graph,
-                lambda node: node_us(node, machine, self.comm_sms),
+                functools.partial(node_us, machine=machine, comm_sms=self.comm_sms),
                 memory_budget_bytes=self.memory_budget_bytes,
                 limits=self.limits,
             )
@@ -273,9 +284,7 @@ def order_only(before: Snapshot, graph: fx.Graph) -> list[Diagnostic]:
 
 def collective_calls(graph: fx.Graph, groups: Mapping[str, tuple[int, ...]]) -> list[CollectiveCall]:
     """The graph's collectives in issue order; `groups` gives the ranks of each process group by name."""
-    return [
-        CollectiveCall(n.name, groups.get(group_of(n), ()), COMM) for n in graph.nodes if is_collective(n)
-    ]
+    return [CollectiveCall(n.name, groups.get(group_of(n), ()), COMM) for n in graph.nodes if is_collective(n)]
 
 
 def order_digest(graph: fx.Graph) -> str:
@@ -359,4 +368,3 @@ def _bare(module: fx.GraphModule) -> torch.nn.Module:
         if isinstance(value, torch.Tensor):
             setattr(holder, key, value)
     return holder
-

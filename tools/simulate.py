@@ -193,7 +193,10 @@ def chrome_trace(result: StepResult) -> dict[str, Any]:
 def table_text(report: SimulationReport) -> str:
     """The table people read."""
     rows = [
-        ("cluster", f"{report.gpus} {report.topology}: {report.pipeline_parallel} pipeline x {report.data_parallel} data"),
+        (
+            "cluster",
+            f"{report.gpus} {report.topology}: {report.pipeline_parallel} pipeline x {report.data_parallel} data",
+        ),
         ("experts", f"over {report.expert_parallel} GPUs, {report.comm_sms} SMs for communication"),
         ("pipeline", f"{report.pipeline}, {report.micro_batches} micro-batches"),
         ("step", f"{report.step_ms / 1e3:.3f} s"),
@@ -329,7 +332,10 @@ def what_if_text(answers: Sequence[WhatIfAnswer]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    return "\n".join("  ".join(f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join(
+        "  ".join(f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -26,7 +26,7 @@ from fp8c.pipeline_schedule import (
 
 def bare(cls: type, **attributes: Any) -> Any:
     """A torch schedule without stages or process group: only the fields its order is computed from."""
-    schedule = cls.__new__(cls)
+    schedule: Any = object.__new__(cls)
     for name, value in attributes.items():
         setattr(schedule, name, value)
     return schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ import fp8c.ops  # noqa: F401  (defines the operators the passes name)
 from fp8c.backends.costs import load_machine
 from fp8c.diagnostics import DiagnosticError
 from fp8c.graph_costs import collective, is_collective, node_us
+from fp8c.partition import Halves
+from fp8c.pass_manager import PassContext
 from fp8c.passes.schedule_overlap import (
     ScheduleOverlap,
     agree,
@@ -28,8 +31,6 @@ from fp8c.passes.schedule_overlap import (
     schedule_graph,
     snapshot,
 )
-from fp8c.partition import Halves
-from fp8c.pass_manager import PassContext
 from fp8c.schedule import check_ranks
 
 RANKS = 8
@@ -46,16 +47,16 @@ def group() -> Iterator[Any]:
 @pytest.fixture
 def alone(tmp_path: Any) -> Iterator[Any]:
     """A real group of one rank: the graph can be run."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
     yield dist.group.WORLD
     dist.destroy_process_group()
 
 
 def send(x: Tensor, group: Any) -> Tensor:
     even = [x.shape[0] // dist.get_world_size()] * dist.get_world_size()
-    sent: Tensor = collectives.all_to_all_single(x, even, even, group)
-    return collectives.wait_tensor(sent)
+    functional: Any = collectives
+    sent: Tensor = functional.wait_tensor(functional.all_to_all_single(x, even, even, group))
+    return sent
 
 
 def moe_forward(group: Any) -> Any:
@@ -134,8 +135,12 @@ def test_a_pair_of_plain_graphs_is_interleaved(group: Any) -> None:
     report = schedule_graph(gm.graph, unit_cost)
     assert report.before.hidden_share < 0.2
     assert report.after.hidden_share > 0.8
-    order = ["forward" if "w1" in str(n.args) or n.name in forward_names(gm) else "backward" for n in gm.graph.nodes if is_collective(n)]
-    switches = sum(a != b for a, b in zip(order, order[1:]))
+    order = [
+        "forward" if "w1" in str(n.args) or n.name in forward_names(gm) else "backward"
+        for n in gm.graph.nodes
+        if is_collective(n)
+    ]
+    switches = sum(a != b for a, b in itertools.pairwise(order))
     assert switches >= 4, "forward and backward transfers take turns"
 
 
