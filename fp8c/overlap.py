@@ -16,7 +16,7 @@ from fp8c.diagnostics import fail
 from fp8c.durations import DurationTable, OpDuration, layer_tasks
 from fp8c.network import simulate_combine, simulate_dispatch
 from fp8c.routing import Traffic, balanced_traffic
-from fp8c.schedule import COMM, COMPUTE, Problem, Schedule, Slot, Task, make_problem, program_order
+from fp8c.schedule import COMM, COMPUTE, Problem, Schedule, Slot, Task, lower_bound_us, make_problem, program_order
 from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
 from fp8c.workload import combine_bytes, dispatch_bytes, routing_of, saved_bytes
 
@@ -136,9 +136,30 @@ def choose(
     return best, tried
 
 
-def choose_chunks(problem_tasks: Sequence[Task], settings: Iterable[int] = (1, 2, 3, 4, 6, 8)) -> Choice:
-    """How many chunks of tokens give the shortest schedule of these tasks."""
-    return choose(settings, lambda parts: make_problem(split_tasks(problem_tasks, parts)))[0]
+#: For the many small searches behind a choice of chunks: chunks are alike, so orders of equal length abound.
+CHUNK_LIMITS = SearchLimits(exact_nodes=1500, beam_width=16)
+
+
+def choose_chunks(
+    problem_tasks: Sequence[Task],
+    settings: Iterable[int] = (1, 2, 3, 4, 6, 8),
+    limits: SearchLimits = CHUNK_LIMITS,
+) -> Choice:
+    """How many chunks of tokens give the shortest schedule of these tasks, the fewest on a tie.
+
+    Settings whose lower bound is no better than a schedule already found are not searched.
+    """
+    best: Choice | None = None
+    for parts in settings:
+        problem = make_problem(split_tasks(problem_tasks, parts))
+        if best is not None and lower_bound_us(problem) >= best.schedule.makespan_us - 1e-3:
+            continue
+        found = Choice(parts, solve(problem, limits), problem)
+        if best is None or found.schedule.makespan_us < best.schedule.makespan_us - 1e-3:
+            best = found
+    if best is None:
+        raise fail("E0950", "no number of chunks was given to choose from")
+    return best
 
 
 # --------------------------------------------------------------------------------------------------------- exposure
