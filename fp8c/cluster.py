@@ -141,6 +141,7 @@ class ActionPlan:
     ops: tuple[PlannedOp, ...]
     schedule: Schedule
     chunks: int
+    is_serial: bool = False  # nothing runs beside anything, not even across actions
 
 
 @dataclass
@@ -213,7 +214,7 @@ class Planner:
                     is_output,
                 )
             )
-        return ActionPlan(tuple(ops), schedule, parts)
+        return ActionPlan(tuple(ops), schedule, parts, not self.run.is_overlapping)
 
 
 def _is_experts(layer: str, operator: str) -> bool:
@@ -445,7 +446,7 @@ def _run_action(
     outputs: list[Array] = [np.zeros(mesh.data) for _ in actions]
     for op in plan.ops:
         action = actions[op.part]
-        start = rank.free[op.stream]
+        start = np.maximum(*rank.free) if plan.is_serial else rank.free[op.stream]
         for i in op.before:
             start = np.maximum(start, ends[i])
         if op.entry:
