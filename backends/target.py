@@ -87,3 +87,11 @@ def _convert(value: object, annotation: str) -> Any:
     if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
         return None
     return frozenset(value) if annotation.startswith("frozenset") else tuple(value)
+
+
+def record_json(record: TargetRecord) -> dict[str, Any]:
+    """A record for `--json` documents; sets become sorted lists."""
+    values = {f.name: getattr(record, f.name) for f in fields(TargetRecord)}
+    return {
+        k: sorted(v) if isinstance(v, frozenset) else list(v) if isinstance(v, tuple) else v for k, v in values.items()
+    }

@@ -159,7 +159,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     groups = _split(x, parsed)
     scale = _scale_of(groups.abs().amax((-3, -1)), parsed)
     payload = _join(groups / scale[..., :, None, :, None], rows, cols)
-    return _encode(payload, parsed.element), _store_scale(scale, parsed)
+    return _encode(payload, parsed.element).contiguous(), _store_scale(scale, parsed).contiguous()
 
 
 def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,14 +176,14 @@ def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, 
     scale = _scale_of(by_group, fmt)
     payload = _join(groups / scale[scale_row][:, None, :, None], rows, cols)
     payload = torch.where(is_owned[:, None], payload, 0.0)
-    return _encode(payload, fmt.element), _store_scale(scale, fmt)
+    return _encode(payload, fmt.element).contiguous(), _store_scale(scale, fmt)
 
 
 def dequantize(
     q: Tensor, s: Tensor, fmt: str, dtype: torch.dtype, offs: Tensor | None = None, cols: Size | None = None
 ) -> Tensor:
     """`fp8c::dequantize` as tensor operations, bit for bit."""
-    return _dequantize(q, s, quantized_format(fmt), offs, cols).to(dtype)
+    return _dequantize(q, s, quantized_format(fmt), offs, cols).to(dtype).contiguous()
 
 
 def _dequantize(q: Tensor, s: Tensor, fmt: Format, offs: Tensor | None = None, cols: Size | None = None) -> Tensor:

@@ -9,6 +9,7 @@ expert, and inside one expert they keep the order of the loop they replace.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,12 +62,35 @@ def unsorted(values: Tensor, rows: Rows) -> Tensor:
     return values[back].view(*rows.shape, *values.shape[1:])
 
 
-def combined(values: Tensor, rows: Rows, axis: int, dtype: torch.dtype) -> Tensor:
-    """Sum the rows of each token over the decision's `axis` (its choices): [R, ...] -> [T, ...] in `dtype`."""
-    if len(rows.shape) == 1:
-        return unsorted(values, rows).to(dtype)
-    # torch.sum accumulates BF16 in FP32: one rounding, where a loop of `+=` rounds once per choice.
-    return unsorted(values, rows).sum(axis, dtype=dtype)
+def total(values: Tensor, rows: Rows, axes: tuple[int, ...] | None, like: Tensor) -> Tensor:
+    """What `target[where(decision == e)[axes]] += values` of all experts e adds to a target shaped and typed `like`.
+
+    axes: which of the decision's axes index the target; None for all of them, () for all but the last
+    """
+    rank = len(rows.shape)
+    used = axes
+    if axes is None or axes == ():
+        used = tuple(range(rank if axes is None else rank - 1))
+    left = [axis for axis in range(rank) if axis not in (used or ())]
+    added = unsorted(values, rows)
+    if len(left) > 1:
+        raise ValueError(f"the target is indexed by axes {used} of a routing decision with {rank} axes")
+    if left:
+        # torch.sum accumulates BF16 in FP32 and rounds once, where a loop of `+=` rounds once per choice.
+        added = added.sum(left[0], dtype=torch.promote_types(values.dtype, like.dtype))
+    return added.to(like.dtype).reshape(like.shape)
+
+
+def assigned(values: Tensor, rows: Rows, axes: tuple[int, ...] | None, like: Tensor) -> Tensor:
+    """What `target[where(decision == e)[axes]] = values` of all experts e leaves: together they write every entry."""
+    if axes not in (None, tuple(range(len(rows.shape)))):
+        raise ValueError("an entry is written once per choice, and the loop's order decides which value stays")
+    return unsorted(values, rows).reshape(like.shape).to(like.dtype)
+
+
+def table(rows: Rows) -> Tensor:
+    """`(decision == e).nonzero()` of every expert e, concatenated: i64 [R, axes]."""
+    return torch.stack(positions(rows), 1)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -86,8 +110,8 @@ def matmul(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) ->
     Under autocast both sides are cast to the autocast type, as `nn.Linear` would do: `grouped_mm` itself is not
     autocast-enabled, and computes in FP32 (or fails to capture) on FP32 parameters.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _autocast_dtype(x.device)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     shape = x.shape
     x = x.reshape(-1, shape[-1])
@@ -100,6 +124,14 @@ def matmul(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) ->
     return y.reshape(*shape[:-1], y.shape[-1])
 
 
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast is set to, if it is; a model without weights may be captured for any device."""
+    for kind in ("cuda", "cpu") if device.type == "meta" else (device.type,):
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+    return None
+
+
 def _matmul_f64(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     ends = [0, *rows.ends.tolist()]
-    return torch.cat([x[a:b] @ weight[e] for e, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True))])
+    return torch.cat([x[a:b] @ weight[e] for e, (a, b) in enumerate(itertools.pairwise(ends))])

@@ -435,12 +435,24 @@ def _forward_reach(node: fx.Node, flow: Flow, stop: frozenset[object]) -> Iterab
 
 
 def _mark_routers(gemms: list[fx.Node], flow: Flow, s: Structure) -> None:
-    """A router's output reaches a top-k on its own way; found so, whatever it is called."""
-    for gemm in gemms:
-        if flow.anchors[gemm] is Op.LINEAR and any(
-            g.is_call(n, {aten.topk.default}) for n in _forward_reach(gemm, flow, frozenset({aten.topk.default}))
-        ):
+    """A router's output reaches a top-k on its own way; found so, whatever it is called.
+
+    The gate of a shared expert (one sigmoid per token, read from what the router reads) is gating as well.
+    """
+    linears = [a for a in gemms if flow.anchors[a] is Op.LINEAR]
+    for gemm in linears:
+        if _reaches(gemm, aten.topk.default, flow):
             s.kinds[gemm].add("router")
+    routed = {_activation_inputs(x, flow) for x in linears if "router" in s.kinds[x]}
+    for gemm in linears:
+        if g.last_dim(gemm) == 1 and _activation_inputs(gemm, flow) in routed:
+            if _reaches(gemm, aten.sigmoid.default, flow):
+                s.kinds[gemm].add("router")
+
+
+def _reaches(gemm: fx.Node, target: object, flow: Flow) -> bool:
+    """Whether the output reaches a call of `target` before it reaches another anchor."""
+    return any(n.target is target for n in _forward_reach(gemm, flow, frozenset({target})))
 
 
 def _mark_heads(graph: fx.Graph, gemms: list[fx.Node], flow: Flow, s: Structure) -> None:

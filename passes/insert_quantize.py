@@ -32,9 +32,6 @@ from fp8c.specs.plan import GemmFormats
 
 ops = torch.ops.fp8c
 
-#: Between two GEMMs that read one value there may be views that keep the last axis: the rows are the same.
-_ROW_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default})
-
 
 @dataclass(frozen=True)
 class InsertQuantize:
@@ -90,7 +87,7 @@ class Quantizer:
         assert fmt.group is not None
         if fmt.group[0] == 1:
             offs = None
-        source = g.strip(x, _ROW_VIEWS)
+        source = g.strip(x, g.ROW_VIEWS)
         key = (source, fmt.text, g.value(x).dim(), offs)
         pair = self.pairs.get(key)
         if pair is None or g.value(pair[0]).shape[:-1] != g.value(x).shape[:-1]:

@@ -125,8 +125,16 @@ class _Cursor:
         return unquote(token.text), token
 
     def done(self) -> None:
-        if self.piece is not None:
-            self.fail(f"expected `{self.end.text}`, {self.found()}")
+        piece = self.piece
+        if piece is None:
+            return
+        before = self.pieces[self.at - 1].last if self.at else None
+        if before is not None and piece.first.line > before.line and self.end.text in (";", "{"):
+            # A new line begins with what cannot go on: it is the end of the line above that is missing.
+            line = self.source.line(before.line)
+            place = Span(self.source.path, before.line, before.column + len(before.text), 1, line + " ")
+            raise _Mistake(Diagnostic("E0101", f"expected `;` after `{before.text}`", place))
+        self.fail(f"expected `{self.end.text}`, {self.found()}")
 
 
 def unquote(text: str) -> str:
@@ -192,8 +200,7 @@ class _Checker:
             if word in ("use", "format", "set", "version"):
                 self.needs_semicolon(statement)
             if word == "version":
-                if statement is not statements[0]:
-                    cursor.fail("`version` is the first statement of a file", at=statement.first)
+                cursor.fail("`version` is the first statement of a file", at=statement.first)
             elif word == "use":
                 uses.append(self.use(cursor))
             elif word == "format":
@@ -207,8 +214,8 @@ class _Checker:
             else:
                 self.unknown(statement, vocab.TOP_LEVEL, "at the top of a file")
 
-        self.version(statements)
-        self.each(statements, one)
+        has_version = self.version(statements)
+        self.each(statements[1:] if has_version else statements, one)
         self.once([(f.name, f.span) for f in formats], "format")
         self.once([(s.name, s.span) for s in sets], "set")
         self.once([(u.alias, u.span) for u in uses], "alias")
@@ -224,19 +231,18 @@ class _Checker:
             self.source.name, self.source.path, tuple(uses), tuple(formats), tuple(sets), specs[0] if specs else None
         )
 
-    def version(self, statements: tuple[Statement, ...]) -> None:
+    def version(self, statements: tuple[Statement, ...]) -> bool:
+        """Check `version 1;`. The result says whether the first statement is meant to be that, well-formed or not."""
         if not statements:
-            self.report(
-                "E0602", "the file is empty", Span(self.source.path, 1), help=f"begin with `version {vocab.VERSION};`"
-            )
-            return
-        first = statements[0]
-        cursor = self.cursor(first)
+            help = f"begin with `version {vocab.VERSION};`"
+            self.report("E0602", "the file is empty", Span(self.source.path, 1), help=help)
+            return True
+        cursor = self.cursor(statements[0])
+        is_version = cursor.kind == "WORD" and vocab.nearest(cursor.text, vocab.TOP_LEVEL) == "version"
         try:
             if not cursor.accept("version"):
-                close = cursor.kind == "WORD" and vocab.nearest(cursor.text, vocab.TOP_LEVEL) == "version"
-                help = "did you mean `version`?" if close else f"write `version {vocab.VERSION};` above it"
-                cursor.fail("a spec begins with its language version", code="E0602", at=first.first, help=help)
+                help = "did you mean `version`?" if is_version else f"write `version {vocab.VERSION};` above it"
+                cursor.fail("a spec begins with its language version", code="E0602", at=statements[0].first, help=help)
             number = cursor.integer("an integer version", 0, 10**9)
             if number != vocab.VERSION:
                 cursor.at -= 1
@@ -246,8 +252,10 @@ class _Checker:
                     help="install the fp8c that the spec was written for" if number > vocab.VERSION else "",
                 )
             cursor.done()
+            self.needs_semicolon(statements[0])
         except _Mistake as mistake:
             self.diagnostics.append(mistake.diagnostic)
+        return is_version
 
     def once(self, named: list[tuple[str, Span]], what: str) -> None:
         seen: dict[str, Span] = {}
@@ -400,9 +408,13 @@ class _Checker:
     def rule(self, statement: Statement, cursor: _Cursor, modifiers: ast.Modifiers) -> ast.Rule:
         cursor.expect("rule")
         name = cursor.take("WORD", "the rule's name")
-        cursor.expect("for")
-        selector = self.selector(cursor)
-        cursor.done()
+        selector: ast.Selector = ast.All(cursor.span(name))
+        try:
+            cursor.expect("for")
+            selector = self.selector(cursor)
+            cursor.done()
+        except _Mistake as mistake:  # what the rule says is checked all the same
+            self.diagnostics.append(mistake.diagnostic)
         fields: list[ast.Field] = []
         because: list[str] = []
 

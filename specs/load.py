@@ -56,6 +56,15 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in STD.glob("*.fp8"))
 
 
+def shipped_text(name: str) -> str:
+    """The text of a shipped spec. Raises DiagnosticError E0603."""
+    name = name.removeprefix("std:")
+    if name not in shipped():
+        help = did_you_mean(name, shipped())
+        raise _error("E0603", f"no shipped spec is called `{name}`", None, help)
+    return (STD / f"{name}.fp8").read_text(encoding="utf-8")
+
+
 def load(spec: str | Path) -> Spec:
     """Load a shipped spec by name (`deepseek_v3`, `std:deepseek_v3`) or a file by path.
 
@@ -74,6 +83,20 @@ def load(spec: str | Path) -> Spec:
         return _Loader(STD).load(_std_source(name))
     path = Path(spec)
     return _Loader(path.resolve().parent).load(parser.read(path, path.name))
+
+
+def load_file(path: Path) -> Spec | ast.File:
+    """Load a file as `load` does; a file of formats and sets alone, which is for `use`, is checked and given back."""
+    loader = _Loader(path.resolve().parent)
+    source = parser.read(path, path.name)
+    unit = loader.unit(source, loader.root, ())
+    if unit.file.spec is not None:
+        return loader.load(source)
+    mistakes: list[Diagnostic] = []
+    _Linker(unit, mistakes).names()
+    if mistakes:
+        raise DiagnosticError(_distinct(mistakes), ExitCode.SPEC)
+    return unit.file
 
 
 def loads(text: str, name: str = "<spec>", root: Path | None = None) -> Spec:
@@ -214,11 +237,15 @@ class _Linker:
     def mistake(self, code: str, message: str, span: Span | None, help: str = "") -> None:
         self.mistakes.append(Diagnostic(code, message, span, help=help))
 
-    def layer(self, spec: ast.SpecDecl) -> Layer:
+    def names(self) -> None:
+        """Link every format and set of the file, used or not, so that a mistake in any is found."""
         for named in self.unit.file.formats:
             self.format(named.value)
         for named_set in self.unit.file.sets:
             self.selector(ast.SetRef(named_set.name, named_set.span))
+
+    def layer(self, spec: ast.SpecDecl) -> Layer:
+        self.names()
         return Layer(
             spec.name,
             self.unit.file.name,
@@ -289,27 +316,27 @@ class _Linker:
         fields = tuple(self.field(field) for field in rule.fields)
         by_name = {field.name: field for field in fields}
         operands = {f"{gemm}.{operand}" for gemm, names in OPERANDS.items() for operand in names}
-        for field in fields:
-            if isinstance(field.value, Format):
-                if field.name in operands and field.value.element is Element.E5M6:
+        for given in fields:
+            if isinstance(given.value, Format):
+                if given.name in operands and given.value.element is Element.E5M6:
                     self.mistake(
                         "E0404",
-                        f"e5m6 is a cache format: no tensor core reads it as {field.name}",
-                        field.span,
+                        f"e5m6 is a cache format: no tensor core reads it as {given.name}",
+                        given.span,
                         "write an e4m3 format here and `cache x as ...` for the copy that backward keeps",
                     )
-                elif field.value.is_quantized and (field.name == "precision" or field.name.endswith(".out")):
-                    self.not_plain(field)
-            elif field.name.startswith("retile."):
-                cached = by_name["cache." + field.name.partition(".")[2]].value
-                assert isinstance(field.value, tuple)
+                elif given.value.is_quantized and (given.name == "precision" or given.name.endswith(".out")):
+                    self.not_plain(given)
+            elif given.name.startswith("retile."):
+                cached = by_name["cache." + given.name.partition(".")[2]].value
+                assert isinstance(given.value, tuple)
                 if isinstance(cached, Format) and not cached.is_quantized:
-                    self.mistake("E0506", f"{cached.text} has no groups to retile", field.span, "delete `retile ...`")
-                elif isinstance(cached, Format) and field.value[1] and cached.scale is ScaleKind.FP32:
+                    self.mistake("E0506", f"{cached.text} has no groups to retile", given.span, "delete `retile ...`")
+                elif isinstance(cached, Format) and given.value[1] and cached.scale is ScaleKind.FP32:
                     self.mistake(
                         "E0501",
                         "an exact retile needs power-of-two scales, and these are fp32",
-                        field.span,
+                        given.span,
                         "write `scale pow2` in the cached format, or delete `exact`: the copy is then rounded a second time",
                     )
         return replace(rule, fields=fields, selector=self.selector(rule.selector)[0])

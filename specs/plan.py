@@ -161,6 +161,6 @@ def _value_json(value: Value) -> Any:
 def _decision_json(decision: Decision) -> dict[str, Any]:
     return {
         "value": _value_json(decision.value),
-        "reason": vars(decision.reason),
-        "overrode": [{"value": _value_json(v), "reason": vars(r)} for v, r in decision.overrode],
+        "reason": dict(vars(decision.reason)),
+        "overrode": [{"value": _value_json(v), "reason": dict(vars(r))} for v, r in decision.overrode],
     }

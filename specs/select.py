@@ -130,8 +130,8 @@ class Selection:
                 return True
             if None in results and False not in results:
                 unknown = terms[results.index(None)]
-        if unknown is None:
-            return False
+        if unknown is None or use.param is None:
+            return False  # a product of two activations has no size to select by, unless it is a constant
         if unknown.span not in self._reported:
             self._reported.add(unknown.span)
             self.diagnostics.append(

@@ -99,6 +99,10 @@ SPEC_STATEMENTS = ("target", "rule", "expect", *SECTIONS)
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The choice spelt most like `word`, "" when none is close."""
+    choices = list(choices)
+    swapped = [c for c in choices if sorted(c) == sorted(word.lower()) and len(word) < 64]
+    if swapped:  # `sa` for `as`: too short for a ratio to see
+        return swapped[0]
     close = difflib.get_close_matches(word.lower()[:64], sorted(choices), 1, 0.55)
     return close[0] if close else ""
 

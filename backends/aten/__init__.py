@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 import fp8c.decompositions as _decompositions
-from fp8c.backends.aten.attention import attention, attention_backward
+from fp8c.backends.aten import attention
 
 __all__: list[str] = []
 del _decompositions
 
 _LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("attention", attention, "CUDA")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("attention_backward", attention_backward, "CUDA")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("attention", attention.attention, "CUDA")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("attention_backward", attention.attention_backward, "CUDA")  # type: ignore[no-untyped-call]

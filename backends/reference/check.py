@@ -53,7 +53,7 @@ class GemmCheck:
     """How far a result is from the exact one. `worst_ratio` is the largest error / bound; above 1 the GEMM is wrong.
 
     Elements that must not be finite (an operand's group holds NaN or an infinity) count as right when they are not, and
-    as infinitely wrong when they are.
+    as infinitely wrong when they are. An infinity is right where the exact value overflows the output's dtype.
     """
 
     op: str
@@ -75,7 +75,8 @@ def check_gemm(op: str, args: Sequence[Any], out: Tensor, accumulator: Accumulat
     must_be_finite, is_finite = exact.isfinite(), out.isfinite().cpu()
     error = (out.cpu().double() - exact).abs().where(must_be_finite & is_finite, 0.0)
     ratio = torch.where(error == 0, 0.0, error / bound)
-    ratio = ratio.where(must_be_finite == is_finite, torch.inf)
+    may_overflow = exact.abs() + bound >= torch.finfo(out.dtype).max
+    ratio = ratio.where((must_be_finite == is_finite) | may_overflow, torch.inf)
     norm = exact.where(must_be_finite, 0.0).norm().item()
     return GemmCheck(
         op=op,
@@ -89,7 +90,7 @@ def check_gemm(op: str, args: Sequence[Any], out: Tensor, accumulator: Accumulat
 
 def evaluate_gemm(op: str, args: Sequence[Any], accumulator: Accumulator = "fp32") -> Evaluation:
     """Evaluate a GEMM in FP64 on the CPU, with the error bound of `accumulator`."""
-    tensors = [t.cpu() if isinstance(t, Tensor) else t for t in args]
+    tensors: list[Any] = [t.cpu() if isinstance(t, Tensor) else t for t in args]
     match op:
         case "scaled_mm":
             a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, out_dtype = tensors

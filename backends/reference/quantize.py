@@ -96,7 +96,7 @@ def _quantize_block(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     groups = _split_groups(x, fmt)
     scale = scale_of(groups.abs().amax((-3, -1)), fmt.element, fmt.scale)
     payload = _join_groups(groups / scale[..., :, None, :, None], x.shape)
-    return encode(payload, fmt.element), encode_scale(scale, fmt.scale)
+    return encode(payload, fmt.element).contiguous(), encode_scale(scale, fmt.scale).contiguous()
 
 
 def _split_groups(x: Tensor, fmt: Format) -> Tensor:
@@ -126,7 +126,7 @@ def dequantize(
     Shapes: as `quantize`, backwards; rows past offs[-1] are 0.
     """
     parsed = quantized_format(fmt)
-    return dequantize_f32(q, s, parsed, offs, cols).to(dtype)
+    return dequantize_f32(q, s, parsed, offs, cols).to(dtype).contiguous()
 
 
 def dequantize_f32(q: Tensor, s: Tensor, fmt: Format, offs: Tensor | None = None, cols: int | None = None) -> Tensor:

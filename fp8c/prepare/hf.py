@@ -33,7 +33,9 @@ def prepare_hf(module: nn.Module) -> list[Diagnostic]:
             continue
         # A cold model takes a lock for this in its first forward, which a full graph can't.
         maybe_install_capturing_hooks(model)
-        experts = [m for m in model.modules() if is_hf_experts(m) and m.config._experts_implementation != IMPLEMENTATION]
+        experts = [
+            m for m in model.modules() if is_hf_experts(m) and m.config._experts_implementation != IMPLEMENTATION
+        ]
         if not experts:
             continue
         before = experts[0].config._experts_implementation
@@ -53,7 +55,9 @@ def prepare_hf(module: nn.Module) -> list[Diagnostic]:
 
 def is_hf_experts(module: nn.Module) -> bool:
     """Whether transformers dispatches this module's forward through its experts registry."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(getattr(module, "config", None), "_experts_implementation")
+    layout = ("has_gate", "has_bias", "is_transposed", "_apply_gate")  # what use_experts_implementation() adds
+    registered = hasattr(getattr(module, "config", None), "_experts_implementation")
+    return registered and all(hasattr(module, name) for name in layout)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -62,7 +66,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Shapes:  hidden_states [T, H], top_k_index i64 [T, K], top_k_weights [T, K] -> [T, H], in hidden_states' dtype
     Source:  transformers.integrations.moe.grouped_mm_experts_forward, whose parameter layouts it reads.
     """
-    if self._is_expert_parallel:  # entries beyond the local experts: only transformers' own code masks them
+    if getattr(self, "_is_expert_parallel", False):
+        # Entries beyond the local experts: only transformers' own code masks them.
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         result: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -80,7 +85,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     else:
         x = self.act_fn(project(x, "up_proj"))
     x = project(x, "down_proj")
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # later than 5.17
         x = self.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1)[rows.order].unsqueeze(-1)
-    return grouped.combined(x, rows, axis=1, dtype=hidden_states.dtype)
+    return grouped.total(x, rows, (0,), like=hidden_states)
