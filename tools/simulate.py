@@ -6,9 +6,7 @@ are the command's inputs, its report and its output formats. No torch here.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from fp8c.backends.costs import load_machine, load_whatif, whatif_names
-from fp8c.cluster import ClusterRun, StepResult, gpu_hours_per_trillion_tokens, simulate_step, tokens_per_step
+from fp8c.cluster import (
+    ClusterRun,
+    StepResult,
+    gpu_hours_per_trillion_tokens,
+    simulate_step,
+    tokens_per_step,
+    with_head,
+)
 from fp8c.cost_model import Machine, Operator, compute_stretch, estimate_us, hbm_bytes
-from fp8c.diagnostics import DiagnosticError, ExitCode, fail
+from fp8c.diagnostics import ExitCode, fail
 from fp8c.durations import Deployment, DurationTable, load_durations
 from fp8c.overlap import PairReport, schedule_pair, with_comm_sms
 from fp8c.pipeline_schedule import Pair
@@ -77,7 +82,7 @@ class SimulationReport:
     trace: str | None
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+        return asdict(self)
 
 
 def find_durations(build: Path | None, durations: Path | None) -> DurationTable:
@@ -106,7 +111,7 @@ def simulate(table: DurationTable, run: ClusterRun, *, trace: Path | None = None
     started = time.perf_counter()
     result = simulate_step(table, run)
     comm_sms = run.comm_sms or table.measured.comm_sms
-    pair = _pair_figures(with_comm_sms(table, run.machine, comm_sms), result, run)
+    pair = _pair_figures(with_comm_sms(with_head(table, run.machine), run.machine, comm_sms), result, run)
     wall_s = time.perf_counter() - started
     if trace is not None:
         trace.write_text(json.dumps(chrome_trace(result), separators=(",", ":")), encoding="utf-8")
@@ -242,6 +247,9 @@ class WhatIfAnswer:
     saved_hbm_mb_per_layer: float
     saved_hbm_gb_per_step: float
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 def what_if(table: DurationTable, run: ClusterRun, names: Sequence[str] = ()) -> list[WhatIfAnswer]:
     """Ask every wish (or those named) what it saves.
@@ -338,7 +346,51 @@ def what_if_text(answers: Sequence[WhatIfAnswer]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------------------------------- inputs
+
+
+def inputs(
+    build: Path | None,
+    durations: Path | None,
+    gpus: int,
+    topology: str,
+    *,
+    pp: int | None = None,
+    ep: int | None = None,
+    schedule: str | None = None,
+    sequences: int | None = None,
+    comm_sms: int | None = None,
+    zipf: float = 0.0,
+    even: bool = False,
+    overlap: bool = True,
+    released: bool = False,
+    predict: bool = False,
+    memory_gib: float | None = None,
+    seed: int = 0,
+    **_: object,
+) -> tuple[DurationTable, ClusterRun]:
+    """The command's options as a table and a run. Options that are None leave the table's deployment as it is."""
+    table = with_deployment(
+        find_durations(build, durations),
+        pipeline_parallel=pp,
+        expert_parallel=ep,
+        schedule=schedule,
+        sequences_per_step=sequences,
+    )
+    machine = load_machine(topology)
+    if predict:
+        table = predicted_table(table.model, table.deployment, machine, comm_sms or table.measured.comm_sms)
+    run = ClusterRun(
+        gpus,
+        machine,
+        comm_sms=comm_sms,
+        zipf=None if even else zipf,
+        seed=seed,
+        is_overlapping=overlap,
+        is_released=released,
+        memory_budget_bytes=None if memory_gib is None else int(memory_gib * 2**30),
+    )
+    return table, run
 
 
 def with_deployment(table: DurationTable, **changes: int | str | None) -> DurationTable:
@@ -346,70 +398,3 @@ def with_deployment(table: DurationTable, **changes: int | str | None) -> Durati
     kept = {key: value for key, value in changes.items() if value is not None}
     deployment: Deployment = replace(table.deployment, **kept)  # type: ignore[arg-type]
     return replace(table, deployment=deployment)
-
-
-def predict(table: DurationTable, machine: Machine, comm_sms: int | None) -> DurationTable:
-    """The same model and deployment with durations from the cost model instead of measured ones."""
-    return predicted_table(table.model, table.deployment, machine, comm_sms or table.measured.comm_sms)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m fp8c.tools.simulate`; the same options as `fp8c simulate`."""
-    parser = argparse.ArgumentParser(prog="fp8c simulate", description=__doc__)
-    parser.add_argument("build", nargs="?", type=Path, help="folder written by fp8c compile")
-    parser.add_argument("--durations", type=Path, help="table of durations (TOML or JSON) instead of a build")
-    parser.add_argument("--gpus", type=int, default=2048)
-    parser.add_argument("--topology", default="h800", help="machine: a name, or a cost sheet")
-    parser.add_argument("--pp", type=int, help="pipeline ranks")
-    parser.add_argument("--ep", type=int, help="GPUs that share the experts")
-    parser.add_argument("--schedule", help="1f1b, interleaved, zb, zbv, dualpipe or dualpipev")
-    parser.add_argument("--sequences", type=int, help="sequences per optimizer step")
-    parser.add_argument("--comm-sms", type=int, help="SMs for communication")
-    parser.add_argument("--zipf", type=float, default=0.0, help="exponent of expert popularity")
-    parser.add_argument("--even", action="store_true", help="exactly even routing")
-    parser.add_argument("--no-overlap", action="store_true", help="every chunk one operator after another")
-    parser.add_argument("--released", action="store_true", help="chunks without a partner run uncontended")
-    parser.add_argument("--predict", action="store_true", help="take durations from the cost model")
-    parser.add_argument("--memory-gib", type=float, help="budget for activations")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--what-if", action="store_true", help="ask what each hardware wish would save")
-    parser.add_argument("--trace", type=Path, default=Path("simulate.trace.json"))
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    try:
-        table = find_durations(args.build, args.durations)
-        table = with_deployment(
-            table,
-            pipeline_parallel=args.pp,
-            expert_parallel=args.ep,
-            schedule=args.schedule,
-            sequences_per_step=args.sequences,
-        )
-        machine = load_machine(args.topology)
-        if args.predict:
-            table = predict(table, machine, args.comm_sms)
-        run = ClusterRun(
-            args.gpus,
-            machine,
-            comm_sms=args.comm_sms,
-            zipf=None if args.even else args.zipf,
-            seed=args.seed,
-            is_overlapping=not args.no_overlap,
-            is_released=args.released,
-            memory_budget_bytes=None if args.memory_gib is None else int(args.memory_gib * 2**30),
-        )
-        if args.what_if:
-            answers = what_if(table, run)
-            document = {"schema": "fp8c.what-if/1", "answers": [asdict(a) for a in answers]}
-            print(json.dumps(document, indent=2) if args.json else what_if_text(answers))
-            return 0
-        report = simulate(table, run, trace=args.trace)
-    except DiagnosticError as error:
-        print(error, file=sys.stderr)
-        return int(error.exit_code)
-    print(json.dumps(report.to_json(), indent=2) if args.json else table_text(report))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
