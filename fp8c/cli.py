@@ -308,5 +308,19 @@ def simulate(
         print(tool.table_text(report))
 
 
+@app.command()
+@click.argument("trace", type=click.Path(path_type=Path))
+@as_json_option
+def profile(trace: Path, as_json: bool) -> None:
+    """Read a Chrome TRACE of GPU kernels: cost by annotation, and how much communication is exposed."""
+    from fp8c.tools import profile as tool
+
+    report = tool.profile(trace)
+    if as_json:
+        print_json("fp8c.profile/1", **report.to_json())
+    else:
+        print(tool.profile_text(report))
+
+
 if __name__ == "__main__":
     sys.exit(main())

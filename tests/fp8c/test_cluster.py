@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,10 @@ def test_deepseeks_step_without_overlap_is_the_published_estimate(table: Duratio
         deployment=replace(table.deployment, schedule="1f1b"),
         ops=tuple(op for op in table.ops if op.kind not in ("layout", "quantize")),
     )
-    ops = tuple(replace(o, after=tuple({"layout": "attention", "cast": "previous layer"}.get(a, a) for a in o.after)) for o in plain.ops)
+    ops = tuple(
+        replace(o, after=tuple({"layout": "attention", "cast": "previous layer"}.get(a, a) for a in o.after))
+        for o in plain.ops
+    )
     found = simulate_step(
         replace(plain, ops=ops),
         ClusterRun(2048, H800, zipf=None, is_overlapping=False, has_optimizer=False, has_pipeline_transfers=False),
@@ -83,7 +87,7 @@ def test_every_schedule_conserves_work_and_keeps_order(table: DurationTable, sch
     for spans in found.spans:
         for stream in (0, 1):
             row = [s for s in spans if s.stream == stream]
-            assert all(a.end_us <= b.start_us + 1e-6 for a, b in zip(row, row[1:]))
+            assert all(a.end_us <= b.start_us + 1e-6 for a, b in pairwise(row))
 
 
 def test_overlap_and_pairing_pay_in_this_order(table: DurationTable) -> None:
@@ -165,7 +169,9 @@ def test_an_activation_budget_is_respected_or_named(table: DurationTable) -> Non
         (64 * 128, {"pipeline_parallel": 128, "sequences_per_step": 64 * 512}, "E0920"),
     ],
 )
-def test_meshes_that_do_not_fit_are_named(table: DurationTable, gpus: int, changes: dict[str, object], code: str) -> None:
+def test_meshes_that_do_not_fit_are_named(
+    table: DurationTable, gpus: int, changes: dict[str, object], code: str
+) -> None:
     wrong = replace(table, deployment=replace(table.deployment, **changes))  # type: ignore[arg-type]
     with pytest.raises(DiagnosticError) as caught:
         simulate_step(wrong, ClusterRun(gpus, H800, zipf=None))

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from fp8c.backends.costs import load_machine, load_whatif, machine_names, whatif_names
-from fp8c.cost_model import AllToAll, Attention, Elementwise, Gemm, Quantize, Retile, beside_us, estimate_us, hbm_bytes
+from fp8c.cost_model import (
+    AllToAll,
+    Attention,
+    Elementwise,
+    Gemm,
+    Operator,
+    Quantize,
+    Retile,
+    beside_us,
+    estimate_us,
+    hbm_bytes,
+)
 from fp8c.diagnostics import DiagnosticError
 
 H200 = load_machine("h200")
@@ -114,7 +125,7 @@ def test_an_all_to_all_takes_its_slower_link() -> None:
 
 def test_casts_and_retiles_vanish_where_the_machine_does_them() -> None:
     h800 = load_machine("h800")
-    ops = [Quantize(10**6), Retile(10**6)]
+    ops: list[Operator] = [Quantize(10**6), Retile(10**6)]
     base = hbm_bytes(ops, h800)
     assert base == 10**6 * (3 + 4 / 128 + 2 * (1 + 4 / 128))
     assert hbm_bytes(ops, load_machine("whatif/cast-in-tma")) == 10**6 * (1 + 2 * (1 + 4 / 128))

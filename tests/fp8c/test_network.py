@@ -115,5 +115,5 @@ def test_warps_follow_load_and_none_is_left_out() -> None:
 )
 def test_routings_that_cannot_be_are_named(change: dict[str, int], code: str) -> None:
     with pytest.raises(DiagnosticError) as caught:
-        sample_traffic(replace(V3, **change), 0)  # type: ignore[arg-type]
+        sample_traffic(replace(V3, **change), 0)
     assert caught.value.diagnostics[0].code == code

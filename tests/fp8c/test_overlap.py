@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ def test_the_table_adds_up_to_the_published_chunks(table: DurationTable) -> None
         phase: 4 * sum(op.ms for op in table.layer("moe", phase) if op.kind not in ("layout", "quantize"))
         for phase in "FBW"
     }
-    assert payload == {"F": pytest.approx(77.2, abs=0.05), "B": pytest.approx(97.7, abs=0.05), "W": pytest.approx(35.1, abs=0.05)}
+    assert payload == {
+        "F": pytest.approx(77.2, abs=0.05),
+        "B": pytest.approx(97.7, abs=0.05),
+        "W": pytest.approx(35.1, abs=0.05),
+    }
 
 
 def test_the_published_pair_is_scheduled_to_its_bound(table: DurationTable) -> None:
@@ -62,7 +67,7 @@ def test_forward_and_backward_of_a_pair_are_independent_and_interleaved(table: D
     for task in problem.tasks:
         assert {name[0] for name in task.after} <= {task.name[0]}
     order = solve(problem).order(COMM)
-    switches = sum(a[0] != b[0] for a, b in zip(order, order[1:]))
+    switches = sum(a[0] != b[0] for a, b in pairwise(order))
     assert switches >= 8, "transfers of the two chunks take turns, as in DualPipe"
 
 
@@ -192,7 +197,9 @@ def broken(change: str) -> dict[str, Any]:
         case "missing op":
             doc["op"] = [r for r in rows if (r["layer"], r["phase"], r["name"]) != ("moe", "F", "mlp")]
         case "cycle":
-            doc["op"] = [{**r, "after": ["combine"]} if (r["phase"], r["name"]) == ("F", "attention") else r for r in rows]
+            doc["op"] = [
+                {**r, "after": ["combine"]} if (r["phase"], r["name"]) == ("F", "attention") else r for r in rows
+            ]
         case "no output":
             doc["op"] = [{**r, "output": False} for r in rows]
         case "no dense":
