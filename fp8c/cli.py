@@ -281,6 +281,7 @@ def targets(name: str | None, as_json: bool) -> None:
 @click.option("--memory-gib", type=float, help="Budget for activations on one GPU.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--what-if", is_flag=True, help="Say what each of the hardware wishes would save.")
+@click.option("--figures", type=click.Path(path_type=Path), help="Draw the pictures of docs/overlap.md into a folder.")
 @click.option("--trace", type=click.Path(path_type=Path), default=Path("simulate.trace.json"), show_default=True)
 @as_json_option
 def simulate(
@@ -294,6 +295,11 @@ def simulate(
     from fp8c.tools import simulate as tool
 
     table, run = tool.inputs(build, durations, gpus, topology, **options)
+    if options["figures"]:
+        from fp8c.tools.overlap_figures import write_figures
+
+        print_json("fp8c.overlap-figures/1", **write_figures(table, run.machine, options["figures"]))
+        return
     if options["what_if"]:
         answers = tool.what_if(table, run)
         if as_json:

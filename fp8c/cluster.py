@@ -46,6 +46,7 @@ class ClusterRun:
     is_released: chunks that run alone get the SMs and the network their partner would have used (durations of the
                  table are those beside a partner)
     splits:     numbers of token chunks the search may try for a chunk that has no partner
+    pair_split: token chunks in pairs
     """
 
     gpus: int
@@ -59,6 +60,7 @@ class ClusterRun:
     has_pipeline_transfers: bool = True
     has_optimizer: bool = True
     splits: tuple[int, ...] = (1, 2, 3, 4)
+    pair_split: int = 1
     memory_budget_bytes: int | None = None
     sampled_ranks: int = 8
     limits: SearchLimits = DEFAULT_LIMITS
@@ -168,10 +170,10 @@ class Planner:
         return self.plans[key]
 
     def _pair(self, forward: tuple[str, ...], backward: tuple[str, ...]) -> ActionPlan:
-        problem = pair_problem(self.table, forward, backward)
         if not self.run.is_overlapping:
-            return self._finish(_serial(problem.tasks), [forward, backward], 1)
-        return self._finish(solve(problem, self.run.limits), [forward, backward], 1)
+            return self._finish(_serial(pair_problem(self.table, forward, backward).tasks), [forward, backward], 1)
+        problem = pair_problem(self.table, forward, backward, split=self.run.pair_split)
+        return self._finish(solve(problem, self.run.limits), [forward, backward], self.run.pair_split)
 
     def _alone(self, kind: str, layers: tuple[str, ...]) -> ActionPlan:
         table = _released(self.table, self.run.machine) if self.run.is_released else self.table
@@ -296,7 +298,8 @@ class Span:
 
 @dataclass(frozen=True)
 class RankTimes:
-    """One pipeline rank, averaged over its sampled data-parallel ranks."""
+    """One pipeline rank, averaged over its sampled data-parallel ranks. Communication is counted as a profile shows it,
+    from when a kernel is launched: waiting for slower ranks is part of it."""
 
     compute_us: float
     comm_us: float
@@ -350,8 +353,42 @@ def simulate_step(table: DurationTable, run: ClusterRun) -> StepResult:
             f"activations need up to {max(peaks):,} bytes on a rank, the budget is {run.memory_budget_bytes:,}",
             help="use more pipeline ranks, a schedule with fewer micro-batches in flight, or recompute more",
         )
-    planner = Planner(table, stages, replace(run, comm_sms=comm_sms))
-    loads = draw_loads(table, mesh, replace(run, comm_sms=comm_sms))
+    run = replace(run, comm_sms=comm_sms)
+    return _simulate(table, run, mesh, pipeline, stages, draw_loads(table, mesh, run), peaks)
+
+
+def simulate_stream(
+    table: DurationTable,
+    run: ClusterRun,
+    layers: tuple[str, ...],
+    micro_batches: int,
+    loads: Loads | None,
+    *,
+    is_paired: bool,
+) -> StepResult:
+    """One expert-parallel group and one stage in steady state: forwards one after another, or pairs of the forward of
+    a micro-batch and the backward of the one before. For questions about chunks and skew, away from pipelines."""
+    steps: list[Step] = [Action("F", 0, 0)]
+    for mb in range(1, micro_batches):
+        forward = Action("F", 0, mb)
+        steps.append(Pair(forward, Action("B", 0, mb - 1)) if is_paired else forward)
+    pipeline = Pipeline("stream", 1, micro_batches, (tuple(steps),))
+    mesh = Mesh(1, table.deployment.expert_parallel, table.deployment.expert_parallel, micro_batches)
+    bare = replace(run, has_optimizer=False, has_pipeline_transfers=False)
+    return _simulate(table, bare, mesh, pipeline, [layers], loads, [0])
+
+
+def _simulate(
+    table: DurationTable,
+    run: ClusterRun,
+    mesh: Mesh,
+    pipeline: Pipeline,
+    stages: Sequence[tuple[str, ...]],
+    loads: Loads | None,
+    peaks: Sequence[int],
+) -> StepResult:
+    machine = run.machine
+    planner = Planner(table, stages, run)
     sampled = np.unique(np.linspace(0, mesh.data - 1, min(run.sampled_ranks, mesh.data)).astype(int))
     ranks = [
         _Rank([np.zeros(mesh.data), np.zeros(mesh.data)], compute_us=np.zeros(mesh.data)) for _ in range(mesh.pipeline)
@@ -456,8 +493,10 @@ def _run_action(
             factor = loads.factor(op.kind, (action.stage * 7 + op.layer * 3 + action.micro_batch) % len(loads.experts))
             if factor is not None:
                 length = op.base_us * factor
+        launched = start
         if op.kind in ("dispatch", "combine") and mesh.expert > 1:
-            # A transfer needs every rank of its group: it begins with the last one.
+            # A transfer needs every rank of its group: it moves data from when the last one is there. Its kernel is
+            # resident, and waits, from when this rank is.
             start = np.repeat(start.reshape(mesh.groups, mesh.expert).max(axis=1), mesh.expert)
         end = start + length
         rank.free[op.stream] = end
@@ -466,7 +505,7 @@ def _run_action(
             outputs[op.part] = np.maximum(outputs[op.part], end)
         if op.stream == 0:
             rank.compute_us = rank.compute_us + length * (op.work_us / op.base_us if op.base_us else 1.0)
-        rank.starts.append(start[sampled])
+        rank.starts.append(launched[sampled])
         rank.ends.append(end[sampled])
         rank.names.append((op.name, labels[op.part], op.stream))
     for action, output in zip(actions, outputs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from fp8c.cost_model import Machine, compute_stretch
@@ -267,6 +268,7 @@ class CommTimes:
         return {"dispatch": self.dispatch, "combine": self.combine}.get(kind, 1.0)
 
 
+@lru_cache(maxsize=64)
 def even_transfers_us(table: DurationTable, machine: Machine, comm_sms: int) -> tuple[float, float]:
     """(dispatch, combine) of an even routing from the hop simulator, alone on the network."""
     traffic = balanced_traffic(routing_of(table.model, table.deployment, machine.gpus_per_node))
@@ -306,13 +308,6 @@ def scaled_table(table: DurationTable, comm: CommTimes, compute: float = 1.0) ->
         return replace(op, ms=op.ms * factor, fixed_ms=op.fixed_ms * factor)
 
     return replace(table, ops=tuple(scale(op) for op in table.ops))
-
-
-def skew_factors(table: DurationTable, machine: Machine, traffic: Traffic) -> CommTimes:
-    """What a routing does to the slowest rank, relative to an even one: transfers and expert rows."""
-    even = even_transfers_us(table, machine, table.measured.comm_sms)
-    now = transfers_us(table, machine, table.measured.comm_sms, traffic)
-    return CommTimes(now[0] / even[0], now[1] / even[1], traffic.imbalance)
 
 
 # ---------------------------------------------------------------------------------------------- layers onto stages

@@ -6,6 +6,7 @@ What the network and the experts see of a routing is counts only; `Traffic` hold
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +95,7 @@ def sample_traffic(spec: RoutingSpec, seed: int) -> Traffic:
     return Traffic(to_gpu, to_node, rows, spec.gpus_per_node).scaled(spec.tokens / drawn)
 
 
+@lru_cache(maxsize=16)
 def balanced_traffic(spec: RoutingSpec, seed: int = 0) -> Traffic:
     """The mean of even routing: sampled, then averaged over everything that is alike by symmetry."""
     sample = sample_traffic(spec, seed)
