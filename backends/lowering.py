@@ -20,10 +20,10 @@ Lowered = Callable[..., Any]
 
 def register_kernels(device: str) -> None:
     """Make the kernels for a device available: importing a backend registers them."""
-    import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
+    import fp8c.backends.reference
 
     if device == "cuda":
-        import fp8c.decompositions  # noqa: F401  (portable form; faster kernels register over it)
+        import fp8c.backends.aten  # noqa: F401  (attention by PyTorch's fused kernels; the portable form of the rest)
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, *, is_inference: bool = False) -> Lowered:

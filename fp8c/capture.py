@@ -30,8 +30,10 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
         argument = node.meta.get("grapharg")
         source = getattr(argument, "source", None)
         name = _source_name(source)
-        is_state = "_parameters[" in name or "_buffers[" in name or isinstance(
-            node.meta.get("example_value"), torch.nn.Parameter
+        is_state = (
+            "_parameters[" in name
+            or "_buffers[" in name
+            or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
         )
         names.append(g.canonical_path(name) if is_state else "")
     return tuple(names)
@@ -221,9 +223,7 @@ def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
 
 def joint_input_names(joint: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
     """Name of every primal of the joint graph, by placeholder name. Raises ValueError when the counts disagree."""
-    primals = [
-        n for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")
-    ]
+    primals = [n for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")]
     by_index = {}
     for position, node in enumerate(primals):
         index = getattr(node.meta.get("desc"), "idx", position)

@@ -22,12 +22,14 @@ from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, re
 _COLOURS = {"error": "\033[1;31m", "warning": "\033[1;33m", "remark": "\033[1;36m"}
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _is_debugging = False
+_arguments: tuple[str, ...] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    global _is_debugging
+    global _is_debugging, _arguments
     _is_debugging = False
+    _arguments = tuple(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app.main(list(arguments) if arguments is not None else None, "fp8c", standalone_mode=False)
         sys.stdout.flush()
@@ -196,6 +198,157 @@ def spec_show(name: str) -> None:
     from fp8c.specs.load import shipped_text
 
     sys.stdout.write(shipped_text(name))
+
+
+model_options = (
+    click.option(
+        "--spec", "-s", default="deepseek_v3", show_default=True, metavar="NAME|FILE.fp8", help="Precision spec."
+    ),
+    click.option("--target", "-t", default=None, metavar="NAME", help="Machine; this one's GPU, or cpu, unless given."),
+    click.option(
+        "-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the factory, or configuration field."
+    ),
+    click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch."),
+    click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence."),
+    click.option("--weights", type=click.Choice(["auto", "random", "meta"]), default="auto", show_default=True),
+)
+
+
+def with_model_options(command: Any) -> Any:
+    for option in reversed(model_options):
+        command = option(command)
+    return command
+
+
+@app.command("compile")
+@click.argument("model")
+@with_model_options
+@click.option("--out", "-o", default="build", show_default=True, metavar="DIR", help="Folder of the build.")
+@click.option("--verify", is_flag=True, help="Run the step and check it against BF16, the plan and FP64.")
+@click.option("--no-baseline", is_flag=True, help="Leave out the comparison with BF16's saved bytes.")
+@click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
+@click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
+@click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
+@click.option("--print-ir-after-all", is_flag=True, help="Print the graph after every pass.")
+@click.option("--print-ir-after-change", is_flag=True, help="Print the graph after every pass that changed it.")
+@click.option("--time-passes", is_flag=True, help="Print the time of every pass.")
+@click.option("--dump-dir", metavar="DIR", help="Write the graph after every pass to DIR/NN-pass.txt.")
+@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+@as_json_option
+def compile_(
+    model: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    out: str,
+    verify: bool,
+    no_baseline: bool,
+    force: bool,
+    print_ir_before: tuple[str, ...],
+    print_ir_after: tuple[str, ...],
+    print_ir_after_all: bool,
+    print_ir_after_change: bool,
+    time_passes: bool,
+    dump_dir: str | None,
+    debug: bool,
+    as_json: bool,
+) -> int:
+    """Compile the training step of MODEL and write a build.
+
+    MODEL is model.py (with model() and example_inputs()), model.py:factory, package.module:factory, hf:CONFIG.json or
+    hf:MODEL_TYPE.
+    """
+    set_debugging(debug)
+    check_inputs_exist(spec, target)
+    from fp8c.models import parse_overrides
+    from fp8c.tools import compile_command as command
+    from fp8c.tools.ir_printing import Printing
+
+    result = command.compile_model(
+        command.Request(
+            model=model,
+            spec=spec,
+            target=target,
+            out=Path(out),
+            overrides=parse_overrides(overrides),
+            batch=batch,
+            seq=seq,
+            weights=weights,
+            verify=verify,
+            baseline=not no_baseline,
+            force=force,
+            printing=Printing(
+                print_ir_before,
+                print_ir_after,
+                print_ir_after_all,
+                print_ir_after_change,
+                Path(dump_dir) if dump_dir else None,
+            ),
+            argv=("fp8c", *_arguments),
+        )
+    )
+    if time_passes:
+        print(command.times_text(result), file=sys.stderr)
+    if as_json:
+        print_json(command.SCHEMA, **result.to_json())
+    else:
+        print(command.result_text(result))
+    return int(result.exit_code)
+
+
+def check_inputs_exist(spec: str, target: str | None) -> None:
+    """Report a wrong spec or target before torch is imported, which takes seconds."""
+    from fp8c.backends.target import load_target
+    from fp8c.specs.load import load
+
+    load(spec)
+    if target is not None:
+        load_target(target)
+
+
+@app.command()
+@click.argument("model")
+@click.option("--passes", required=True, metavar="A,B", help="Passes to run, in this order; `fp8c passes` lists them.")
+@with_model_options
+@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+def opt(
+    model: str,
+    passes: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    debug: bool,
+) -> None:
+    """Run named passes on the captured step of MODEL and print the graph."""
+    set_debugging(debug)
+    check_inputs_exist(spec, target)
+    from fp8c.models import parse_overrides
+    from fp8c.tools import compile_command, opt_command
+
+    request = compile_command.Request(
+        model=model,
+        spec=spec,
+        target=target,
+        out=None,
+        overrides=parse_overrides(overrides),
+        batch=batch,
+        seq=seq,
+        weights=weights,
+        argv=("fp8c", *_arguments),
+    )
+    names = tuple(name.strip() for name in passes.split(",") if name.strip())
+    sys.stdout.write(opt_command.run_passes(request, names))
+
+
+def set_debugging(debug: bool) -> None:
+    global _is_debugging
+    _is_debugging = _is_debugging or debug
 
 
 @app.command()

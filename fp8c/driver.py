@@ -53,6 +53,7 @@ class Session:
     verify_each: bool = True
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
+    on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
     baseline: Halves | None = None
 
@@ -84,6 +85,8 @@ class Session:
     def _partition(
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, names: tuple[str, ...], **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if self.on_joint is not None:
+            self.on_joint()
         rewritten = pipeline.rewrite_and_partition(
             joint,
             names,
@@ -105,9 +108,7 @@ class Session:
     def _infer(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
     ) -> Callable[..., Any]:
-        rewritten = pipeline.rewrite_inference(
-            gm, names, self.resolve, target=self.target, observers=self.observers
-        )
+        rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
         return lowering.lower(rewritten, inputs, how, is_inference=True)
 
 
@@ -214,17 +215,10 @@ def session_of(step: nn.Module) -> Session:
 def capture_step(step: nn.Module, batch: Any, session: Session) -> pipeline.Rewritten:
     """Ahead of time: capture `step(batch)`, rewrite and partition it, and stop before lowering.
 
-    A module and batch on the meta device are given fake tensors in place. Raises: DiagnosticError for a graph break or a model that raises.
+    A module and batch on the meta device are given fake tensors in place.
+    Raises: DiagnosticError for a graph break or a model that raises.
     """
-    session.plan_only = True
-    batch = capture.fake_on_cpu(step, batch)
-    torch._dynamo.reset()
-    compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
-    try:
-        compiled(batch)
-    except Exception as error:  # Dynamo wraps whatever a backend raises
-        if not any(isinstance(e, PlanningDone) for e in causes(error)):
-            raise explain_failure(error) from error
+    trace_step(step, batch, session)
     if not session.steps:
         raise DiagnosticError(
             [
@@ -237,6 +231,22 @@ def capture_step(step: nn.Module, batch: Any, session: Session) -> pipeline.Rewr
             ExitCode.MODEL,
         )
     return session.steps[-1]
+
+
+def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
+    """Call `step(batch)` under the session's backend until it has planned; nothing is lowered.
+
+    Raises: DiagnosticError for a graph break or a model that raises.
+    """
+    session.plan_only = True
+    batch = capture.fake_on_cpu(step, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
+    try:
+        compiled(batch)
+    except Exception as error:  # Dynamo wraps whatever a backend raises
+        if not any(isinstance(e, PlanningDone) for e in causes(error)):
+            raise explain_failure(error) from error
 
 
 def causes(error: BaseException | None) -> list[BaseException]:

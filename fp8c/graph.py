@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fp8c.diagnostics import Span
+from fp8c.user_code import is_model_file, short_path
 
 aten = torch.ops.aten
 
@@ -108,12 +109,12 @@ _FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?P<t
 
 
 def source_span(node: fx.Node) -> Span | None:
-    """The model's source line behind a node: the innermost frame that is not torch's own."""
+    """The model's source line behind a node: the innermost frame that is neither torch's nor fp8c's own."""
     trace = node.meta.get("stack_trace") or ""
     frames = list(_FRAME.finditer(trace))
     for frame in reversed(frames):
-        if "/torch/" not in frame["file"]:
-            return Span(frame["file"], int(frame["line"]), text=frame["text"].strip())
+        if is_model_file(frame["file"]):
+            return Span(short_path(frame["file"]), int(frame["line"]), text=frame["text"].strip())
     return None
 
 

@@ -6,6 +6,7 @@ over meta tensors. Nothing works in one driver only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,12 +66,16 @@ def rewrite_and_partition(
     graph = manager.run(graph, JOINT_PASSES, ctx, held)
     halves = partition(fx.GraphModule(joint, graph), ctx)
     for item in HALF_PASSES:
-        for observe in observers:
-            observe("before", len(manager.records), item.name, halves.forward.graph)
+        index = len(manager.records)
+        for observe in observers:  # forward first, then backward
+            observe("before", index, item.name, halves.forward.graph)
+            observe("before", index, item.name, halves.backward.graph)
+        started = time.perf_counter()
         changed = item.run(halves, ctx)
-        manager.records.append(PassRecord(item.name, changed, 0.0, 0.0))
+        manager.records.append(PassRecord(item.name, changed, time.perf_counter() - started, 0.0))
         for observe in observers:
-            observe("after", len(manager.records), item.name, halves.forward.graph)
+            observe("after", index, item.name, halves.forward.graph)
+            observe("after", index, item.name, halves.backward.graph)
     if verify_each:
         verify_halves(halves, ctx)
     return Rewritten(halves, ctx.plan, ctx, joint, manager.records)
@@ -112,7 +117,9 @@ def require_backward(graph: fx.Graph, ctx: PassContext) -> None:
 
 
 def verify_halves(halves: Halves, ctx: PassContext) -> None:
-    found = [d for i in verifier.HALF_INVARIANTS for half in (halves.forward, halves.backward) for d in i(half.graph, ctx)]
+    found = [
+        d for i in verifier.HALF_INVARIANTS for half in (halves.forward, halves.backward) for d in i(half.graph, ctx)
+    ]
     found += verifier.saved_is_planned(halves, ctx)
     if found:
         summary = Diagnostic("E0705", "IR is invalid after partition and 'compress-saved'")

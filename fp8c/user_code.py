@@ -7,6 +7,7 @@ result's), or show a traceback through fp8c.
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import os
 import sys
@@ -19,9 +20,10 @@ from typing import NoReturn
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span, fail
 
 _OWN_FOLDER = Path(__file__).resolve().parent
+_OWN_FOLDERS = (_OWN_FOLDER, *((_OWN_FOLDER / name).resolve() for name in ("passes", "backends", "specs", "tools")))
 _LIBRARY_FOLDERS = tuple(
     {str(Path(sysconfig.get_paths()[key]).resolve()) for key in ("stdlib", "purelib", "platlib")}
-    | {str(_OWN_FOLDER), *(str((_OWN_FOLDER / name).resolve()) for name in ("passes", "backends", "specs", "tools"))}
+    | {str(folder) for folder in _OWN_FOLDERS}
 )
 
 
@@ -125,6 +127,26 @@ def _is_users(filename: str) -> bool:
 
 def _is_own(filename: str) -> bool:
     return str(Path(filename).resolve()).startswith(str(_OWN_FOLDER) + os.sep)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_model_file(filename: str) -> bool:
+    """Whether a source file is neither torch's nor fp8c's own: a model's, perhaps one from an installed package."""
+    return (
+        "/torch/" not in filename
+        and not filename.startswith("<")
+        and not any(str(Path(filename).resolve()).startswith(str(folder) + os.sep) for folder in _OWN_FOLDERS)
+    )
+
+
+def short_path(filename: str) -> str:
+    """The name of a source file in messages and locks: the same on every machine for a package's file."""
+    return _short_in(filename, os.getcwd())
+
+
+@functools.lru_cache(maxsize=4096)
+def _short_in(filename: str, folder: str) -> str:
+    return _short(filename)
 
 
 def _short(filename: str) -> str:

@@ -27,7 +27,9 @@ from fp8c.graph import aten
 from fp8c.pass_manager import PassContext, PassResult
 from fp8c.roles import Op, OpUse
 
-ACTIVATIONS = frozenset({aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.relu.default, aten.tanh.default})
+ACTIVATIONS = frozenset(
+    {aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.relu.default, aten.tanh.default}
+)
 NORM_OPS = frozenset({aten.native_layer_norm.default, aten._fused_rms_norm.default})
 LOSSES = frozenset(
     {aten._log_softmax.default, aten.nll_loss_forward.default, aten.nll_loss2d_forward.default, aten.logsumexp.default}
@@ -457,7 +459,9 @@ def _reaches(gemm: fx.Node, target: object, flow: Flow) -> bool:
 
 def _mark_heads(graph: fx.Graph, gemms: list[fx.Node], flow: Flow, s: Structure) -> None:
     """Output heads: the last GEMM before a loss over classes, or one as wide as an embedding is long."""
-    vocabularies = {g.value(n.args[0]).shape[0] for n in g.calls(graph, {aten.embedding.default}) if not g.is_backward(n)}
+    vocabularies = {
+        g.value(n.args[0]).shape[0] for n in g.calls(graph, {aten.embedding.default}) if not g.is_backward(n)
+    }
     tables = {g.behind_transposes(n.args[0], casts=True)[0] for n in g.calls(graph, {aten.embedding.default})}  # type: ignore[arg-type]
     for gemm in gemms:
         if flow.anchors[gemm] is not Op.LINEAR or "router" in s.kinds[gemm] or flow.downstream.get(gemm):

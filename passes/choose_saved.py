@@ -38,9 +38,7 @@ from fp8c.specs.plan import UsePlan
 
 ops = torch.ops.fp8c
 
-SCALED_GEMMS = frozenset(
-    {ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default}
-)
+SCALED_GEMMS = frozenset({ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default})
 #: Other numbers each time: computed once, whoever asks for more.
 RANDOM = frozenset(
     {
@@ -55,10 +53,7 @@ RANDOM = frozenset(
 )
 #: Too expensive to compute twice, or not allowed to.
 NEVER_TWICE = (
-    g.GEMMS
-    | SCALED_GEMMS
-    | RANDOM
-    | {ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
+    g.GEMMS | SCALED_GEMMS | RANDOM | {ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
 )
 
 

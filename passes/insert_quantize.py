@@ -80,9 +80,7 @@ class Quantizer:
     gradients: set[fx.Node] = field(default_factory=set)
     pairs: dict[tuple[fx.Node, str, int, fx.Node | None], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
 
-    def quantize(
-        self, x: fx.Node, fmt: Format, like: fx.Node, offs: fx.Node | None = None
-    ) -> tuple[fx.Node, fx.Node]:
+    def quantize(self, x: fx.Node, fmt: Format, like: fx.Node, offs: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """(data, scale) of x. `offs` matters only where groups run along the rows and must restart per expert."""
         assert fmt.group is not None
         if fmt.group[0] == 1:

@@ -38,12 +38,13 @@ class Layer:
 @dataclass(frozen=True)
 class Spec:
     """A spec ready to be resolved. `layers` go from the root of the chain to the spec itself; `digest` is a SHA-256
-    over the text of every file that was read."""
+    over the text of every file that was read, and `texts` are those, by name."""
 
     name: str
     path: str
     layers: tuple[Layer, ...]
     digest: str
+    texts: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def target(self) -> ast.Target | None:
@@ -156,7 +157,8 @@ class _Loader:
         digest = hashlib.sha256()
         for name in sorted(self.texts):
             digest.update(f"{name}\0{self.texts[name]}\0".encode())
-        return Spec(spec.name, source.path, tuple(reversed(layers)), digest.hexdigest())
+        texts = tuple(sorted(self.texts.items()))
+        return Spec(spec.name, source.path, tuple(reversed(layers)), digest.hexdigest(), texts)
 
     def parent(self, unit: _Unit) -> _Unit | None:
         spec = unit.file.spec

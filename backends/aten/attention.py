@@ -55,7 +55,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     bias = _bias(mask, q, k)
     if can_use_cudnn_attention(SDPAParams(queries, keys, values, bias, 0.0, is_causal, enable_gqa)):
         return Kernel.CUDNN
-    keys, values = (_per_query_head(t, q).detach().requires_grad_() for t in (k, v))
+    # This kernel wants a key head for each query head; a view of that shape is enough to ask.
+    keys, values = (t[:, :1].expand(-1, q.shape[1], -1, -1).detach().requires_grad_() for t in (k, v))
     if can_use_efficient_attention(SDPAParams(queries, keys, values, bias, 0.0, is_causal, False)):
         return Kernel.EFFICIENT
     return Kernel.PLAIN

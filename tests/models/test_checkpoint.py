@@ -42,7 +42,9 @@ def test_only_region_inputs_are_kept(use_reentrant: bool) -> None:
     model = Checkpointed([Block(rms, FusedQkv, Mlp) for _ in range(2)], use_reentrant)
     outcome = train_both(model, on_leaf)
     check(outcome)
-    assert saved(outcome) == ["bf16[2, 64, 128]"]  # the stream between the two blocks; the first one's input is an input
+    assert saved(outcome) == [
+        "bf16[2, 64, 128]"
+    ]  # the stream between the two blocks; the first one's input is an input
     # 10 fprops, 10 dgrads, 10 wgrads; again: 4 of each block, whose last GEMM no gradient needs
     assert outcome.executed["fp8c::scaled_mm"] == 30 + 8
 

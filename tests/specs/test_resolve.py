@@ -19,7 +19,7 @@ from fp8c.specs.resolve import resolve
 from fp8c.specs.select import Selection, indices
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models  # noqa: E402  (hand-written role records beside this file)
+import models
 
 DEEPSEEK = models.deepseek()
 LLAMA = models.llama()
