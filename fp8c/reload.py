@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Sp
 from fp8c.fingerprint import data_types, decisions, parameter_types, portable_hash
 from fp8c.models import LoadedModel, LossFunction, StepModule, load_model
 from fp8c.pipeline import Rewritten
-from fp8c.specs.load import Spec
+from fp8c.specs.load import Spec, shipped
 from fp8c.specs.load import load as load_spec
-from fp8c.specs.load import shipped
 
 #: Reasons shown before "and N more".
 _SHOWN = 8
@@ -174,7 +173,11 @@ def check_parameters(build: Build, loaded: LoadedModel) -> None:
     """Raises: DiagnosticError E0613 that names parameters and buffers that are not those of the build."""
     before: dict[str, str] = build.manifest["parameters"]
     now = parameter_types(loaded.module)
-    lines = [f"{name} is {now[name]}, in the build {before[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    lines = [
+        f"{name} is {now[name]}, in the build {before[name]}"
+        for name in now
+        if before.get(name, now[name]) != now[name]
+    ]
     lines += [f"{name} is not in the build" for name in now if name not in before]
     lines += [f"{name} of the build is gone" for name in before if name not in now]
     if lines:
@@ -188,7 +191,10 @@ def changed_model(message: str, lines: list[str]) -> DiagnosticError:
 def changed_model_diagnostic(message: str, lines: list[str]) -> Diagnostic:
     notes = tuple(lines[:_SHOWN]) + ((f"and {len(lines) - _SHOWN} more",) if len(lines) > _SHOWN else ())
     return Diagnostic(
-        "E0613", f"the model is not the one of the build: {message}", notes=notes, help="build again with `fp8c compile`"
+        "E0613",
+        f"the model is not the one of the build: {message}",
+        notes=notes,
+        help="build again with `fp8c compile`",
     )
 
 
@@ -202,7 +208,11 @@ def differences(build: Build, rewritten: Rewritten) -> list[Diagnostic]:
         return [changed_model_diagnostic(f"{len(lines)} decisions differ", lines)]
     data = data_types(rewritten)
     if len(data) != len(build.manifest["data"]):
-        return [changed_model_diagnostic(f"it reads {len(data)} tensors of data, in the build {len(build.manifest['data'])}", [])]
+        return [
+            changed_model_diagnostic(
+                f"it reads {len(data)} tensors of data, in the build {len(build.manifest['data'])}", []
+            )
+        ]
     if data != build.manifest["data"]:
         return []
     graphs = {

@@ -29,7 +29,6 @@ from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
 from fp8c.retrace import retrace
 from fp8c.saved import SavedReport, saved_report
-from fp8c.specs.load import Spec
 from fp8c.tools import report, verify
 from fp8c.tools.ir_printing import Observer, Printing, write_reproducer
 from fp8c.tools.progress import Progress
@@ -317,7 +316,7 @@ def model_reference(request: Request, loaded: LoadedModel) -> dict[str, Any]:
 
 def result_text(result: CompileResult) -> str:
     """The tables for stdout."""
-    rows = [("GEMMs", "total", "FP8", "kept")]
+    rows: list[tuple[str, ...]] = [("GEMMs", "total", "FP8", "kept")]
     rows += [(which, *(f"{n[k]:,}" for k in ("total", "fp8", "kept"))) for which, n in result.gemms.items()]
     lines = [f"{result.model} under {result.spec} for {result.target}", "", *columns(rows), ""]
     if result.baseline:
@@ -355,7 +354,13 @@ def saved_lines(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [("saved bytes", "BF16", "fp8c", "ratio")]
     for names, theirs, ours in groups:
         first, last = names[0], names[-1]
-        name = "outside of layers" if first is None else f"layer {first}" if first == last else f"layers {first}-{last}, each"
+        name = (
+            "outside of layers"
+            if first is None
+            else f"layer {first}"
+            if first == last
+            else f"layers {first}-{last}, each"
+        )
         rows.append((name, mib(theirs), mib(ours), f"{ours / theirs:.3f}x" if theirs else "-"))
     return columns(rows)
 

@@ -38,7 +38,9 @@ class Progress:
             seconds = time.perf_counter() - started
             self.stages.append((name, seconds))
             if seconds >= QUIET_S and not self.is_quiet:
-                self._write(f"\rfp8c: {name}: {seconds:.1f} s\033[K\n" if is_live else f"fp8c: {name}: {seconds:.1f} s\n")
+                self._write(
+                    f"\rfp8c: {name}: {seconds:.1f} s\033[K\n" if is_live else f"fp8c: {name}: {seconds:.1f} s\n"
+                )
 
     def _write(self, text: str) -> None:
         self.stream.write(text)
