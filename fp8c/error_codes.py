@@ -117,6 +117,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
+    "R0411": "A size is no multiple of its group, and the spec pads: the last group is shorter and has a scale of its own. "
+    "MLA's 576-wide projection is such a case.",
     "W0301": "As E0301, in a spec that says `defaults { unmatched_rule = warn; }`.",
     "W0302": "As E0302, in a spec that says `defaults { unmatched_rule = warn; }`.",
     "W0303": "As E0303, in a spec that says `defaults { undecided_gemm = warn; }`: these GEMMs stay BF16.",

@@ -11,6 +11,7 @@ from typing import TextIO
 from torch import fx
 
 from fp8c import graph as g
+from fp8c.build import spec_file
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
 from fp8c.passes import ALL_PASSES, HALF_PASSES
 
@@ -145,7 +146,7 @@ def write_reproducer(
     (place / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
     (place / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     for file, text in spec_texts:
-        target = place / "spec" / file.replace("std:", "std/")
+        target = place / spec_file(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     source = Path(reference.partition(".py:")[0] + (".py" if ".py:" in reference else ""))
