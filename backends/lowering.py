@@ -20,7 +20,7 @@ Lowered = Callable[..., Any]
 
 def register_kernels(device: str) -> None:
     """Make the kernels for a device available: importing a backend registers them."""
-    import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
+    import fp8c.backends.reference
 
     if device == "cuda":
         import fp8c.decompositions  # noqa: F401  (portable form; faster kernels register over it)

@@ -7,12 +7,12 @@ attention stays one operator, and the router's weight moves in front of the expe
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from fp8c import graph as g
 
@@ -23,13 +23,6 @@ if hasattr(torch.nn.functional, "grouped_mm"):
 _MULTIPLY = {operator.mul, torch.mul, operator.imul}
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What the capture knows besides the graph: the name of every input, "" for data."""
-
-    input_names: tuple[str, ...]
-
-
 def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
     """FQN of every parameter and buffer among the inputs of Dynamo's graph, "" for data and sizes, in order."""
     names = []
@@ -37,8 +30,10 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
         argument = node.meta.get("grapharg")
         source = getattr(argument, "source", None)
         name = _source_name(source)
-        is_state = "_parameters[" in name or "_buffers[" in name or isinstance(
-            node.meta.get("example_value"), torch.nn.Parameter
+        is_state = (
+            "_parameters[" in name
+            or "_buffers[" in name
+            or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
         )
         names.append(g.canonical_path(name) if is_state else "")
     return tuple(names)
@@ -199,11 +194,36 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
+def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
+    """Give a module without weights fake CPU tensors in place, and return the batch likewise.
+
+    On the meta device itself PyTorch loses the gradient of the cross-entropy loss (it traces a joint graph whose
+    backward starts behind it), so planning runs over fake tensors of the CPU: no data either, and a whole backward.
+    """
+    mode = FakeTensorMode()
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "meta" or isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in made:
+            new: torch.Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = fake(tensor)  # type: ignore[assignment]
+    return tree_map(lambda leaf: fake(leaf) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
 def joint_input_names(joint: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
     """Name of every primal of the joint graph, by placeholder name. Raises ValueError when the counts disagree."""
-    primals = [
-        n for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")
-    ]
+    primals = [n for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")]
     by_index = {}
     for position, node in enumerate(primals):
         index = getattr(node.meta.get("desc"), "idx", position)
@@ -212,6 +232,3 @@ def joint_input_names(joint: fx.GraphModule, names: tuple[str, ...]) -> dict[str
         by_index[node.name] = names[index]
         node.meta["fp8c_name"] = names[index]
     return by_index
-
-
-Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]

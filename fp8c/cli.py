@@ -201,9 +201,13 @@ def spec_show(name: str) -> None:
 
 
 model_options = (
-    click.option("--spec", "-s", default="deepseek_v3", show_default=True, metavar="NAME|FILE.fp8", help="Precision spec."),
+    click.option(
+        "--spec", "-s", default="deepseek_v3", show_default=True, metavar="NAME|FILE.fp8", help="Precision spec."
+    ),
     click.option("--target", "-t", default=None, metavar="NAME", help="Machine; this one's GPU, or cpu, unless given."),
-    click.option("-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the factory, or configuration field."),
+    click.option(
+        "-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the factory, or configuration field."
+    ),
     click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch."),
     click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence."),
     click.option("--weights", type=click.Choice(["auto", "random", "meta"]), default="auto", show_default=True),

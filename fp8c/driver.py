@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import external_utils
 from torch._dynamo.backends.common import aot_autograd
 
 import fp8c.ops  # noqa: F401  (defines the operators)
@@ -23,6 +24,7 @@ from fp8c import capture, pipeline
 from fp8c.backends import lowering
 from fp8c.backends.target import TargetRecord, load_target
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.partition import Halves, default_min_cut
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
@@ -51,7 +53,9 @@ class Session:
     verify_each: bool = True
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
-    on_joint: Callable[[fx.GraphModule, Any, int], None] | None = None
+    on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
+    want_baseline: bool = False
+    baseline: Halves | None = None
 
     def resolve(self, uses: Sequence[Any]) -> PrecisionPlan:
         plan = resolve(self.spec, uses, self.target, partial=self.partial)
@@ -60,6 +64,8 @@ class Session:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend: differentiate, rewrite, lower."""
         names = capture.input_names(gm)
+        if self.want_baseline:
+            self.baseline = capture_baseline(gm, example_inputs)
         for done in capture.prepare_forward(gm):
             log.info("%s", done)
         device = _device(example_inputs)
@@ -80,7 +86,7 @@ class Session:
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, names: tuple[str, ...], **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         if self.on_joint is not None:
-            self.on_joint(joint, inputs, num_fwd_outputs)
+            self.on_joint()
         rewritten = pipeline.rewrite_and_partition(
             joint,
             names,
@@ -102,10 +108,32 @@ class Session:
     def _infer(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
     ) -> Callable[..., Any]:
-        rewritten = pipeline.rewrite_inference(
-            gm, names, self.resolve, target=self.target, observers=self.observers
-        )
+        rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
         return lowering.lower(rewritten, inputs, how, is_inference=True)
+
+
+def capture_baseline(gm: fx.GraphModule, example_inputs: list[Any]) -> Halves:
+    """The same step in BF16 as torch.compile would split it: Inductor's decompositions, PyTorch's default min-cut.
+
+    Attention stays one operator here too; nothing else of fp8c is applied.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    plain = copy.deepcopy(gm)
+    capture.keep_attention(plain)
+    plain.recompile()
+    found: list[Halves] = []
+
+    def split(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
+        found.append(default_min_cut(joint, inputs, num_fwd_outputs))
+        raise PlanningDone
+
+    backend = aot_autograd(fw_compiler=lambda g, _: g, partition_fn=split, decompositions=select_decomp_table())
+    try:
+        backend(plain, example_inputs)
+    except PlanningDone:
+        pass
+    return found[0]
 
 
 def _device(inputs: Sequence[Any]) -> str:
@@ -158,7 +186,10 @@ def compile(
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
     session.remarks += prepare(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
-    step.compile(backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
+    call = step._call_impl
+    if torch._dynamo.trace_rules.check(type(step).forward):
+        call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
+    step._compiled_call_impl = torch.compile(call, backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
     step.__dict__["fp8c_session"] = session
     return step
 
@@ -184,7 +215,8 @@ def session_of(step: nn.Module) -> Session:
 def capture_step(step: nn.Module, batch: Any, session: Session) -> pipeline.Rewritten:
     """Ahead of time: capture `step(batch)`, rewrite and partition it, and stop before lowering.
 
-    The tensors may be on the meta device. Raises: DiagnosticError for a graph break or a model that raises.
+    A module and batch on the meta device are given fake tensors in place.
+    Raises: DiagnosticError for a graph break or a model that raises.
     """
     trace_step(step, batch, session)
     if not session.steps:
@@ -207,6 +239,7 @@ def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
     Raises: DiagnosticError for a graph break or a model that raises.
     """
     session.plan_only = True
+    batch = capture.fake_on_cpu(step, batch)
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
     try:

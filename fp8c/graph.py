@@ -32,6 +32,8 @@ RESHAPES = frozenset(
         aten.contiguous.default,
     }
 )
+#: Views between two GEMMs that read one value: the rows stay the rows.
+ROW_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default})
 TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 #: Views of a part of a value.
@@ -161,7 +163,10 @@ def fake_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return target(*real_args, **real_kwargs)
 
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag", ROLE)
+_PROVENANCE = (
+    *("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag", ROLE),
+    *("recompute", "ac_graph_id"),  # PyTorch's: the user's checkpoint regions
+)
 
 
 def inherit(node: fx.Node, like: fx.Node) -> None:

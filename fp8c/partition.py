@@ -53,9 +53,7 @@ def partition(joint: fx.GraphModule, ctx: PassContext) -> Halves:
 
 def default_min_cut(joint: fx.GraphModule, inputs: object, num_fwd_outputs: int) -> Halves:
     """PyTorch's default min-cut, the baseline that saved bytes are compared with."""
-    forward, backward = partitioners.min_cut_rematerialization_partition(
-        joint, inputs, num_fwd_outputs=num_fwd_outputs
-    )
+    forward, backward = partitioners.min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs)
     return Halves(forward, backward, num_fwd_outputs)
 
 

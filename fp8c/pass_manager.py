@@ -148,10 +148,10 @@ class PassManager:
         after = g.structural_hash(result.graph)
         if (before != after) != (result.changed > 0):
             said, did = f"{result.changed} rewrites", "the graph changed" if before != after else "nothing changed"
-            raise DiagnosticError(
-                [Diagnostic("E0704", f"pass '{item.name}' reports {said}, but {did}")], ExitCode.BUG
-            )
-        found = [d for name in ("always", *sorted(held)) for i in self.invariants.get(name, ()) for d in i(result.graph, ctx)]
+            raise DiagnosticError([Diagnostic("E0704", f"pass '{item.name}' reports {said}, but {did}")], ExitCode.BUG)
+        found = [
+            d for name in ("always", *sorted(held)) for i in self.invariants.get(name, ()) for d in i(result.graph, ctx)
+        ]
         if found:
             summary = Diagnostic("E0705", f"IR is invalid after pass '{item.name}' ({index + 1} of {count})")
             raise DiagnosticError([summary, *found], ExitCode.BUG)

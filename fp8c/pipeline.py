@@ -117,7 +117,9 @@ def require_backward(graph: fx.Graph, ctx: PassContext) -> None:
 
 
 def verify_halves(halves: Halves, ctx: PassContext) -> None:
-    found = [d for i in verifier.HALF_INVARIANTS for half in (halves.forward, halves.backward) for d in i(half.graph, ctx)]
+    found = [
+        d for i in verifier.HALF_INVARIANTS for half in (halves.forward, halves.backward) for d in i(half.graph, ctx)
+    ]
     found += verifier.saved_is_planned(halves, ctx)
     if found:
         summary = Diagnostic("E0705", "IR is invalid after partition and 'compress-saved'")

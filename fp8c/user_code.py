@@ -132,8 +132,10 @@ def _is_own(filename: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def is_model_file(filename: str) -> bool:
     """Whether a source file is neither torch's nor fp8c's own: a model's, perhaps one from an installed package."""
-    return "/torch/" not in filename and not filename.startswith("<") and not any(
-        str(Path(filename).resolve()).startswith(str(folder) + os.sep) for folder in _OWN_FOLDERS
+    return (
+        "/torch/" not in filename
+        and not filename.startswith("<")
+        and not any(str(Path(filename).resolve()).startswith(str(folder) + os.sep) for folder in _OWN_FOLDERS)
     )
 
 

@@ -108,7 +108,9 @@ def scales_paired(
         if node.target in SCALED:
             first = SCALED[node.target]
             for i, operand in enumerate("ab"):
-                found += _check_pair(node, node.args[2 * i], node.args[2 * i + 1], str(node.args[first + i]), types, operand)
+                found += _check_pair(
+                    node, node.args[2 * i], node.args[2 * i + 1], str(node.args[first + i]), types, operand
+                )
         elif node.target in (ops.dequantize.default, ops.requantize.default):
             found += _check_pair(node, node.args[0], node.args[1], str(node.args[2]), types, "q")
     return found
@@ -122,7 +124,9 @@ def _check_pair(
     if d is None or d.part != "data":
         return [_at("E0706", f"operand {operand} of %{node.name}: %{data.name} is no quantized value", node)]
     if s is None or s.part != "scale" or s.origin != d.origin or s.moves != d.moves:
-        return [_at("E0706", f"operand {operand} of %{node.name}: %{scale.name} is not the scale of %{data.name}", node)]
+        return [
+            _at("E0706", f"operand {operand} of %{node.name}: %{scale.name} is not the scale of %{data.name}", node)
+        ]
     if d.format != Format.parse(text):
         return [
             _at("E0707", f"operand {operand} of %{node.name} is {d.format.text}, but the operator expects {text}", node)
@@ -138,7 +142,9 @@ def groups_on_reduction_axis(graph: fx.Graph, ctx: PassContext) -> list[Diagnost
             fmt = Format.parse(str(node.args[SCALED[node.target] + i]))  # type: ignore[index]
             assert fmt.group is not None
             if fmt.group[1] == 1:
-                found.append(_at("E0708", f"operand {'ab'[i]} of %{node.name} has groups {fmt.group_text} across K", node))
+                found.append(
+                    _at("E0708", f"operand {'ab'[i]} of %{node.name} has groups {fmt.group_text} across K", node)
+                )
     return found
 
 
@@ -209,7 +215,9 @@ def gemms_complete(graph: fx.Graph, ctx: PassContext) -> list[Diagnostic]:
             if count.get((use.key, which), 0) != number:
                 found.append(
                     Diagnostic(
-                        "E0711", f"{use.key} has {count.get((use.key, which), 0)} {which} GEMMs, expected {number}", use.source
+                        "E0711",
+                        f"{use.key} has {count.get((use.key, which), 0)} {which} GEMMs, expected {number}",
+                        use.source,
                     )
                 )
     return found
@@ -230,7 +238,9 @@ def saved_is_planned(halves: Halves, ctx: PassContext) -> list[Diagnostic]:
             by_pair.setdefault((types[node].origin, types[node].moves), set()).add(types[node].part)
     for (origin, _), parts in by_pair.items():
         if parts != {"data", "scale"}:
-            found.append(Diagnostic("E0706", f"%{origin} crosses to backward without its {({'data', 'scale'} - parts).pop()}"))
+            found.append(
+                Diagnostic("E0706", f"%{origin} crosses to backward without its {({'data', 'scale'} - parts).pop()}")
+            )
     seeds = {n.name: types[n] for n in halves.saved() if n in types and n.name in crossing}
     found += scales_paired(halves.backward.graph, ctx, seeds)
     return found

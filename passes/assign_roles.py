@@ -27,7 +27,9 @@ from fp8c.graph import aten
 from fp8c.pass_manager import PassContext, PassResult
 from fp8c.roles import Op, OpUse
 
-ACTIVATIONS = frozenset({aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.relu.default, aten.tanh.default})
+ACTIVATIONS = frozenset(
+    {aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.relu.default, aten.tanh.default}
+)
 NORM_OPS = frozenset({aten.native_layer_norm.default, aten._fused_rms_norm.default})
 LOSSES = frozenset(
     {aten._log_softmax.default, aten.nll_loss_forward.default, aten.nll_loss2d_forward.default, aten.logsumexp.default}
@@ -435,17 +437,31 @@ def _forward_reach(node: fx.Node, flow: Flow, stop: frozenset[object]) -> Iterab
 
 
 def _mark_routers(gemms: list[fx.Node], flow: Flow, s: Structure) -> None:
-    """A router's output reaches a top-k on its own way; found so, whatever it is called."""
-    for gemm in gemms:
-        if flow.anchors[gemm] is Op.LINEAR and any(
-            g.is_call(n, {aten.topk.default}) for n in _forward_reach(gemm, flow, frozenset({aten.topk.default}))
-        ):
+    """A router's output reaches a top-k on its own way; found so, whatever it is called.
+
+    The gate of a shared expert (one sigmoid per token, read from what the router reads) is gating as well.
+    """
+    linears = [a for a in gemms if flow.anchors[a] is Op.LINEAR]
+    for gemm in linears:
+        if _reaches(gemm, aten.topk.default, flow):
             s.kinds[gemm].add("router")
+    routed = {_activation_inputs(x, flow) for x in linears if "router" in s.kinds[x]}
+    for gemm in linears:
+        if g.last_dim(gemm) == 1 and _activation_inputs(gemm, flow) in routed:
+            if _reaches(gemm, aten.sigmoid.default, flow):
+                s.kinds[gemm].add("router")
+
+
+def _reaches(gemm: fx.Node, target: object, flow: Flow) -> bool:
+    """Whether the output reaches a call of `target` before it reaches another anchor."""
+    return any(n.target is target for n in _forward_reach(gemm, flow, frozenset({target})))
 
 
 def _mark_heads(graph: fx.Graph, gemms: list[fx.Node], flow: Flow, s: Structure) -> None:
     """Output heads: the last GEMM before a loss over classes, or one as wide as an embedding is long."""
-    vocabularies = {g.value(n.args[0]).shape[0] for n in g.calls(graph, {aten.embedding.default}) if not g.is_backward(n)}
+    vocabularies = {
+        g.value(n.args[0]).shape[0] for n in g.calls(graph, {aten.embedding.default}) if not g.is_backward(n)
+    }
     tables = {g.behind_transposes(n.args[0], casts=True)[0] for n in g.calls(graph, {aten.embedding.default})}  # type: ignore[arg-type]
     for gemm in gemms:
         if flow.anchors[gemm] is not Op.LINEAR or "router" in s.kinds[gemm] or flow.downstream.get(gemm):

@@ -24,6 +24,7 @@ from typing import ClassVar
 import networkx as nx
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fp8c import graph as g
 from fp8c.diagnostics import DiagnosticError, fail
@@ -37,16 +38,10 @@ from fp8c.specs.plan import UsePlan
 
 ops = torch.ops.fp8c
 
-SCALED_GEMMS = frozenset(
-    {ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default}
-)
-#: Too expensive to compute twice, or not allowed to (random numbers would differ).
-NEVER_TWICE = g.GEMMS | SCALED_GEMMS | frozenset(
+SCALED_GEMMS = frozenset({ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default})
+#: Other numbers each time: computed once, whoever asks for more.
+RANDOM = frozenset(
     {
-        ops.attention.default,
-        aten.topk.default,
-        aten.sort.default,
-        aten.sort.stable,
         aten.native_dropout.default,
         aten.bernoulli.default,
         aten.rand.default,
@@ -55,6 +50,10 @@ NEVER_TWICE = g.GEMMS | SCALED_GEMMS | frozenset(
         aten.randn_like.default,
         aten.randint.low,
     }
+)
+#: Too expensive to compute twice, or not allowed to.
+NEVER_TWICE = (
+    g.GEMMS | SCALED_GEMMS | RANDOM | {ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
 )
 
 
@@ -77,11 +76,15 @@ class ChooseSaved:
 
 @dataclass
 class Policy:
-    """What the plan says: values to save (and how), values never to save, GEMMs to compute again."""
+    """What the plan says: values to save (and how), values never to save, GEMMs to compute again.
+
+    region_outputs: what leaves a checkpointed region: what lies behind it starts from there, not from the region's inputs
+    """
 
     must_save: dict[fx.Node, SavedValue] = field(default_factory=dict)
     never_save: set[fx.Node] = field(default_factory=set)
     compute_again: set[fx.Node] = field(default_factory=set)
+    region_outputs: set[fx.Node] = field(default_factory=set)
 
 
 def read_policy(graph: fx.Graph, ctx: PassContext) -> Policy:
@@ -94,6 +97,7 @@ def read_policy(graph: fx.Graph, ctx: PassContext) -> Policy:
             by_use[role.use].append(node)
         if checkpointed(node):
             policy.compute_again.add(node)
+            policy.region_outputs |= {storage_root(node)} if leaves_region(node) else set()
     for key, use in ctx.plan.uses.items():
         anchor = next((n for n in by_use.get(key, ()) if is_anchor(n, use.use.op)), None)
         if anchor is None or checkpointed(anchor):
@@ -108,8 +112,17 @@ def read_policy(graph: fx.Graph, ctx: PassContext) -> Policy:
 
 
 def checkpointed(node: fx.Node) -> bool:
-    """Inside a region the user checkpoints: the user asked for recomputation, and gets it."""
-    return node.op == "call_function" and node.meta.get("recompute") is not None and not g.is_backward(node)
+    """Inside a region the user checkpoints: the user asked for recomputation, and gets it, but for random numbers."""
+    if node.op != "call_function" or node.target in RANDOM or g.is_backward(node):
+        return False
+    return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def leaves_region(node: fx.Node) -> bool:
+    """Whether a value of a checkpointed region is read by the forward outside of it."""
+    region = node.meta.get("ac_graph_id")
+    readers = [u for u in node.users if u.op == "call_function" and not g.is_backward(u)]
+    return any(not checkpointed(u) or u.meta.get("ac_graph_id") != region for u in readers)
 
 
 def is_anchor(node: fx.Node, op: Op) -> bool:
@@ -255,7 +268,7 @@ def is_free(node: fx.Node) -> bool:
 
 def is_source(node: fx.Node, policy: Policy) -> bool:
     """A value that exists only because forward computed it."""
-    if node in policy.must_save:
+    if node in policy.must_save or (node in policy.region_outputs and node not in policy.never_save):
         return True
     target = node.target
     collective = isinstance(target, torch._ops.OpOverload) and target.namespace == "_c10d_functional"

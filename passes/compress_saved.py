@@ -69,9 +69,7 @@ def compress(halves: Halves, node: fx.Node, planned: SavedValue, ctx: PassContex
     halves.backward.graph.erase_node(old)
 
 
-def existing_pair(
-    halves: Halves, node: fx.Node, fmt: Format
-) -> tuple[tuple[fx.Node, fx.Node], list[fx.Node]] | None:
+def existing_pair(halves: Halves, node: fx.Node, fmt: Format) -> tuple[tuple[fx.Node, fx.Node], list[fx.Node]] | None:
     """A pair that crosses already and holds the same values, and the reshapes from `node` to what it quantizes."""
     crossing = set(halves.saved())
     frontier: list[tuple[fx.Node, list[fx.Node]]] = [(node, [])]

@@ -47,9 +47,30 @@ class Fp8Dispatch:
             if moved is not None:
                 changed += 1
                 work.append(moved)
+        changed += merge_equal_quantizes(graph) if changed else 0
         if changed:
             graph.eliminate_dead_code()
         return PassResult(graph, changed)
+
+
+def merge_equal_quantizes(graph: fx.Graph) -> int:
+    """A token that a shared expert reads as well is quantized once: the first quantize of a value serves them all."""
+    first: dict[tuple[fx.Node, object, str], fx.Node] = {}
+    merged = 0
+    for node in g.calls(graph, {ops.quantize.default}):
+        if len(node.args) > 2 or not node.users:
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        root = g.strip(source, g.ROW_VIEWS)
+        kept = first.setdefault((root, node.args[1], str(g.value(source).shape)), node)
+        if kept is node:
+            continue
+        results = {n.args[1]: n for n in kept.users}
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+        merged += 1
+    return merged
 
 
 def move_before(

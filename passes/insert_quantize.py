@@ -32,9 +32,6 @@ from fp8c.specs.plan import GemmFormats
 
 ops = torch.ops.fp8c
 
-#: Between two GEMMs that read one value there may be views that keep the last axis: the rows are the same.
-_ROW_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default})
-
 
 @dataclass(frozen=True)
 class InsertQuantize:
@@ -83,14 +80,12 @@ class Quantizer:
     gradients: set[fx.Node] = field(default_factory=set)
     pairs: dict[tuple[fx.Node, str, int, fx.Node | None], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
 
-    def quantize(
-        self, x: fx.Node, fmt: Format, like: fx.Node, offs: fx.Node | None = None
-    ) -> tuple[fx.Node, fx.Node]:
+    def quantize(self, x: fx.Node, fmt: Format, like: fx.Node, offs: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """(data, scale) of x. `offs` matters only where groups run along the rows and must restart per expert."""
         assert fmt.group is not None
         if fmt.group[0] == 1:
             offs = None
-        source = g.strip(x, _ROW_VIEWS)
+        source = g.strip(x, g.ROW_VIEWS)
         key = (source, fmt.text, g.value(x).dim(), offs)
         pair = self.pairs.get(key)
         if pair is None or g.value(pair[0]).shape[:-1] != g.value(x).shape[:-1]:

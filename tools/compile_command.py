@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
-from torch._inductor.decomposition import select_decomp_table
 
 from fp8c import __version__, driver, partition
 from fp8c import graph as g
@@ -27,7 +25,6 @@ from fp8c.models import LoadedModel, Weights, check_step, load_model
 from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
-from fp8c.retrace import retrace
 from fp8c.saved import SavedReport, saved_report
 from fp8c.specs.plan import PrecisionPlan, UsePlan
 from fp8c.tools import report, verify
@@ -128,12 +125,10 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     parameters = parameter_types(loaded.module)  # as the user's model has them, before anything is prepared
     with progress.stage("preparing the model"):
         session.remarks += prepare(loaded.module, loaded.example_inputs)
-    rewritten, captured = capture(loaded, session, observer, request, progress)
+    session.want_baseline = request.baseline
+    rewritten = capture(loaded, session, observer, request, progress)
     saved = saved_of(rewritten, rewritten.halves)
-    baseline = None
-    if request.baseline:
-        with progress.stage("BF16 baseline: PyTorch's default min-cut"):
-            baseline = bf16_baseline(rewritten, captured)
+    baseline = saved_of(rewritten, session.baseline) if session.baseline is not None else None
     verified = None
     if request.verify:
         with progress.stage("verifying"):
@@ -175,30 +170,20 @@ def check_batch(loaded: LoadedModel) -> None:
             )
 
 
-@dataclass
-class Captured:
-    """What the pipeline was called with: the inputs of the joint graph, and how many outputs the forward has."""
-
-    inputs: Any = None
-    num_fwd_outputs: int = 0
-
-
 def capture(
     loaded: LoadedModel, session: driver.Session, observer: Observer, request: Request, progress: Progress
-) -> tuple[Rewritten, Captured]:
+) -> Rewritten:
     """The step's graphs. A pass that fails leaves a reproducer folder."""
-    captured = Captured()
     with contextlib.ExitStack() as stage:
         stage.enter_context(progress.stage("capturing the step"))
 
-        def on_joint(joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int) -> None:
-            captured.inputs, captured.num_fwd_outputs = inputs, num_fwd_outputs
+        def on_joint() -> None:
             stage.close()
             stage.enter_context(progress.stage("rewriting the step"))
 
         session.on_joint = on_joint
         try:
-            return driver.capture_step(loaded.step(), loaded.example_inputs, session), captured
+            return driver.capture_step(loaded.step(), loaded.example_inputs, session)
         except Exception as error:
             if observer.running is None:
                 raise
@@ -232,12 +217,6 @@ def saved_of(rewritten: Rewritten, halves: partition.Halves) -> SavedReport:
     heads = [u.use for u in rewritten.plan.uses.values() if "lm_head" in u.use.kinds]
     vocabulary = frozenset(u.n for u in heads if u.n is not None)
     return saved_report(halves, vocabulary, lambda n: bool(rewritten.ctx.inputs.get(n.name)))
-
-
-def bf16_baseline(rewritten: Rewritten, captured: Captured) -> SavedReport:
-    """What PyTorch's default min-cut saves of the same step in BF16, decomposed with Inductor's own table."""
-    plain = retrace(rewritten.joint_before, select_decomp_table())
-    return saved_of(rewritten, partition.default_min_cut(plain, captured.inputs, captured.num_fwd_outputs))
 
 
 def partial_group_remarks(plan: PrecisionPlan) -> list[Diagnostic]:

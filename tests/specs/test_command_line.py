@@ -135,7 +135,7 @@ def test_exit_codes(arguments: list[str], code: ExitCode, capsys: pytest.Capture
 
 
 def test_bug_exits_70_with_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import fp8c.specs.summary as summary
+    from fp8c.specs import summary
 
     def broken(spec: str) -> None:
         raise ZeroDivisionError("oops")

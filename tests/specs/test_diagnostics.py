@@ -24,7 +24,7 @@ from fp8c.specs.resolve import resolve
 from fp8c.target_record import TargetRecord
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models  # noqa: E402  (hand-written role records beside this file)
+import models
 
 FOLDER = Path(__file__).parents[1] / "diagnostics"
 FILES = sorted(FOLDER.glob("*.fp8"))
@@ -78,7 +78,7 @@ def expected(path: Path) -> list[Expected]:
 
 
 def _setting(path: Path, name: str, default: str) -> str:
-    found = re.search(rf"^# {name}: (\w+)$", path.read_text(encoding="utf-8"), re.M)
+    found = re.search(rf"^# {name}: (\w+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else default
 
 
