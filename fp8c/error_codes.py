@@ -89,7 +89,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0613": "The model is not the one the build was made from: parameters, the captured graph or the rewritten graphs "
     "differ. A build runs only what it describes.",
     "E0614": "The spec is not the one the build was made from, or it now decides something else.",
-    "E0720": "No pass has this name. `fp8c passes` lists them in the order they run.",
+    "E0701": "No pass has this name. `fp8c passes` lists them in the order they run.",
     "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
     "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
     "model type.",

@@ -30,14 +30,14 @@ class Printing:
     dump_dir: Path | None = None
 
     def checked(self) -> Printing:
-        """Raises: DiagnosticError E0720 (usage) for a name that is no pass."""
+        """Raises: DiagnosticError E0701 (usage) for a name that is no pass."""
         for name in (*self.before, *self.after):
             check_pass(name)
         return self
 
 
 def check_pass(name: str) -> None:
-    """Raises: DiagnosticError E0720 (usage) for a name that is no pass."""
+    """Raises: DiagnosticError E0701 (usage) for a name that is no pass."""
     if name not in _NAMES:
         raise unknown_pass(name)
 
@@ -47,7 +47,7 @@ def unknown_pass(name: str) -> DiagnosticError:
 
     near = difflib.get_close_matches(name, _NAMES, 1, 0.5)
     help = f"did you mean '{near[0]}'?" if near else f"the passes are {', '.join(_NAMES)}"
-    return fail("E0720", f"there is no pass '{name}'", help=help, exit_code=ExitCode.USAGE)
+    return fail("E0701", f"there is no pass '{name}'", help=help, exit_code=ExitCode.USAGE)
 
 
 @dataclass
