@@ -459,7 +459,7 @@ def opt(
         argv=("fp8c", *_arguments),
     )
     names = tuple(name.strip() for name in passes.split(",") if name.strip())
-    sys.stdout.write(opt_command.run_passes(request, names))
+    sys.stdout.write(opt_command.rewritten_text(request, names))
 
 
 def set_debugging(debug: bool) -> None:
