@@ -29,6 +29,7 @@ from fp8c.partition import Halves, default_min_cut
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
+from fp8c.user_code import is_model_file, short_path
 
 log = logging.getLogger("fp8c")
 
@@ -311,8 +312,8 @@ def graph_break(error: Exception) -> Diagnostic:
     stack = getattr(error, "real_stack", None) or []
     span = None
     for frame in reversed(list(stack)):
-        if "/torch/" not in frame.filename:
-            span = Span(frame.filename, frame.lineno or 0, text=(frame.line or "").strip())
+        if is_model_file(frame.filename):
+            span = Span(short_path(frame.filename), frame.lineno or 0, text=(frame.line or "").strip())
             break
     raised = re.search(r"raised exception (.+)", text)
     if raised:
