@@ -23,7 +23,7 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference
 
     if device == "cuda":
-        import fp8c.decompositions  # noqa: F401  (portable form; faster kernels register over it)
+        import fp8c.backends.aten  # noqa: F401  (attention by PyTorch's fused kernels; the portable form of the rest)
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, *, is_inference: bool = False) -> Lowered:

@@ -55,7 +55,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     bias = _bias(mask, q, k)
     if can_use_cudnn_attention(SDPAParams(queries, keys, values, bias, 0.0, is_causal, enable_gqa)):
         return Kernel.CUDNN
-    keys, values = (_per_query_head(t, q).detach().requires_grad_() for t in (k, v))
+    # This kernel wants a key head for each query head; a view of that shape is enough to ask.
+    keys, values = (t[:, :1].expand(-1, q.shape[1], -1, -1).detach().requires_grad_() for t in (k, v))
     if can_use_efficient_attention(SDPAParams(queries, keys, values, bias, 0.0, is_causal, False)):
         return Kernel.EFFICIENT
     return Kernel.PLAIN
@@ -99,7 +100,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contract as `backends.reference.attention.attention_backward`."""
     check_attention(q, k, v, mask, is_causal)
-    dout, q, k, v = (_unit_stride(t) for t in (dout, q, k, v))
+    q, k, v = (_unit_stride(t) for t in (q, k, v))
+    # cuDNN and the memory-efficient kernel read `out` and `dout` in the layout their forward writes; in any other they
+    # return wrong dq and dk without a word (seen on an H200 with torch 2.11).
+    dout, out = _heads_last(dout), _heads_last(out)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     # Seeds and offsets of the dropout that does not happen.
     seed, offset = q.new_zeros((), dtype=torch.int64), q.new_zeros((), dtype=torch.int64)
