@@ -182,7 +182,7 @@ def compile(
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
-    from fp8c.prepare import prepare
+    from fp8c.prepare import needs_comparison, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
     session.remarks += prepare(model)
@@ -190,9 +190,26 @@ def compile(
     call = step._call_impl
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
-    step._compiled_call_impl = torch.compile(call, backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
+    compiled = torch.compile(call, backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
+    step._compiled_call_impl = compared_first(model, step, compiled, session) if needs_comparison(model) else compiled
     step.__dict__["fp8c_session"] = session
     return step
+
+
+def compared_first(
+    model: nn.Module, step: nn.Module, compiled: Callable[..., Any], session: Session
+) -> Callable[..., Any]:
+    """Compare rewritten loops over experts with their originals on the first training call, then get out of the way."""
+    from fp8c.prepare import compare_rewrites
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if model.training and torch.is_grad_enabled():
+            compared = compare_rewrites(model, *args, **kwargs)
+            session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
+            step._compiled_call_impl = compiled
+        return compiled(*args, **kwargs)
+
+    return call
 
 
 def guarded(session: Session) -> Callable[..., Any]:
