@@ -92,6 +92,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0603": "A spec file cannot be read, or no shipped spec has the name. `fp8c spec list` names those that come with "
     "fp8c.",
     "E0604": "Files use each other more than 16 deep.",
+    "E0605": "`fp8c spec import` cannot write this as a spec: the source is unknown, or asks for what no spec can say, such as "
+    "FP4 or scales fixed ahead of time. Nothing is left out silently.",
     "E0610": "The build, or a file asked for, cannot be written there: no permission, no space, or a file stands where a "
     "folder is needed. Nothing half-written is left, and a build that was there is still there.",
     "E0611": "The output folder holds files that fp8c did not write, and a build replaces its folder whole. Choose another "
@@ -101,7 +103,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0613": "The model is not the one the build was made from: parameters, the captured graph or the rewritten graphs "
     "differ. A build runs only what it describes.",
     "E0614": "The spec is not the one the build was made from, or it now decides something else.",
-    "E0720": "No pass has this name. `fp8c passes` lists them in the order they run.",
+    "E0701": "No pass has this name. `fp8c passes` lists them in the order they run.",
     "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
     "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
     "model type.",
@@ -129,6 +131,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
+    "R0411": "A size is no multiple of its group, and the spec pads: the last group is shorter and has a scale of its own. "
+    "MLA's 576-wide projection is such a case.",
     "W0301": "As E0301, in a spec that says `defaults { unmatched_rule = warn; }`.",
     "W0302": "As E0302, in a spec that says `defaults { unmatched_rule = warn; }`.",
     "W0303": "As E0303, in a spec that says `defaults { undecided_gemm = warn; }`: these GEMMs stay BF16.",
