@@ -23,6 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
+from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import TargetRecord, load_target
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
 from fp8c.partition import Halves, default_min_cut
@@ -99,6 +100,7 @@ class Session:
             num_fwd_outputs,
             self.resolve,
             target=self.target,
+            machine=load_machine(self.target.name) if self.target.name in machine_names() else None,
             observers=self.observers,
             verify_each=self.verify_each,
         )
