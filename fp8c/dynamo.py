@@ -36,18 +36,18 @@ def backend(
 
     options: `spec` (a name or a file), `target` (a machine; the one at hand by default), `lowering` ("reference" or
              "inductor")
-    Raises:  DiagnosticError E0840 (usage) for an option it does not know or of another type; those of the spec and target
+    Raises:  DiagnosticError E0850 (usage) for an option it does not know or of another type; those of the spec and target
     """
     return session_for(check_options({**(options or {}), **others}))(gm, example_inputs)
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, or E0840 with the nearest name. Nothing is ignored: a misspelt spec would train another recipe."""
+    """The options, or E0850 with the nearest name. Nothing is ignored: a misspelt spec would train another recipe."""
     for name, value in options.items():
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.5)
             raise fail(
-                "E0840",
+                "E0850",
                 f"backend fp8c has no option '{name}'",
                 help=f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(OPTIONS)}",
                 exit_code=ExitCode.USAGE,
@@ -55,13 +55,13 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, OPTIONS[name]):
             expected = " or ".join(t.__name__ for t in OPTIONS[name])
             raise fail(
-                "E0840",
+                "E0850",
                 f"option '{name}' of backend fp8c is {value!r}, expected {expected}",
                 exit_code=ExitCode.USAGE,
             )
     if options.get("lowering", LOWERINGS[0]) not in LOWERINGS:
         raise fail(
-            "E0840",
+            "E0850",
             f"option 'lowering' of backend fp8c is {options['lowering']!r}, expected {' or '.join(map(repr, LOWERINGS))}",
             exit_code=ExitCode.USAGE,
         )

@@ -92,7 +92,7 @@ def test_without_gradients() -> None:
 
 def failure(**options: Any) -> DiagnosticError:
     compiled = torch.compile(Mlp(), backend=dynamo.backend, options=options)
-    with pytest.raises(Exception, match="E0840|E06|E04") as caught:
+    with pytest.raises(Exception, match="E0850|E06|E04") as caught:
         compiled(features())
     inner = getattr(caught.value, "inner_exception", caught.value)
     assert isinstance(inner, DiagnosticError)
@@ -111,7 +111,7 @@ def failure(**options: Any) -> DiagnosticError:
 def test_options_are_checked(options: dict[str, Any], message: str, help: str) -> None:
     error = failure(**options)
     (diagnostic,) = error.diagnostics
-    assert (diagnostic.code, diagnostic.message, diagnostic.help) == ("E0840", message, help)
+    assert (diagnostic.code, diagnostic.message, diagnostic.help) == ("E0850", message, help)
     assert error.exit_code is ExitCode.USAGE
 
 
