@@ -15,7 +15,7 @@ from fp8c.backends.cuda.wgmma import wgmma_header
 
 SHARED_LIMIT_BYTES = 232_448  # of one block on sm_90 (CUDA programming guide, compute capabilities)
 BLOCK_K = 128  # length of a scale group along K
-MAX_STAGES = 12
+MAX_STAGES = 8  # the loop over a round of stages is unrolled
 TILE_SLOTS = 4  # of the ring that carries tiles from the producer to the consumers
 
 
@@ -45,7 +45,11 @@ class Output(enum.Enum):
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One instance of the kernel. `band` row tiles form a band of the schedule; `unroll` k-blocks are unrolled."""
+    """One instance of the kernel.
+
+    `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A;
+    `unroll`: a round of stages is straight-line code.
+    """
 
     scales: Scales
     grouping: Grouping
@@ -54,9 +58,10 @@ class GemmConfig:
     waves_m: int = 1
     waves_n: int = 2
     wave_n: int = 128
-    unroll: int = 4
     band: int = 16
+    cluster: int = 1
     promote: bool = True
+    unroll: bool = True
     staging_bytes: int = 4096  # of one consumer warp: two chunks of the output, or one where a stage more counts more
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -68,6 +73,11 @@ class GemmConfig:
     @property
     def tile_n(self) -> int:
         return self.wave_n * self.waves_n
+
+    @property
+    def scale_a_rows(self) -> int:
+        """Rows of A's scales fetched for a tile; rows of a group may start up to three rows after a 16-byte boundary."""
+        return self.tile_m + (4 if self.grouping is Grouping.ROW_GROUPS else 0)
 
     @property
     def threads(self) -> int:
@@ -93,12 +103,12 @@ class GemmConfig:
         return self._shared_bytes(self.stages)
 
     def _shared_bytes(self, stages: int) -> int:
-        scale_a = 0 if self.scales is Scales.PER_TENSOR else self.tile_m * 4
-        scale_b = _round_up(self.tile_n * 4, 128) if self.scales is Scales.PER_ROW else 0
-        operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + scale_a + scale_b)
+        scale_a = 0 if self.scales is Scales.PER_TENSOR else _round_up(self.scale_a_rows * 4, 128)
+        scale_b = {Scales.PER_ROW: _round_up(self.tile_n * 4, 128), Scales.PER_BLOCK: 32, Scales.PER_TENSOR: 0}[self.scales]
+        operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + scale_a + scale_b)  # multiples of 16
         tiles = TILE_SLOTS * (32 + 2 * 8)
         barriers = 3 * stages * 8
-        return _round_up(operands, 1024) + 4 * self.warpgroups * self.staging_bytes + tiles + barriers
+        return operands + 4 * self.warpgroups * self.staging_bytes + tiles + barriers
 
     def headers(self) -> dict[str, str]:
         """The two generated headers that gemm.cu includes."""
@@ -108,7 +118,8 @@ class GemmConfig:
             "WAVES_N": self.waves_n,
             "WAVE_N": self.wave_n,
             "STAGES": self.stages,
-            "UNROLL": self.unroll,
+            "CLUSTER": self.cluster,
+            "UNROLL": max(self.stages - 1, 1) if self.unroll else 1,
             "BAND": self.band,
             "STAGING_BYTES": self.staging_bytes,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,

@@ -39,6 +39,10 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         ("problem", _Problem),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("a_row", ctypes.c_longlong),
+        ("b_row", ctypes.c_longlong),
         ("scale_a", ctypes.c_void_p),
         ("scale_b", ctypes.c_void_p),
         ("scale_b_group", ctypes.c_longlong),
@@ -181,8 +185,8 @@ def launch(
     with torch.cuda.device(index):
         function = _function(config, index)
         sms = multiprocessors(index)
-        map_a, map_b = _payload_map(a, config.tile_m), _payload_map(b, config.tile_n)
-        map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.tile_m)
+        map_a, map_b = _payload_map(a, config.tile_m // config.cluster), _payload_map(b, config.tile_n)
+        map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_rows)
         map_scale_b = _scale_map(b_scale, config.tile_n) if config.scales is Scales.PER_ROW else map_a
         is_aligned = _is_aligned(out)
         map_out = _output_map(out, config) if is_aligned else map_a
@@ -192,6 +196,10 @@ def launch(
         blocks = config.scales is Scales.PER_BLOCK
         arguments = _Arguments(
             _Problem(a.shape[0], n, a.shape[1], groups, ends),
+            a.data_ptr(),
+            b.data_ptr(),
+            a.stride(0),
+            b.stride(-2),
             a_scale.data_ptr(),
             b_scale.data_ptr(),
             b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
@@ -206,7 +214,8 @@ def launch(
         parameters = (ctypes.c_void_p * 6)(*(m.address for m in maps), ctypes.addressof(arguments))
         grid = sms
         if config.grouping is Grouping.DENSE:
-            grid = min(sms, -(-a.shape[0] // config.tile_m) * -(-n // config.tile_n))
+            grid = min(sms, -(-a.shape[0] // config.tile_m) * -(-n // (config.tile_n * config.cluster)) * config.cluster)
+        grid -= grid % config.cluster
         attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
         attribute.value[0] = 1
         launch_config = _LaunchConfig(

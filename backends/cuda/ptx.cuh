@@ -18,6 +18,13 @@ DEVICE uint32 shared_address(const void* p) { return static_cast<uint32>(__cvta_
 // A value that is the same in all lanes: the compiler may then keep it, and what follows from it, in uniform registers.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// threadIdx.x, read afresh: what is computed from it is not kept in registers over the loops in between.
+DEVICE uint32 thread_index_again() {
+    uint32 x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 // Barriers in shared memory --------------------------------------------------------------------------------------
 
 DEVICE void barrier_init(uint32 barrier, uint32 arrivals) {
@@ -29,6 +36,13 @@ DEVICE void barrier_init_done() {
 }
 DEVICE void barrier_arrive(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// The same barrier of another block of the cluster. Without .release.cluster, which would cost a fence each time: the
+// arrival only says that reads are over.
+DEVICE void barrier_arrive_remote(uint32 barrier, uint32 block) {
+    asm volatile(
+        "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier), "r"(block) : "memory");
 }
 DEVICE void barrier_arrive_expect(uint32 barrier, uint32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -57,6 +71,13 @@ DEVICE void load_tile(uint32 destination, const TensorMap& map, uint32 barrier, 
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
             destination), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
+// To the same place in both blocks of a cluster of two, and to the same barrier in each.
+DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
+        "h"(static_cast<uint16>(3)) : "memory");
+}
 DEVICE void store_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                  "r"(source), "r"(x), "r"(y), "r"(z) : "memory");
@@ -72,6 +93,17 @@ DEVICE void wait_stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 DEVICE void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Clusters -------------------------------------------------------------------------------------------------------
+
+DEVICE uint32 cluster_rank() {
+    uint32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // Programmatic dependent launch: start the next grid's prologue early; touch no global memory before the last is done.
 DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -94,8 +126,8 @@ DEVICE int4 load_shared4(uint32 address) {
     asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
     return v;
 }
-DEVICE void store_shared2(uint32 address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+DEVICE void store_shared(uint32 address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 DEVICE void store_shared4(uint32 address, int4 v) {
     asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

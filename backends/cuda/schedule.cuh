@@ -1,5 +1,5 @@
-// Which output tile comes next. One class per grouping; the producer thread walks the list and sends each tile to the
-// other warps through a small ring in shared memory, so that consumers spend no registers on it.
+// Which output tile comes next. One class per grouping; one thread walks the list and sends each tile to all
+// others through a small ring in shared memory, so that consumers spend no registers on it.
 //
 // Legend: M rows of A, N rows of B, K reduction; a tile is TILE_M x TILE_N of the output; E groups (experts).
 #pragma once
@@ -30,22 +30,33 @@ struct alignas(16) Tile {
 template <int slots>
 struct Ring {
     uint32 barriers;
-    uint32 slot = 0, phase = 0;
+    uint32 uses = 0;  // so far, by this warp
 
     DEVICE explicit Ring(uint32 barriers) : barriers(barriers) {}
-    DEVICE uint32 full() const { return barriers + slot * 8; }
-    DEVICE uint32 empty() const { return barriers + (slots + slot) * 8; }
-    DEVICE void wait_full() const { barrier_wait(full(), phase); }
-    DEVICE void wait_empty() const { barrier_wait(empty(), phase ^ 1); }
-    DEVICE void advance() {
-        if (++slot == slots) slot = 0, phase ^= 1;
-    }
-    static DEVICE void init(uint32 barriers, uint32 readers) {
-        for (int i = 0; i < slots; ++i) barrier_init(barriers + i * 8, 1), barrier_init(barriers + (slots + i) * 8, readers);
+    DEVICE uint32 slot() const { return uses % slots; }
+    DEVICE uint32 full() const { return barriers + slot() * 8; }
+    DEVICE uint32 empty() const { return barriers + (slots + slot()) * 8; }
+    DEVICE void wait_full() const { barrier_wait(full(), uses / slots & 1); }
+    DEVICE void wait_empty() const { barrier_wait(empty(), ~(uses / slots) & 1); }
+    DEVICE void advance() { ++uses; }
+    static DEVICE void init(uint32 barriers, uint32 writers, uint32 readers) {
+        for (int i = 0; i < slots; ++i) {
+            barrier_init(barriers + i * 8, writers);
+            barrier_init(barriers + (slots + i) * 8, readers);
+        }
     }
 };
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The two blocks of a cluster take neighbouring column tiles (one of them none, where their number is odd), so that they
+// share the rows of A. Schedules count such pairs.
+DEVICE int first_index() { return blockIdx.x / CLUSTER; }
+DEVICE int index_step() { return gridDim.x / CLUSTER; }
+DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * CLUSTER); }
+DEVICE int first_column(int column_group) {
+    return (column_group * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0)) * TILE_N;
+}
 
 // Walk the grid of row_tiles x col_tiles in bands of `height_limit` row tiles: the tiles that run at one time then share few
 // rows and columns, so most operand reads hit L2.
@@ -62,13 +73,13 @@ class DenseSchedule {
     int index;
 
   public:
-    DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(blockIdx.x) {}
+    DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = ceil_div(p.n, TILE_N);
+        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
         if (index >= row_tiles * col_tiles) return false;
         const int2 at = banded<BAND>(index, row_tiles, col_tiles);
-        tile = {0, at.x * TILE_M, p.m, at.y * TILE_N, 0, p.k, 0, 0};
-        index += gridDim.x;
+        tile = {0, at.x * TILE_M, p.m, first_column(at.y), 0, p.k, 0, 0};
+        index += index_step();
         return true;
     }
 };
@@ -80,9 +91,9 @@ class RowGroupSchedule {
     int index, group = -1, begin = 0, end = 0, first = 0, tiles = 0;  // tile list of `group`: [first, first + tiles)
 
   public:
-    DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(blockIdx.x) {}
+    DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
-        const int col_tiles = ceil_div(p.n, TILE_N);
+        const int col_tiles = column_groups(p.n);
         while (index >= first + tiles) {
             if (++group > p.groups) return false;
             first += tiles;
@@ -91,8 +102,8 @@ class RowGroupSchedule {
             tiles = ceil_div(end - begin, TILE_M) * col_tiles;
         }
         const int2 at = banded<BAND>(index - first, ceil_div(end - begin, TILE_M), col_tiles);
-        tile = {group, begin + at.x * TILE_M, end, at.y * TILE_N, 0, group < p.groups ? p.k : 0, 0, 0};
-        index += gridDim.x;
+        tile = {group, begin + at.x * TILE_M, end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0, 0};
+        index += index_step();
         return true;
     }
 };
@@ -105,9 +116,9 @@ class ReductionGroupSchedule {
     int index, group = -1, begin = 0, end = 0, first = 0, tiles = 0;
 
   public:
-    DEVICE explicit ReductionGroupSchedule(const Problem& problem) : p(problem), index(blockIdx.x) {}
+    DEVICE explicit ReductionGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = ceil_div(p.n, TILE_N);
+        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
         while (index >= first + tiles) {
             if (++group >= p.groups) return false;
             first += tiles;
@@ -116,8 +127,8 @@ class ReductionGroupSchedule {
             tiles = skip_empty && begin == end ? 0 : row_tiles * col_tiles;
         }
         const int2 at = banded<BAND>(index - first, row_tiles, col_tiles);
-        tile = {group, at.x * TILE_M, p.m, at.y * TILE_N, begin, end - begin, begin / 128 + group, 0};
-        index += gridDim.x;
+        tile = {group, at.x * TILE_M, p.m, first_column(at.y), begin, end - begin, begin / 128 + group, 0};
+        index += index_step();
         return true;
     }
 };
