@@ -24,9 +24,11 @@
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
+__device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+
 constexpr int BLOCK_K = 128;
 constexpr int WAVES = WAVES_M * WAVES_N;
-constexpr bool A_IN_REGISTERS = WAVES_M == 1;
+constexpr bool A_IN_REGISTERS = WAVES_N > 1;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.
@@ -35,18 +37,20 @@ constexpr int THREADS = 128 * (WARPGROUPS + 1);
 constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0, REPAIR_WARPS = GROUPING == REDUCTION_GROUPS ? 2 - SCALE_WARPS : 0;
 constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, REPAIR_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
 constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS + REPAIR_WARPS;
-constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW ? 24 : 40;
-constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW ? 240 : 232;
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
+constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
 static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
-static_assert(WAVE_N % 8 == 0 && WAVE_N <= 128, "two FP32 values for each output element must fit into registers");
+static_assert(WAVE_N % 8 == 0 && (WAVES + 1) * WAVE_N / 2 <= 192, "accumulators and one wave's result must fit into registers");
 
 // Shared memory: STAGES x A, x B, staging of the output, STAGES x scales of A, x scales of B, ring of tiles, barriers.
 constexpr int A_BYTES = TILE_M * BLOCK_K, B_BYTES = TILE_N * BLOCK_K;
 // The copy engine wants coordinates along rows of memory in multiples of 16 bytes. Rows of a group start anywhere, so
-// their scales are fetched from up to three rows earlier.
-constexpr int SCALE_A_ROWS = TILE_M + (GROUPING == ROW_GROUPS ? 4 : 0);
-constexpr int SCALE_A_BYTES = SCALES == PER_TENSOR ? 0 : SCALE_A_ROWS * 4;
+// their scales are fetched from up to three rows earlier, in boxes of at most 256.
+constexpr int SCALE_A_BOXES = GROUPING == ROW_GROUPS && TILE_M == 256 ? 2 : 1;
+constexpr int SCALE_A_BOX = GROUPING != ROW_GROUPS ? TILE_M : TILE_M == 256 ? 160 : TILE_M + 4;
+constexpr int SCALE_A_BYTES = SCALES == PER_TENSOR ? 0 : SCALE_A_BOXES * SCALE_A_BOX * 4;
+static_assert(SCALE_A_BOX == SCALE_A_BOX_OF_HOST, "the host's map of A's scales has other boxes");
 constexpr int SCALE_A_STRIDE = (SCALE_A_BYTES + 127) / 128 * 128;
 constexpr int SCALE_B_BYTES = SCALES == PER_ROW ? TILE_N * 4 : 0;
 // TMA writes to multiples of 128 bytes; PER_BLOCK keeps up to two numbers for each wave.
@@ -174,8 +178,10 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
             }
             if (!needs_copy(tile)) load_tile(shared + OFFSET_B + s * B_BYTES, map_b, arrived, k, row_b);
             if constexpr (SCALES != PER_TENSOR)
-                load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE, map_scale_a, arrived, tile.row & ~3,
-                          tile.scale_row + block);
+#pragma unroll
+                for (int i = 0; i < SCALE_A_BOXES; ++i)
+                    load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + i * SCALE_A_BOX * 4, map_scale_a, arrived,
+                              (tile.row & ~3) + i * SCALE_A_BOX, tile.scale_row + block);
             if constexpr (SCALES == PER_ROW)
                 load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, arrived, tile.col,
                           tile.scale_row + block);
@@ -185,7 +191,9 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
 
 // Clears bytes [valid, 128) of every row of a swizzled operand tile; `worker` of `workers` threads.
 DEVICE void clear_columns(uint32 tile, int rows, int valid, int worker, int workers) {
+#pragma unroll 1
     for (int row = worker; row < rows; row += workers)
+#pragma unroll 1
         for (int piece = valid / 16; piece < 8; ++piece) {
             const uint32 address = tile + row * BLOCK_K + ((piece ^ (row & 7)) << 4);
             int4 v = {0, 0, 0, 0};
@@ -233,38 +241,42 @@ DEVICE void copy_columns(const Arguments& args, uint32 tile, int row0, int k, in
 DEVICE void repair_k_groups(const Arguments& args, uint32 shared) {
     constexpr int WORKERS = REPAIR_WARPS * 32;
     const int worker = threadIdx.x - REPAIR_WARP * 32;
-    StageRing stages(shared + OFFSET_STAGE_BARRIERS);
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    uint32 uses = 0;    // of stages before this tile
     uint32 phases = 0;  // bit s: parity of stage s's next `landed`
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
         release_tile(tiles);
         if (tile.is_end) return;
-        const int blocks = ceil_div(tile.k_length, BLOCK_K), padded = whole_rounds(blocks);
-        for (int block = 0; block < padded; ++block, stages.advance()) {
-            if (block >= blocks || !needs_repair(tile, block)) continue;
-            const uint32 s = stages.slot();
-            const int valid = min(tile.k_length - block * BLOCK_K, BLOCK_K), k = tile.k_begin + block * BLOCK_K;
+        const int blocks = ceil_div(tile.k_length, BLOCK_K);
+#pragma unroll 1
+        for (int block = needs_copy(tile) ? 0 : tile.k_length / BLOCK_K; block < blocks; ++block) {
+            const uint32 s = (uses + block) % STAGES;
             barrier_wait(shared + OFFSET_LANDED_BARRIERS + s * 8, phases >> s & 1);
             phases ^= 1u << s;
-            const uint32 a = shared + s * A_BYTES, b = shared + OFFSET_B + s * B_BYTES;
+            const int valid = min(tile.k_length - block * BLOCK_K, BLOCK_K);
             if (needs_copy(tile)) {
-                copy_columns<true>(args, a, tile.row, k, valid, worker, WORKERS);
-                copy_columns<false>(args, b, tile.col, k, valid, worker, WORKERS);
+                const int k = tile.k_begin + block * BLOCK_K;
+                copy_columns<true>(args, shared + s * A_BYTES, tile.row, k, valid, worker, WORKERS);
+                copy_columns<false>(args, shared + OFFSET_B + s * B_BYTES, tile.col, k, valid, worker, WORKERS);
             } else {
-                clear_columns(a, TILE_M, valid, worker, WORKERS);
-                clear_columns(b, TILE_N, valid, worker, WORKERS);
+                clear_columns(shared + s * A_BYTES, TILE_M, valid, worker, WORKERS);
+                clear_columns(shared + OFFSET_B + s * B_BYTES, TILE_N, valid, worker, WORKERS);
             }
             fence_async();
             named_barrier(1, WORKERS);
-            if (worker == 0) barrier_arrive(stages.full());
+            if (worker == 0) barrier_arrive(shared + OFFSET_STAGE_BARRIERS + s * 8);
         }
+        uses += whole_rounds(blocks);
     }
 }
 
-// PER_BLOCK: a wave's columns lie in one 128x128 block of B or, when they straddle a multiple of 128, in two.
-constexpr bool STRADDLES = SCALES == PER_BLOCK && 128 % WAVE_N != 0;
+// PER_BLOCK: a wave's columns lie in one 128x128 block of B or, when they straddle a multiple of 128, in two. Columns of
+// one segment, the largest common part of wave and block, always lie in the same.
+constexpr int SEGMENT = greatest_common_divisor(WAVE_N, 128);
+constexpr bool STRADDLES = SCALES == PER_BLOCK && SEGMENT != WAVE_N;
+static_assert(!STRADDLES || WAVE_N <= 128 + SEGMENT, "a wave may not touch three blocks");
 constexpr int BLOCKS_OF_WAVE = STRADDLES ? 2 : 1;
 
 // One warp: a lane fetches the scales of one k-block for all waves, 32 k-blocks at a time,
@@ -313,25 +325,19 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
 // of its warp's 16 rows.
 constexpr int PART = WAVE_N / 2;
 
-DEVICE void promote_group(float (&acc)[PART], const float (&part)[PART], int i, float s0, float s1) {
-    acc[4 * i] += s0 * part[4 * i];
-    acc[4 * i + 1] += s0 * part[4 * i + 1];
-    acc[4 * i + 2] += s1 * part[4 * i + 2];
-    acc[4 * i + 3] += s1 * part[4 * i + 3];
-}
-
 // Columns below `edge` lie in the wave's first block of B, the others in its second.
 DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
                            const float (&b)[2], int edge) {
     const float low0 = a[0] * b[0], low1 = a[1] * b[0];
-    if (!STRADDLES || edge >= WAVE_N) {
+    const float high0 = STRADDLES ? a[0] * b[1] : 0, high1 = STRADDLES ? a[1] * b[1] : 0;
 #pragma unroll
-        for (int i = 0; i < WAVE_N / 8; ++i) promote_group(acc, part, i, low0, low1);
-    } else {
-        const float high0 = a[0] * b[1], high1 = a[1] * b[1];
-#pragma unroll
-        for (int i = 0; i < WAVE_N / 8; ++i)
-            promote_group(acc, part, i, i * 8 < edge ? low0 : high0, i * 8 < edge ? low1 : high1);
+    for (int i = 0; i < WAVE_N / 8; ++i) {
+        const bool low = !STRADDLES || i * 8 / SEGMENT * SEGMENT < edge;
+        const float s0 = low ? low0 : high0, s1 = low ? low1 : high1;
+        acc[4 * i] += s0 * part[4 * i];
+        acc[4 * i + 1] += s0 * part[4 * i + 1];
+        acc[4 * i + 2] += s1 * part[4 * i + 2];
+        acc[4 * i + 3] += s1 * part[4 * i + 3];
     }
 }
 
@@ -352,7 +358,9 @@ DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const fl
 // other warp. Chunks of 128-byte rows are swizzled like TMA does it, others are dense.
 constexpr int OUT_BYTES = OUTPUT == BF16 ? 2 : 4;
 constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0;
-constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES : OUTPUT == BF16 ? WAVE_N : WAVE_N % 16 == 0 ? 16 : 8;
+constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
+                      : OUTPUT == BF16 ? WAVE_N / (WAVE_N > 128 ? 2 : 1)
+                                       : greatest_common_divisor(WAVE_N, 16);
 constexpr int CHUNK_BYTES = 16 * CHUNK * OUT_BYTES, CHUNKS = WAVE_N / CHUNK;
 constexpr int BUFFERS = 2 * CHUNK_BYTES <= STAGING_BYTES && WAVES * CHUNKS % 2 == 0 ? 2 : 1;
 static_assert(BUFFERS * CHUNK_BYTES <= STAGING_BYTES);

@@ -61,11 +61,11 @@ DEVICE int first_column(int column_group) {
 // Walk the grid of row_tiles x col_tiles in bands of `height_limit` row tiles: the tiles that run at one time then share few
 // rows and columns, so most operand reads hit L2.
 template <int height_limit>
-DEVICE int2 banded(int index, int row_tiles, int col_tiles) {
-    const int band = index / (height_limit * col_tiles);
-    const int height = min(height_limit, row_tiles - band * height_limit);
-    const int rest = index - band * height_limit * col_tiles;
-    return {band * height_limit + rest % height, rest / height};
+DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
+    const uint32 band = index / (height_limit * col_tiles);
+    const uint32 height = min(height_limit, row_tiles - band * height_limit);
+    const uint32 rest = index - band * height_limit * col_tiles;
+    return {static_cast<int>(band * height_limit + rest % height), static_cast<int>(rest / height)};
 }
 
 class DenseSchedule {
@@ -88,20 +88,22 @@ class DenseSchedule {
 // is empty: their output is zero.
 class RowGroupSchedule {
     const Problem& p;
-    int index, group = -1, begin = 0, end = 0, first = 0, tiles = 0;  // tile list of `group`: [first, first + tiles)
+    int index;  // of the next tile, counted from the current group's first
+    int group = -1, begin = 0, end = 0;
 
   public:
     DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
         const int col_tiles = column_groups(p.n);
-        while (index >= first + tiles) {
+#pragma unroll 1
+        for (int tiles = ceil_div(end - begin, TILE_M) * col_tiles; index >= tiles;) {
+            index -= tiles;
             if (++group > p.groups) return false;
-            first += tiles;
             begin = end;
             end = group < p.groups ? min(max(__ldg(p.group_ends + group), begin), p.m) : p.m;
             tiles = ceil_div(end - begin, TILE_M) * col_tiles;
         }
-        const int2 at = banded<BAND>(index - first, ceil_div(end - begin, TILE_M), col_tiles);
+        const int2 at = banded<BAND>(index, ceil_div(end - begin, TILE_M), col_tiles);
         tile = {group, begin + at.x * TILE_M, end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0, 0};
         index += index_step();
         return true;
@@ -113,20 +115,21 @@ class RowGroupSchedule {
 template <bool skip_empty>
 class ReductionGroupSchedule {
     const Problem& p;
-    int index, group = -1, begin = 0, end = 0, first = 0, tiles = 0;
+    int index;  // of the next tile, counted from the current group's first
+    int group = -1, begin = 0, end = 0;
 
   public:
     DEVICE explicit ReductionGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
         const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
-        while (index >= first + tiles) {
+#pragma unroll 1
+        while (group < 0 || (skip_empty && begin == end) || index >= row_tiles * col_tiles) {
+            if (group >= 0 && !(skip_empty && begin == end)) index -= row_tiles * col_tiles;
             if (++group >= p.groups) return false;
-            first += tiles;
             begin = end;
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
-            tiles = skip_empty && begin == end ? 0 : row_tiles * col_tiles;
         }
-        const int2 at = banded<BAND>(index - first, row_tiles, col_tiles);
+        const int2 at = banded<BAND>(index, row_tiles, col_tiles);
         tile = {group, at.x * TILE_M, p.m, first_column(at.y), begin, end - begin, begin / 128 + group, 0};
         index += index_step();
         return true;
