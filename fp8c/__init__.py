@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "compile": "fp8c.driver",
-    "load": "fp8c.driver",
+    "load": "fp8c.reload",
     "DiagnosticError": "fp8c.diagnostics",
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class Severity(enum.Enum):
@@ -112,3 +113,22 @@ def render(diagnostic: Diagnostic) -> str:
     if diagnostic.help:
         lines.append(f"   = help: {diagnostic.help}")
     return "\n".join(lines)
+
+
+def diagnostic_json(diagnostic: Diagnostic) -> dict[str, Any]:
+    """A diagnostic for `--json` documents."""
+
+    def place(span: Span | None) -> dict[str, Any] | None:
+        if span is None:
+            return None
+        return {"file": span.file, "line": span.line, "column": span.column, "length": span.length}
+
+    return {
+        "code": diagnostic.code,
+        "severity": diagnostic.severity.value,
+        "message": diagnostic.message,
+        "span": place(diagnostic.span),
+        "notes": list(diagnostic.notes),
+        "help": diagnostic.help,
+        "related": [{"label": label, "span": place(span)} for label, span in diagnostic.related],
+    }

@@ -6,4 +6,137 @@ E07xx broken invariants · E08xx models · W.... warnings and R.... remarks use 
 
 from __future__ import annotations
 
-EXPLANATIONS: dict[str, str] = {}
+EXPLANATIONS: dict[str, str] = {
+    "E0101": "A word or mark stands where the language has none, or one is missing. The caret is at the place, and the "
+    "help names the nearest word that may stand there. docs/spec_language.md has the whole grammar.",
+    "E0102": "A string or a regular expression is not closed on the line where it begins. Strings cannot span lines.",
+    "E0103": "The file is not plain UTF-8 text: it holds a NUL, another control character, or bytes that are no UTF-8.",
+    "E0104": "A limit that keeps a hostile file from hurting: 1 MiB of text, brackets 100 deep, integers of 9 digits, sets "
+    "that use sets 64 deep.",
+    "E0106": "A path pattern or regular expression cannot be read. In a pattern `*` is one dotted segment, `**` any number "
+    "of them, `{a,b}` a choice and `[3..60]` a range of numbers; anything else stands for itself.",
+    "E0201": "The same name is defined twice: two rules, formats, sets or aliases of one file, or one field twice in one "
+    "rule. Which of the two was meant cannot be known.",
+    "E0202": "A format, a set or the alias of a used file is not defined. Names of a used file are written `alias.name`.",
+    "E0203": "Two rules give the same field of the same use different values. Rules of a spec commute, so neither wins by "
+    "its place. Narrow one of them, or write `override` before the one that should win. A spec that extends "
+    "another needs `override` as well to change what its parent decided.",
+    "E0204": "A rule marked `final` decided this value, and a later `override` changes it.",
+    "E0205": "A file uses itself, or a format or set is defined by itself, perhaps through others.",
+    "E0206": "A file holds at most one spec, and a file that is compiled or extended holds exactly one. Formats and sets "
+    "are shared by `use`.",
+    "E0207": "A rule decides nothing: it has no `precision`, no fprop, dgrad or wgrad, no `cache` and no `recompute`.",
+    "E0301": "Each part of a rule's selector matches something in this model, but all of them together match nothing, so "
+    "the rule would be ignored without a word. Write `optional rule` where that is meant.",
+    "E0302": "One alternative of a selector (a value in `kind(...)`, a branch of `|`, one of `{a,b}`, a range of layers) "
+    "matches nothing in this model: a misspelling, or a model whose parts have other names. The nearest real "
+    "names are given. A `?` after the alternative allows it to match nothing.",
+    "E0303": "A GEMM has no format: no rule decides it, or only some of its operands. Nothing stays BF16 by accident; say "
+    "`precision = bf16;` for it, or `defaults { undecided_gemm = bf16; }` for all such.",
+    "E0304": "An `expect` of the spec does not hold on this model.",
+    "E0305": "A rule gives a field to a use that has no such field: fprop, dgrad and wgrad belong to GEMMs, `cache gate` "
+    "to SwiGLU.",
+    "E0306": "A `shape(...)` asks for a size that is known only when the model runs, such as the number of tokens `m`.",
+    "E0307": "A pattern took more than 50 ms on one name. Repetitions inside repetitions are what makes a pattern slow.",
+    "E0401": "The target's GEMMs cannot read groups of this shape. Write one that the help names.",
+    "E0402": "A size is not a multiple of its group, or does not meet the spec's `target ... requires`. `pad { "
+    "partial_group = pad; }` gives the last, shorter group a scale of its own; `partial_group = keep;` leaves "
+    "such a GEMM in BF16 with a remark.",
+    "E0403": "The target cannot read scales of this kind.",
+    "E0404": "The element does not fit the place: E5M6 is a cache format that no tensor core reads; moments, master "
+    "weights and GEMM outputs are kept without scales.",
+    "E0405": "The promotion interval does not fit: it must be a multiple of the target's MMA instruction along K and "
+    "divide the group, because scales change at group borders.",
+    "E0406": "No target has this name. Targets are machines (`h200`), not architectures; a path to a .toml file names one "
+    "of your own.",
+    "E0407": "The spec's `target` statement does not name the architecture of the machine asked for. The CPU reference "
+    "stands in for any.",
+    "E0408": "The .toml file is not a target record: a field is missing, unknown or of the wrong type.",
+    "E0420": "An fp8c operator ran on a device for which nothing implements it. Kernels are registered when their "
+    "backend is imported: fp8c.backends.reference for the CPU, fp8c.decompositions for plain tensor operations on any "
+    "device.",
+    "E0421": "The format cannot be produced by fp8c::quantize: it is not a quantized format, or it asks for stochastic "
+    "rounding or delayed scales, which no kernel implements.",
+    "E0423": "The tensor-core model promotes after whole instructions of 32 elements of K; the promotion interval, or a group "
+    "size along K, is no multiple of 32.",
+    "E0501": "`retile ... exact` promises that changing the tiles adds no rounding. That needs power-of-two scales (pow2 "
+    "or e8m0): the ratio of two FP32 scales is no power of two, so values would be rounded again.",
+    "E0505": "One operand of a GEMM is FP8 and the other is not. No tensor core multiplies such a pair; it would have to "
+    "be converted back silently.",
+    "E0506": "Backward keeps an input in tiles of one shape and wgrad reads another. Changing tiles is one more rounding, "
+    "so it is written out: `cache x as act retile [128x1];`.",
+    "E0507": "A dispatched payload is read by a GEMM in another FP8 format, so it would be quantized twice. Give the "
+    "operand the payload's format.",
+    "E0508": "A scale must not change inside the sum that a GEMM computes, except at group borders both operands share. "
+    "Groups run along k (columns of x and w) for fprop, n (columns of dy, rows of w) for dgrad, tokens (rows of x "
+    "and dy) for wgrad.",
+    "E0520": "An fp8c operator got operands that do not fit it: rank, dtype, sizes, or scales of another group shape.",
+    "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
+    "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
+    "E0522": "fp8c::attention computes no gradient for an additive mask, and the model asks for one (a learned bias).",
+    "E0601": "`use` reads files below the folder of the spec that was asked for, and `std:` ones. Links that lead outside "
+    "do not count as inside.",
+    "E0602": "A spec begins with `version 1;`, the version of the language it is written in.",
+    "E0603": "A spec file cannot be read, or no shipped spec has the name. `fp8c spec list` names those that come with "
+    "fp8c.",
+    "E0604": "Files use each other more than 16 deep.",
+    "E0610": "The build, or a file asked for, cannot be written there: no permission, no space, or a file stands where a "
+    "folder is needed. Nothing half-written is left, and a build that was there is still there.",
+    "E0611": "The output folder holds files that fp8c did not write, and a build replaces its folder whole. Choose another "
+    "folder, or pass --force to lose what is there.",
+    "E0612": "The folder is not a build, was written by a version with another format, or a file in it was changed after "
+    "the build. The manifest holds the hash of every file.",
+    "E0613": "The model is not the one the build was made from: parameters, the captured graph or the rewritten graphs "
+    "differ. A build runs only what it describes.",
+    "E0614": "The spec is not the one the build was made from, or it now decides something else.",
+    "E0720": "No pass has this name. `fp8c passes` lists them in the order they run.",
+    "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
+    "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
+    "model type.",
+    "E0802": "The model file has no function `model()` (or no function of the name after the colon). It must return "
+    "the torch.nn.Module to train; the message lists the functions and classes that the file does have.",
+    "E0803": "Code of the model raised an exception: while its file was imported, in `model()`, in "
+    "`example_inputs()`, or in the forward pass. The place is the innermost line that belongs to the model.",
+    "E0804": "The model file has no function `example_inputs()`. It must return one batch: a dict of keyword arguments "
+    "for the forward, or a tuple of positional ones. The compiler captures the step with it.",
+    "E0805": "The training step has no scalar loss. Either the model returns it (a scalar tensor, or outputs with "
+    "`.loss` or `['loss']`), or the model file defines `loss(outputs, batch)`.",
+    "E0806": "An `hf:` reference needs the transformers package, which is not installed.",
+    "E0807": "transformers has no model of this type, or no causal language model of it. The help names the nearest.",
+    "E0808": "The model's code tried to end the process (sys.exit, SystemExit, os._exit, os.abort). Importing a model "
+    "file must not run a program: put command-line code under `if __name__ == '__main__':`.",
+    "E0809": "An override names an argument that the factory does not take or a field that the configuration does not "
+    "have. Nothing is ignored silently, because a misspelt override would compile another model.",
+    "E0810": "The model reference has none of the known forms: model.py, model.py:factory, package.module:factory, "
+    "hf:config.json, hf:folder, hf:MODEL_TYPE.",
+    "E0811": "The factory did not return a torch.nn.Module (or a pair of a module and its example inputs).",
+    "E0812": "The example inputs hold no tensor, so there is nothing to capture the step with.",
+    "E0813": "The Hugging Face configuration is not valid: no JSON object, or one without `model_type`.",
+    "E0814": "The configuration asks for code from its repository (`auto_map`), and transformers has no class of that "
+    "type. fp8c never runs such code; import it in a model.py of your own instead.",
+    "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
+    "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
+    "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
+    "W0301": "As E0301, in a spec that says `defaults { unmatched_rule = warn; }`.",
+    "W0302": "As E0302, in a spec that says `defaults { unmatched_rule = warn; }`.",
+    "W0303": "As E0303, in a spec that says `defaults { undecided_gemm = warn; }`: these GEMMs stay BF16.",
+    "W0410": "FP8 partial sums are not promoted on a target whose tensor core cuts them off. On Hopper about 14 bits are "
+    "kept: at K = 4096 the largest relative error is nearly 2 % (DeepSeek-V3, arXiv:2412.19437, 3.3.2).",
+    "W0422": "No C compiler worked, so the exact model of the tensor core's accumulator runs in PyTorch: the same bits, several "
+    "times slower. Install a C compiler or name one in the environment variable CC.",
+    "W0507": "A GEMM in BF16 reads a payload that was dispatched in FP8, so it sees a rounded copy.",
+    "W0509": "wgrad is asked to read BF16, but what backward keeps of its input is FP8, by another rule. Write `cache x "
+    "off;` beside it.",
+    "E0820": "A loop over experts selects tokens by the data, so no graph can hold it, and fp8c can't rewrite it to "
+    "grouped GEMMs: it holds a construct whose meaning for all experts at once isn't known, or experts that differ. "
+    "The usual loop is `for i, expert in enumerate(self.experts): token, slot = torch.where(indices == i); "
+    "y[token] += expert(x[token]) * weights[token, slot, None]`.",
+    "E0821": "A loop over experts was rewritten to grouped GEMMs, and its outputs or gradients then differed from the "
+    "loop's on the example inputs. Nothing was changed. Either the routing decision holds entries that are no expert's "
+    "index (dropped tokens), or this is a bug in fp8c: please report the loop.",
+    "R0820": "A loop over experts runs as grouped GEMMs: tokens are sorted by expert once, each Linear of the experts is "
+    "one grouped GEMM over their stacked weights, and results are summed per token. Parameters and state_dict stay as "
+    "they are. The note says how the result was compared with the loop's.",
+    "R0822": "Experts of a transformers model use fp8c's implementation: the same grouped GEMMs as transformers' own "
+    "'grouped_mm', which also stay grouped GEMMs with FP32 parameters under autocast.",
+}

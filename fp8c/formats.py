@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 WHOLE = -1
 
@@ -135,7 +135,7 @@ class Format:
         return _parse(text)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(text: str) -> Format:
     m = _TEXT.fullmatch(text)
     if m is None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fp8c.diagnostics import Diagnostic
 from fp8c.formats import BF16, Format
 from fp8c.roles import OPERANDS, OpUse
 
@@ -101,7 +102,8 @@ class UsePlan:
 class PrecisionPlan:
     """Every decision of one spec on one model and target.
 
-    sections: `dispatch`, `combine`, `combine_grad`, `dispatch_grad`, `optimizer`, `schedule`, `pad`, `numerics`
+    sections: `dispatch`, `combine`, `combine_grad`, `dispatch_grad`, `optimizer`, `schedule`, `pad`
+    diagnostics: warnings and remarks of the resolver; they are no part of the lock
     """
 
     spec: str
@@ -109,6 +111,7 @@ class PrecisionPlan:
     target: str
     uses: Mapping[str, UsePlan] = field(default_factory=dict)
     sections: Mapping[str, Mapping[str, Decision]] = field(default_factory=dict)
+    diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False)
 
     def section(self, name: str, key: str, default: Value | None = None) -> Value | None:
         decision = self.sections.get(name, {}).get(key)
@@ -158,6 +161,6 @@ def _value_json(value: Value) -> Any:
 def _decision_json(decision: Decision) -> dict[str, Any]:
     return {
         "value": _value_json(decision.value),
-        "reason": vars(decision.reason),
-        "overrode": [{"value": _value_json(v), "reason": vars(r)} for v, r in decision.overrode],
+        "reason": dict(vars(decision.reason)),
+        "overrode": [{"value": _value_json(v), "reason": dict(vars(r))} for v, r in decision.overrode],
     }

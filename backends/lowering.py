@@ -1,0 +1,50 @@
+"""Lowering: from a forward or backward graph to something that runs.
+
+`reference` runs the graph operator by operator, exactly as written. `inductor` decomposes it and hands it to
+Inductor's inner compiler, which fuses what lies between the opaque fp8c operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx
+
+from fp8c.retrace import retrace
+
+Lowered = Callable[..., Any]
+
+
+def register_kernels(device: str) -> None:
+    """Make the kernels for a device available: importing a backend registers them."""
+    import fp8c.backends.reference
+
+    if device == "cuda":
+        import fp8c.decompositions  # noqa: F401  (portable form; faster kernels register over it)
+
+
+def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, *, is_inference: bool = False) -> Lowered:
+    """Lower one half with `how` = "reference" or "inductor"."""
+    match how:
+        case "reference":
+            return make_boxed_func(gm)  # type: ignore[no-any-return]
+        case "inductor":
+            return lower_inductor(gm, inputs, is_inference=is_inference)
+        case _:
+            raise ValueError(f"unknown lowering {how!r}; expected 'reference' or 'inductor'")
+
+
+def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: bool) -> Lowered:
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    decomposed = retrace(gm, select_decomp_table())
+    return compile_fx_inner(decomposed, inputs, is_inference=is_inference)  # type: ignore[no-any-return, arg-type]
+
+
+def choose_lowering(device: str) -> str:
+    """Inductor on a GPU; on the CPU, where the reference is the point, the graph as it is."""
+    return "inductor" if device == "cuda" and torch.cuda.is_available() else "reference"

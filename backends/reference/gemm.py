@@ -1,0 +1,154 @@
+"""The scaled GEMMs on the CPU, under one of two accumulators.
+
+`fp32` (the default): operands are dequantized to FP32 and multiplied by one FP32 BLAS call for each GEMM (and expert).
+`hopper`: the truncating accumulator of Hopper's FP8 tensor core, promoted to FP32 registers every `promote_every`
+elements of K, bit for bit (`backends/reference/tensor_core.py`). Choose it around a run:
+
+    with accumulator("hopper"):
+        loss = step(**batch).loss
+
+Shapes, legend as in `fp8c.ops`: formats and scales are relative to the operands as passed. A bound for the FP32 results
+is in `backends/reference/check.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fp8c.backends.reference import tensor_core
+from fp8c.backends.reference.quantize import dequantize_f32, expert_groups, expert_ranges
+from fp8c.diagnostics import fail
+from fp8c.formats import Format
+from fp8c.ops import quantized_format, scale_shape
+
+Accumulator = Literal["fp32", "hopper"]
+
+_ACCUMULATOR: ContextVar[Accumulator] = ContextVar("accumulator", default="fp32")
+
+
+@contextmanager
+def accumulator(name: Accumulator) -> Iterator[None]:
+    """Run the scaled GEMMs inside the block with this accumulator, in this thread."""
+    if name not in get_args(Accumulator):
+        raise ValueError(f"unknown accumulator {name!r}; write one of {', '.join(get_args(Accumulator))}")
+    token = _ACCUMULATOR.set(name)
+    try:
+        yield
+    finally:
+        _ACCUMULATOR.reset(token)
+
+
+def scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """out = a @ b.T of two quantized matrices in any strides.
+
+    Shapes: a [M, K], a_scale [M/g0, K/g1] of a_fmt; b [N, K], b_scale of b_fmt -> out [M, N] out_dtype.
+    promote_every: elements of K between promotions under `hopper`; 0: only where a scale changes along K.
+    """
+    formats = quantized_format(a_fmt), quantized_format(b_fmt)
+    check_operands("scaled_mm", a, b)
+    return _product(a, a_scale, b, b_scale, *formats, promote_every).to(out_dtype)
+
+
+def scaled_grouped_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """One GEMM for each expert on its rows of a; rows past offs[-1] of the result are 0.
+
+    Shapes: a [T, K] with groups of one row, b [E, N, K], offs int32 [E] -> out [T, N] out_dtype.
+    """
+    left, right = quantized_format(a_fmt), quantized_format(b_fmt)
+    check_operands("scaled_grouped_mm", a, b)
+    if left.group is None or left.group[0] != 1:
+        raise fail("E0520", f"fp8c::scaled_grouped_mm: groups of a must be one row high, found '{a_fmt}'")
+    check_experts("scaled_grouped_mm", offs, b.shape[0])
+    out = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype)
+    for expert, start, end in expert_ranges(offs, a.shape[0]):
+        if start < end:
+            rows = slice(start, end)
+            out[rows] = _product(a[rows], a_scale[rows], b[expert], b_scale[expert], left, right, promote_every).to(
+                out_dtype
+            )
+    return out
+
+
+def scaled_grouped_wgrad(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """out[e] = a[:, rows of e] @ b[:, rows of e].T, the weight gradient of each expert; 0 for one without rows.
+
+    Shapes: a [N, T] and b [K, T] with groups 1 x g along T that restart at each expert, scales [N, T//g + E] and
+            [K, T//g + E], offs int32 [E] -> out [E, N, K] out_dtype.
+    """
+    left, right = quantized_format(a_fmt), quantized_format(b_fmt)
+    check_operands("scaled_grouped_wgrad", a, b)
+    for fmt, operand, scale in ((left, a, a_scale), (right, b, b_scale)):
+        assert fmt.group is not None
+        if fmt.group[0] != 1 or fmt.group[1] <= 1:
+            raise fail("E0520", f"fp8c::scaled_grouped_wgrad: groups must run along T, as 1x128, found '{fmt.text}'")
+        expected = scale_shape(operand.shape[::-1], fmt.transposed, offs.shape[0])[::-1]
+        if list(scale.shape) != expected:
+            raise fail("E0520", f"fp8c::scaled_grouped_wgrad: expected scales {expected}, found {list(scale.shape)}")
+    assert left.group is not None and right.group is not None
+    out = a.new_zeros((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+    for expert, start, end in expert_ranges(offs, a.shape[1]):
+        if start < end:
+            columns = slice(start, end)
+            a_groups, b_groups = (expert_groups(g, expert, start, end) for g in (left.group[1], right.group[1]))
+            out[expert] = _product(
+                a[:, columns], a_scale[:, a_groups], b[:, columns], b_scale[:, b_groups], left, right, promote_every
+            ).to(out_dtype)
+    return out
+
+
+def check_operands(name: str, a: Tensor, b: Tensor) -> None:
+    """Raises: E0520 unless both operands are FP8 and agree on K."""
+    fp8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+    if a.dtype not in fp8 or b.dtype not in fp8:
+        raise fail("E0520", f"fp8c::{name}: expected FP8 operands, found {a.dtype} and {b.dtype}")
+    if a.shape[-1] != b.shape[-1]:
+        raise fail("E0520", f"fp8c::{name}: the operands' last axes differ: {list(a.shape)} and {list(b.shape)}")
+
+
+def check_experts(name: str, offs: Tensor, experts: int) -> None:
+    if offs.shape[0] != experts:
+        raise fail("E0520", f"fp8c::{name}: offs has {offs.shape[0]} entries for {experts} experts")
+
+
+def _product(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: Format, b_fmt: Format, promote_every: int
+) -> Tensor:
+    """a @ b.T in FP32 under the accumulator in force."""
+    if _ACCUMULATOR.get() == "hopper":
+        return tensor_core.gemm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every)
+    return dequantize_f32(a, a_scale, a_fmt) @ dequantize_f32(b, b_scale, b_fmt).T

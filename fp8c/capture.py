@@ -1,0 +1,234 @@
+"""Capture: from a model's call to the joint graph of its training step, the same at run time and ahead of time.
+
+Dynamo captures the call; before AOTAutograd differentiates it, two rewrites of the forward keep what would be lost:
+attention stays one operator, and the router's weight moves in front of the experts' down-projection.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from fp8c import graph as g
+
+_SDPA = {torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+_GROUPED_MM: set[Any] = {torch._grouped_mm}
+if hasattr(torch.nn.functional, "grouped_mm"):
+    _GROUPED_MM.add(torch.nn.functional.grouped_mm)
+_MULTIPLY = {operator.mul, torch.mul, operator.imul}
+
+
+def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
+    """FQN of every parameter and buffer among the inputs of Dynamo's graph, "" for data and sizes, in order."""
+    names = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        argument = node.meta.get("grapharg")
+        source = getattr(argument, "source", None)
+        name = _source_name(source)
+        is_state = (
+            "_parameters[" in name
+            or "_buffers[" in name
+            or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+        )
+        names.append(g.canonical_path(name) if is_state else "")
+    return tuple(names)
+
+
+def _source_name(source: Any) -> str:
+    if source is None:
+        return ""
+    name = source.name
+    return str(name() if callable(name) else name)  # a method up to torch 2.11, a property later
+
+
+def prepare_forward(gm: fx.GraphModule, *, move_router_weight: bool = True) -> list[str]:
+    """Rewrite Dynamo's forward graph in place; return what was done, for the report."""
+    done = []
+    kept = keep_attention(gm)
+    if kept:
+        done.append(f"{kept} attention calls kept as one operator")
+    if move_router_weight:
+        moved = move_router_weights(gm)
+        if moved:
+            done.append(f"{moved} router weights moved in front of the down-projection")
+    gm.graph.lint()
+    gm.recompile()
+    return done
+
+
+def keep_attention(gm: fx.GraphModule) -> int:
+    """Replace scaled_dot_product_attention by the opaque fp8c operator, so that no backend decomposes it.
+
+    Attention with dropout is left to PyTorch: the operator's backward has no random numbers to replay.
+    """
+    changed = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in _SDPA:
+            continue
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, node.args)) | dict(node.kwargs)
+        if given.get("dropout_p", 0.0) != 0.0 or not _has_rank_4(given):
+            continue
+        with gm.graph.inserting_before(node):
+            pair = gm.graph.call_function(
+                torch.ops.fp8c.attention.default,
+                (
+                    given["query"],
+                    given["key"],
+                    given["value"],
+                    given.get("attn_mask"),
+                    given.get("is_causal", False),
+                    given.get("scale"),
+                    given.get("enable_gqa", False),
+                ),
+            )
+            out = gm.graph.call_function(operator.getitem, (pair, 0))
+        _copy_meta(pair, node)
+        _copy_meta(out, node)
+        node.replace_all_uses_with(out)
+        gm.graph.erase_node(node)
+        changed += 1
+    return changed
+
+
+def _has_rank_4(given: dict[str, Any]) -> bool:
+    for name in ("query", "key", "value"):
+        example = given[name].meta.get("example_value") if isinstance(given[name], fx.Node) else None
+        if example is None or example.dim() != 4:
+            return False
+    return True
+
+
+def _copy_meta(new: fx.Node, old: fx.Node) -> None:
+    for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+
+
+def move_router_weights(gm: fx.GraphModule) -> int:
+    """`grouped_mm(h, W) * w` becomes `grouped_mm(h * w, W)`, equal because a GEMM is linear in its rows.
+
+    The gradient of w then needs h, which backward computes again, and no longer the experts' output: that is never kept.
+    """
+    changed = 0
+    for node in list(gm.graph.nodes):
+        match = _weighted_expert_output(node)
+        if match is None:
+            continue
+        product, weight = match
+        hidden = product.args[0]
+        dtype = hidden.meta["example_value"].dtype
+        out_dtype = node.meta["example_value"].dtype
+        with gm.graph.inserting_before(node):
+            scaled = gm.graph.call_function(operator.mul, (hidden, weight))
+            scaled = gm.graph.call_method("to", (scaled, dtype))
+            new = gm.graph.call_function(product.target, (scaled, *product.args[1:]), dict(product.kwargs))
+            out = gm.graph.call_method("to", (new, out_dtype)) if out_dtype != dtype else new
+        for made in (scaled.args[0], scaled, new, out):
+            _copy_meta(made, product)
+        node.replace_all_uses_with(out)
+        for dead in (node, *_dead_chain(node, product)):
+            gm.graph.erase_node(dead)
+        changed += 1
+    return changed
+
+
+def _dead_chain(node: fx.Node, product: fx.Node) -> list[fx.Node]:
+    """The reshapes between the product and the node that used it, and the product, last use first."""
+    factor = next(a for a in node.args if isinstance(a, fx.Node) and _behind_same_shape(a) is product)
+    chain = [factor]
+    while chain[-1] is not product:
+        source = chain[-1].args[0]
+        assert isinstance(source, fx.Node)
+        chain.append(source)
+    return chain
+
+
+def _weighted_expert_output(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(grouped GEMM, weight [T, 1]) when the node multiplies a grouped GEMM's only use by a column of row weights."""
+    if node.op != "call_function" or node.target not in _MULTIPLY:
+        return None
+    if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    for factor, weight in (node.args, node.args[::-1]):
+        assert isinstance(factor, fx.Node) and isinstance(weight, fx.Node)
+        product = _behind_same_shape(factor)
+        if product.op == "call_function" and product.target in _GROUPED_MM and len(product.users) == 1:
+            example, w = product.meta.get("example_value"), weight.meta.get("example_value")
+            if example is None or w is None or example.dim() != 2 or w.dim() != 2 or w.shape[-1] != 1:
+                continue
+            if not isinstance(product.args[0], fx.Node) or product.args[0].meta.get("example_value") is None:
+                continue
+            if product not in _ancestors(weight):
+                return product, weight
+    return None
+
+
+def _behind_same_shape(node: fx.Node) -> fx.Node:
+    """The node behind a reshape that changes nothing and has no other reader."""
+    while node.op == "call_method" and node.target in ("reshape", "view") and len(node.users) == 1:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        before, after = source.meta.get("example_value"), node.meta.get("example_value")
+        if before is None or after is None or before.shape != after.shape:
+            break
+        node = source
+    return node
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    frontier = [node]
+    while frontier:
+        n = frontier.pop()
+        for m in n.all_input_nodes:
+            if m not in seen:
+                seen.add(m)
+                frontier.append(m)
+    return seen
+
+
+def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
+    """Give a module without weights fake CPU tensors in place, and return the batch likewise.
+
+    On the meta device itself PyTorch loses the gradient of the cross-entropy loss (it traces a joint graph whose
+    backward starts behind it), so planning runs over fake tensors of the CPU: no data either, and a whole backward.
+    """
+    mode = FakeTensorMode()
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "meta" or isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in made:
+            new: torch.Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = fake(tensor)  # type: ignore[assignment]
+    return tree_map(lambda leaf: fake(leaf) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+def joint_input_names(joint: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
+    """Name of every primal of the joint graph, by placeholder name. Raises ValueError when the counts disagree."""
+    primals = [n for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")]
+    by_index = {}
+    for position, node in enumerate(primals):
+        index = getattr(node.meta.get("desc"), "idx", position)
+        if not 0 <= index < len(names):
+            raise ValueError(f"the joint graph has input {index}, but the capture has {len(names)}")
+        by_index[node.name] = names[index]
+        node.meta["fp8c_name"] = names[index]
+    return by_index

@@ -1,0 +1,420 @@
+"""The command line. Each verb parses, calls one function, prints. Nothing here imports torch before a verb needs it.
+
+stdout is the result, stderr the diagnostics. Exit codes: 0 ok, 1 a check failed, 2 usage, 3 spec, 4 model, 5 target,
+70 a bug in fp8c.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fp8c import __version__
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, render
+
+_COLOURS = {"error": "\033[1;31m", "warning": "\033[1;33m", "remark": "\033[1;36m"}
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_is_debugging = False
+_arguments: tuple[str, ...] = ()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    global _is_debugging, _arguments
+    _is_debugging = False
+    _arguments = tuple(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app.main(list(arguments) if arguments is not None else None, "fp8c", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except DiagnosticError as e:
+        if _is_debugging:
+            raise
+        print_diagnostics(e.diagnostics)
+        return int(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        return int(ExitCode.USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`head`, a pager) has what it wants; keep the interpreter from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:  # noqa: BLE001 (the last resort: say that it is a bug)
+        import traceback
+
+        traceback.print_exc()
+        print(f"fp8c: this is a bug in fp8c, not in your input: {type(e).__name__}: {e}", file=sys.stderr)
+        return int(ExitCode.BUG)
+
+
+def print_diagnostics(diagnostics: Sequence[Diagnostic]) -> None:
+    """Diagnostics to stderr, with colour only on a terminal and never under NO_COLOR."""
+    has_colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    for diagnostic in diagnostics:
+        text = render(diagnostic)
+        if has_colour:
+            word = diagnostic.severity.value
+            text = re.sub(rf"({word}\[\w+\])", rf"{_COLOURS[word]}\1\033[0m", text, count=1)
+        print(text, file=sys.stderr)
+
+
+def print_json(schema: str, **fields: Any) -> None:
+    print(json.dumps({"schema": schema, **fields}, indent=2, ensure_ascii=False))
+
+
+# -- verbs -------------------------------------------------------------------------------------------------------------
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+
+
+@click.group(context_settings=_HELP)
+@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+@click.version_option(__version__, message="fp8c %(version)s")
+def app(debug: bool) -> None:
+    """Compile BF16 Mixture-of-Experts training steps to FP8 recipes."""
+    global _is_debugging
+    _is_debugging = debug
+
+
+@app.group()
+def spec() -> None:
+    """Work with precision specs (*.fp8)."""
+
+
+@spec.command("check")
+@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@as_json_option
+def spec_check(specs: tuple[str, ...], as_json: bool) -> int:
+    """Check specs without a model: syntax, names, conflicts between sections.
+
+    A SPEC is the name of a shipped spec or a .fp8 file.
+    """
+    from fp8c.specs.summary import summarize
+
+    results = [summarize(name) for name in specs]
+    if as_json:
+        print_json("fp8c.spec-check/1", specs=[r.to_json() for r in results])
+    else:
+        for result in results:
+            print_diagnostics(result.diagnostics)
+            if result.is_ok:
+                print(result.text)
+    return int(ExitCode.OK if all(r.is_ok for r in results) else ExitCode.SPEC)
+
+
+@spec.command("fmt")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--check", is_flag=True, help="Change nothing; exit 1 when a file would change.")
+@click.option("--diff", is_flag=True, help="Change nothing; print what would change; exit 1 when anything would.")
+def spec_fmt(files: tuple[str, ...], check: bool, diff: bool) -> int:
+    """Print specs in their one layout, in place; - is stdin to stdout."""
+    from fp8c.specs import formatter, parser
+
+    has_change = False
+    for file in files:
+        if file == "-":
+            text = sys.stdin.read()
+            source = parser.source_of(text, "<stdin>")
+        else:
+            source = parser.read(Path(file), file)
+            text = Path(file).read_bytes().decode("utf-8")  # with its byte order mark, and CR LF as they are
+        formatted = formatter.format_source(source)
+        if file == "-" and not (check or diff):
+            sys.stdout.write(formatted)
+            continue
+        if formatted == text:
+            continue
+        has_change = True
+        if diff:
+            sys.stdout.write(formatter.diff(source, formatted))
+        elif check:
+            print(f"{file}: not formatted", file=sys.stderr)
+        else:
+            _replace_file(Path(file), formatted)
+            print(f"{file}: formatted")
+    return int(ExitCode.CHECK_FAILED if has_change and (check or diff) else ExitCode.OK)
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Write beside the file and swap in whole, so that a crash never leaves half a spec."""
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.chmod(path.stat().st_mode & 0o777)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@spec.command("new")
+@click.argument("name")
+@click.option(
+    "--extends", default="deepseek_v3", show_default=True, metavar="SPEC", help="A shipped spec to start from."
+)
+def spec_new(name: str, extends: str) -> None:
+    """Begin NAME.fp8, a spec that extends a shipped one."""
+    from fp8c.specs.summary import new_spec
+
+    path = Path(f"{name}.fp8")
+    text = new_spec(name, extends)
+    try:
+        with path.open("x", encoding="utf-8", newline="\n") as f:
+            f.write(text)
+    except OSError as e:
+        raise click.UsageError(f"cannot write {path}: {(e.strerror or str(e)).lower()}") from None
+    print(f"{path}: extends {extends}; next: fp8c spec check {path}")
+
+
+@spec.command("list")
+@as_json_option
+def spec_list(as_json: bool) -> None:
+    """List the specs that come with fp8c."""
+    from fp8c.specs.load import load, shipped
+
+    docs = {name: load(name).layers[-1].doc for name in shipped()}
+    if as_json:
+        print_json("fp8c.spec-list/1", specs=[{"name": name, "doc": doc} for name, doc in docs.items()])
+        return
+    width = max(map(len, docs))
+    for name, doc in docs.items():
+        print(f"{name:<{width}}  {doc.partition(chr(10))[0]}")
+
+
+@spec.command("show")
+@click.argument("name")
+def spec_show(name: str) -> None:
+    """Print the text of a shipped spec."""
+    from fp8c.specs.load import shipped_text
+
+    sys.stdout.write(shipped_text(name))
+
+
+model_options = (
+    click.option(
+        "--spec", "-s", default="deepseek_v3", show_default=True, metavar="NAME|FILE.fp8", help="Precision spec."
+    ),
+    click.option("--target", "-t", default=None, metavar="NAME", help="Machine; this one's GPU, or cpu, unless given."),
+    click.option(
+        "-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the factory, or configuration field."
+    ),
+    click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch."),
+    click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence."),
+    click.option("--weights", type=click.Choice(["auto", "random", "meta"]), default="auto", show_default=True),
+)
+
+
+def with_model_options(command: Any) -> Any:
+    for option in reversed(model_options):
+        command = option(command)
+    return command
+
+
+@app.command("compile")
+@click.argument("model")
+@with_model_options
+@click.option("--out", "-o", default="build", show_default=True, metavar="DIR", help="Folder of the build.")
+@click.option("--verify", is_flag=True, help="Run the step and check it against BF16, the plan and FP64.")
+@click.option("--no-baseline", is_flag=True, help="Leave out the comparison with BF16's saved bytes.")
+@click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
+@click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
+@click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
+@click.option("--print-ir-after-all", is_flag=True, help="Print the graph after every pass.")
+@click.option("--print-ir-after-change", is_flag=True, help="Print the graph after every pass that changed it.")
+@click.option("--time-passes", is_flag=True, help="Print the time of every pass.")
+@click.option("--dump-dir", metavar="DIR", help="Write the graph after every pass to DIR/NN-pass.txt.")
+@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+@as_json_option
+def compile_(
+    model: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    out: str,
+    verify: bool,
+    no_baseline: bool,
+    force: bool,
+    print_ir_before: tuple[str, ...],
+    print_ir_after: tuple[str, ...],
+    print_ir_after_all: bool,
+    print_ir_after_change: bool,
+    time_passes: bool,
+    dump_dir: str | None,
+    debug: bool,
+    as_json: bool,
+) -> int:
+    """Compile the training step of MODEL and write a build.
+
+    MODEL is model.py (with model() and example_inputs()), model.py:factory, package.module:factory, hf:CONFIG.json or
+    hf:MODEL_TYPE.
+    """
+    set_debugging(debug)
+    check_inputs_exist(spec, target)
+    from fp8c.models import parse_overrides
+    from fp8c.tools import compile_command as command
+    from fp8c.tools.ir_printing import Printing
+
+    result = command.compile_model(
+        command.Request(
+            model=model,
+            spec=spec,
+            target=target,
+            out=Path(out),
+            overrides=parse_overrides(overrides),
+            batch=batch,
+            seq=seq,
+            weights=weights,
+            verify=verify,
+            baseline=not no_baseline,
+            force=force,
+            printing=Printing(
+                print_ir_before,
+                print_ir_after,
+                print_ir_after_all,
+                print_ir_after_change,
+                Path(dump_dir) if dump_dir else None,
+            ),
+            argv=("fp8c", *_arguments),
+        )
+    )
+    if time_passes:
+        print(command.times_text(result), file=sys.stderr)
+    if as_json:
+        print_json(command.SCHEMA, **result.to_json())
+    else:
+        print(command.result_text(result))
+    return int(result.exit_code)
+
+
+def check_inputs_exist(spec: str, target: str | None) -> None:
+    """Report a wrong spec or target before torch is imported, which takes seconds."""
+    from fp8c.backends.target import load_target
+    from fp8c.specs.load import load
+
+    load(spec)
+    if target is not None:
+        load_target(target)
+
+
+@app.command()
+@click.argument("model")
+@click.option("--passes", required=True, metavar="A,B", help="Passes to run, in this order; `fp8c passes` lists them.")
+@with_model_options
+@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+def opt(
+    model: str,
+    passes: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    debug: bool,
+) -> None:
+    """Run named passes on the captured step of MODEL and print the graph."""
+    set_debugging(debug)
+    check_inputs_exist(spec, target)
+    from fp8c.models import parse_overrides
+    from fp8c.tools import compile_command, opt_command
+
+    request = compile_command.Request(
+        model=model,
+        spec=spec,
+        target=target,
+        out=None,
+        overrides=parse_overrides(overrides),
+        batch=batch,
+        seq=seq,
+        weights=weights,
+        argv=("fp8c", *_arguments),
+    )
+    names = tuple(name.strip() for name in passes.split(",") if name.strip())
+    sys.stdout.write(opt_command.run_passes(request, names))
+
+
+def set_debugging(debug: bool) -> None:
+    global _is_debugging
+    _is_debugging = _is_debugging or debug
+
+
+@app.command()
+@click.argument("code")
+@as_json_option
+def explain(code: str, as_json: bool) -> int:
+    """Say what a diagnostic's CODE means and what to do about it."""
+    from fp8c.error_codes import EXPLANATIONS
+
+    code = code.upper()
+    text = EXPLANATIONS.get(code)
+    if text is None:
+        import difflib
+
+        close = difflib.get_close_matches(code, EXPLANATIONS, 3, 0.6)
+        raise click.UsageError(f"no diagnostic has the code {code}" + (f"; near: {', '.join(close)}" if close else ""))
+    severity = {"E": Severity.ERROR, "W": Severity.WARNING}.get(code[0], Severity.REMARK).value
+    if as_json:
+        print_json("fp8c.explanation/1", code=code, severity=severity, text=text)
+    else:
+        import textwrap
+
+        print(f"{severity} {code}\n\n{textwrap.fill(text, 96)}")
+    return int(ExitCode.OK)
+
+
+@app.command()
+@as_json_option
+def passes(as_json: bool) -> None:
+    """List the rewrites in the order they run."""
+    import fp8c.ops  # noqa: F401  (passes name operators, which must be registered)
+    from fp8c.passes import ALL_PASSES
+
+    rows = [(p.name, _summary(sys.modules[type(p).__module__].__doc__ or "")) for p in ALL_PASSES]
+    if as_json:
+        print_json("fp8c.passes/1", passes=[{"name": name, "summary": summary} for name, summary in rows])
+        return
+    width = max(len(name) for name, _ in rows)
+    for number, (name, summary) in enumerate(rows, 1):
+        print(f"{number:2} {name:<{width}}  {summary}")
+
+
+def _summary(doc: str) -> str:
+    """The first paragraph of a module's docstring without the pass's name in front."""
+    paragraph = doc.strip().partition("\n\n")[0].replace("\n", " ")
+    return paragraph.partition(": ")[2] or paragraph
+
+
+@app.command()
+@click.argument("name", required=False)
+@as_json_option
+def targets(name: str | None, as_json: bool) -> None:
+    """List the machines fp8c knows, or show NAME, which may be a .toml file of your own."""
+    from fp8c.backends.target import load_target, names, record_json
+
+    records = [load_target(n) for n in ([name] if name else names())]
+    if as_json:
+        print_json("fp8c.targets/1", targets=[record_json(r) for r in records])
+    elif name:
+        for key, value in record_json(records[0]).items():
+            print(f"{key:26} {', '.join(map(str, value)) if isinstance(value, list) else value}".rstrip())
+    else:
+        for r in records:
+            rates = f"{r.fp8_tflops:g} TFLOPS FP8" if r.fp8_tflops else ""
+            print(f"{r.name:8} {r.architecture:6} {rates:17} {r.description}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

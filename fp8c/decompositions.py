@@ -1,0 +1,354 @@
+"""The operators of fp8c as ordinary tensor operations: visible to Inductor, on any device, without a host sync.
+
+`quantize`, `dequantize` and `requantize` give the same bits as `backends.reference`, so a backend may put either form
+into a graph. The GEMMs and attention are a fallback for devices without kernels: right, and slow.
+
+Importing this module registers all of them for devices that have no kernel of their own (`fp8c.ops.register_portable`).
+The code works with symbolic sizes; it branches on a size only where that is a plain number.
+
+Trap: bit identity needs IEEE division. Inductor's GPU code divides approximately unless it is told otherwise
+(`torch._inductor.config.eager_numerics.division_rounding`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fp8c.formats import MAX, WHOLE, Element, Format, ScaleKind
+from fp8c.ops import (
+    DATA_DTYPE,
+    E5M6_CODES,
+    Size,
+    check_attention,
+    check_quantize_input,
+    empty_heads_last,
+    experts_of,
+    original_shape,
+    quantized_format,
+    register_portable,
+    restarts,
+    scale_shape,
+)
+
+SMALLEST_SCALE = 2.0**-126  # FP32's smallest normal number; why: backends/reference/quantize.py
+
+# Codecs -------------------------------------------------------------------------------------------------------------
+
+
+def _encode(x: Tensor, element: Element) -> Tensor:
+    if element is Element.E5M6:
+        return _pack_e5m6(_encode_e5m6(x))
+    # torch 2.11 casts values above the largest to NaN, later versions saturate: clamp for both.
+    return x.clamp(-MAX[element], MAX[element]).to(DATA_DTYPE[element])
+
+
+def _decode(data: Tensor, element: Element, cols: Size | None) -> Tensor:
+    if element is Element.E5M6:
+        assert cols is not None
+        codes = _unpack_e5m6(data, cols)
+        return (codes << 4).to(torch.int16).view(torch.float16).float()
+    return data.float()
+
+
+def _encode_e5m6(x: Tensor) -> Tensor:
+    """FP32 -> 12-bit codes in int32, rounded to nearest even."""
+    magnitude = x.abs().clamp_max(MAX[Element.E5M6])
+    bits = magnitude.view(torch.int32)
+    # Normal results keep 6 of 23 mantissa bits: add half of the dropped part, less one unless the kept part is odd.
+    normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) >> 17) - ((127 - 15) << 6)
+    # Subnormal results are multiples of 2**-20, which is the last bit of an FP32 number in [8, 16).
+    subnormal = (magnitude + 8.0).view(torch.int32) - 0x41000000
+    code = torch.where(magnitude < 2.0**-14, subnormal, normal)
+    code = torch.where(x.isnan(), 0x7E0, code)
+    return code | torch.where(x.signbit() & ~x.isnan(), 0x800, 0)
+
+
+def _pack_e5m6(codes: Tensor) -> Tensor:
+    codes = _pad_axis(codes, -1, E5M6_CODES)
+    first, second = codes[..., 0::2], codes[..., 1::2]
+    three = torch.stack((first >> 4, ((first & 0xF) << 4) | (second >> 8), second & 0xFF), dim=-1)
+    return three.flatten(-2).to(torch.uint8)
+
+
+def _unpack_e5m6(packed: Tensor, cols: Size) -> Tensor:
+    high, middle, low = (packed[..., byte::3].int() for byte in range(3))
+    pairs = torch.stack(((high << 4) | (middle >> 4), ((middle & 0xF) << 8) | low), dim=-1)
+    return pairs.flatten(-2).narrow(-1, 0, cols)
+
+
+def _scale_of(amax: Tensor, fmt: Format) -> Tensor:
+    """The FP32 scale of groups with this largest magnitude: 1 for zero, NaN for an infinity or NaN."""
+    scale = (amax / MAX[fmt.element]).clamp_min(SMALLEST_SCALE)
+    if fmt.scale is not ScaleKind.FP32:
+        # Up to the next power of two: carry the mantissa into the exponent.
+        scale = ((scale.view(torch.int32) + 0x007F_FFFF) & 0x7F80_0000).view(torch.float32)
+    scale = torch.where(amax == 0, 1.0, scale)
+    return torch.where(amax.isfinite(), scale, math.nan)
+
+
+def _store_scale(scale: Tensor, fmt: Format) -> Tensor:
+    if fmt.scale is not ScaleKind.E8M0:
+        return scale
+    return ((scale.view(torch.int32) >> 23) & 0xFF).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+# Groups -------------------------------------------------------------------------------------------------------------
+
+
+def _pad_axis(x: Tensor, axis: int, group: int) -> Tensor:
+    """Zeros up to a whole number of groups along axis -1 or -2."""
+    size = x.shape[axis]
+    if group == 1 or (isinstance(size, int) and size % group == 0):
+        return x
+    return pad(x, (0, -size % group) if axis == -1 else (0, 0, 0, -size % group))
+
+
+def _group_sizes(x: Tensor, fmt: Format) -> tuple[Tensor, int | Size, int | Size]:
+    """x padded to whole groups, and the group's height and width."""
+    assert fmt.group is not None
+    sizes: list[Size] = []
+    for axis, group in zip((-2, -1), fmt.group):
+        if group == WHOLE:
+            x = _pad_axis(x, axis, 1) if x.shape[axis] != 0 else pad(x, (0, 1) if axis == -1 else (0, 0, 0, 1))
+            sizes.append(x.shape[axis])
+        else:
+            x = _pad_axis(x, axis, group)
+            sizes.append(group)
+    return x, sizes[0], sizes[1]
+
+
+def _split(x: Tensor, fmt: Format) -> Tensor:
+    """[..., R, C] -> [..., R/g0, g0, C/g1, g1]."""
+    x, g0, g1 = _group_sizes(x, fmt)
+    rows, cols = x.shape[-2:]
+    return x.reshape(*x.shape[:-2], rows // g0, g0, cols // g1, g1)
+
+
+def _join(groups: Tensor, rows: Size, cols: Size) -> Tensor:
+    """The inverse of `_split`; drops the padding."""
+    x = groups.flatten(-2).flatten(-3, -2)
+    return x.narrow(-1, 0, cols).narrow(-2, 0, rows)
+
+
+def _scale_row(offs: Tensor, rows: Size, group: int) -> tuple[Tensor, Tensor]:
+    """For each row its scale row (`fp8c.ops.scale_shape`) and whether an expert owns it; row 0 where none does."""
+    row = torch.arange(rows, device=offs.device)  # type: ignore[arg-type]  # takes a SymInt as well
+    expert = torch.searchsorted(offs, row, right=True)
+    is_owned = expert < offs.shape[0]
+    starts = torch.cat((offs.new_zeros(1), offs)).long()
+    start = starts[expert]
+    return torch.where(is_owned, start // group + expert + (row - start) // group, 0), is_owned
+
+
+# The operators ------------------------------------------------------------------------------------------------------
+
+
+def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8c::quantize` as tensor operations, bit for bit."""
+    parsed = quantized_format(fmt)
+    check_quantize_input(x)
+    rows, cols = x.shape[-2:]
+    x = x.float()
+    if experts_of(parsed, offs, x.dim()) is not None:
+        assert offs is not None
+        return _quantize_restarting(x, parsed, offs)
+    groups = _split(x, parsed)
+    scale = _scale_of(groups.abs().amax((-3, -1)), parsed)
+    payload = _join(groups / scale[..., :, None, :, None], rows, cols)
+    return _encode(payload, parsed.element).contiguous(), _store_scale(scale, parsed).contiguous()
+
+
+def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, Tensor]:
+    assert fmt.group is not None
+    rows, cols = x.shape
+    scale_row, is_owned = _scale_row(offs, rows, fmt.group[0])
+    by_row = Format(fmt.element, (1, fmt.group[1]), fmt.scale)
+    groups = _split(x, by_row)  # [T, 1, C/g1, g1]
+    amax = groups.abs().amax((-3, -1))
+    # A maximum by atomics may lose NaN; an infinity marks the group just as well.
+    amax = torch.where(amax.isnan(), math.inf, amax).where(is_owned[:, None], 0.0)
+    by_group = amax.new_zeros(scale_shape(x.shape, fmt, offs.shape[0]))
+    by_group = by_group.scatter_reduce(0, scale_row[:, None].expand_as(amax), amax, "amax")
+    scale = _scale_of(by_group, fmt)
+    payload = _join(groups / scale[scale_row][:, None, :, None], rows, cols)
+    payload = torch.where(is_owned[:, None], payload, 0.0)
+    return _encode(payload, fmt.element).contiguous(), _store_scale(scale, fmt)
+
+
+def dequantize(
+    q: Tensor, s: Tensor, fmt: str, dtype: torch.dtype, offs: Tensor | None = None, cols: Size | None = None
+) -> Tensor:
+    """`fp8c::dequantize` as tensor operations, bit for bit."""
+    return _dequantize(q, s, quantized_format(fmt), offs, cols).to(dtype).contiguous()
+
+
+def _dequantize(q: Tensor, s: Tensor, fmt: Format, offs: Tensor | None = None, cols: Size | None = None) -> Tensor:
+    shape = original_shape(q, fmt, cols)
+    values, scale = _decode(q, fmt.element, cols), s.float()
+    if experts_of(fmt, offs, q.dim()) is not None:
+        assert offs is not None and fmt.group is not None
+        scale_row, is_owned = _scale_row(offs, shape[0], fmt.group[0])
+        scale = torch.where(is_owned[:, None], scale[scale_row], 0.0)
+        values = torch.where(is_owned[:, None], values, 0.0)
+        fmt = Format(fmt.element, (1, fmt.group[1]), fmt.scale)
+    groups = _split(values, fmt)
+    return _join(groups * scale[..., :, None, :, None], shape[-2], shape[-1])
+
+
+def requantize(
+    q: Tensor, s: Tensor, src: str, dst: str, offs: Tensor | None = None, cols: Size | None = None
+) -> tuple[Tensor, Tensor]:
+    """`fp8c::requantize` as tensor operations, bit for bit."""
+    old, new = quantized_format(src), quantized_format(dst)
+    return quantize(_dequantize(q, s, old, restarts(old, offs), cols), dst, restarts(new, offs))
+
+
+def scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Dequantize to FP32 and multiply in FP32; `promote_every` has no meaning here."""
+    left = dequantize(a, a_scale, a_fmt, torch.float32)
+    right = dequantize(b, b_scale, b_fmt, torch.float32)
+    return (left @ right.T).to(out_dtype)
+
+
+def scaled_grouped_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """On CUDA `torch._grouped_mm` of operands dequantized to BF16 (exact for power-of-two scales, else one rounding each).
+
+    Elsewhere, and where sizes don't allow that, every expert multiplies every row in FP32 and its own rows are taken.
+    """
+    rows, experts = a.shape[0], b.shape[0]
+    owner = torch.searchsorted(offs, torch.arange(rows, device=offs.device), right=True)[:, None]
+    if _grouped_mm_applies(a, b):
+        left = dequantize(a, a_scale, a_fmt, torch.bfloat16)
+        right = dequantize(b, b_scale, b_fmt, torch.bfloat16)
+        product = torch._grouped_mm(left, right.mT, offs=offs)
+        return torch.where(owner < experts, product, 0.0).to(out_dtype)
+    left, right = (dequantize(*t, torch.float32) for t in ((a, a_scale, a_fmt), (b, b_scale, b_fmt)))
+    out = left.new_zeros((rows, b.shape[1]))
+    for expert in range(experts):
+        out = torch.where(owner == expert, left @ right[expert].T, out)
+    return out.to(out_dtype)
+
+
+def scaled_grouped_wgrad(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """On CUDA `torch._grouped_mm` of operands dequantized to BF16; its result is BF16, also where FP32 is asked for.
+
+    Elsewhere, and where sizes don't allow that, one FP32 product for each expert with the other experts' columns zeroed.
+    """
+    left_fmt, right_fmt = quantized_format(a_fmt).transposed, quantized_format(b_fmt).transposed
+    left = _dequantize(a.T, a_scale.T, left_fmt, offs)  # [T, N]
+    right = _dequantize(b.T, b_scale.T, right_fmt, offs)  # [T, K]
+    if _grouped_mm_applies(a.T, b.T):
+        return torch._grouped_mm(left.bfloat16().T, right.bfloat16(), offs=offs).to(out_dtype)
+    owner = torch.searchsorted(offs, torch.arange(a.shape[1], device=offs.device), right=True)
+    products = [torch.where((owner == expert)[:, None], left, 0.0).T @ right for expert in range(int(offs.shape[0]))]
+    return torch.stack(products).to(out_dtype)
+
+
+def _grouped_mm_applies(*operands: Tensor) -> bool:
+    """Whether `torch._grouped_mm` takes BF16 operands with these last axes: rows of a multiple of 16 bytes, on CUDA."""
+    return all(t.is_cuda and t.shape[-1] % 8 == 0 for t in operands)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with all its scores in memory, in FP32; a query that sees no key gets 0."""
+    check_attention(q, k, v, mask, is_causal)
+    scores = _scores(q, k, mask, is_causal, scale)
+    lse = scores.logsumexp(-1)
+    out = _probabilities(scores, lse) @ _per_query_head(v, q)
+    return empty_heads_last(q, out.shape).copy_(out), lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention` from what its forward kept."""
+    p = _probabilities(_scores(q, k, mask, is_causal, scale), lse)
+    grad = dout.float()
+    dv = p.mT @ grad
+    delta = (grad * out.float()).sum(-1, keepdim=True)
+    dscores = p * (grad @ _per_query_head(v, q).mT - delta) * _scale_or_default(scale, q)
+    dq, dk = dscores @ _per_query_head(k, q), dscores.mT @ q.float()
+    results = []
+    for like, result in ((q, dq), (k, dk), (v, dv)):
+        batch, heads, *rest = like.shape
+        summed = result.reshape(batch, heads, -1, *rest).sum(2)  # over the query heads that share a key head
+        results.append(empty_heads_last(like, like.shape).copy_(summed))
+    return results[0], results[1], results[2]
+
+
+def _scale_or_default(scale: float | None, q: Tensor) -> float:
+    return 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+
+
+def _per_query_head(t: Tensor, q: Tensor) -> Tensor:
+    return t.float().repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    scores = q.float() @ _per_query_head(k, q).mT * _scale_or_default(scale, q)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return scores
+    return scores.where(mask, -math.inf) if mask.dtype is torch.bool else scores + mask.float()
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    return torch.where(lse.isfinite()[..., None], (scores - lse[..., None]).exp(), 0.0)
+
+
+for _implementation in (
+    quantize,
+    dequantize,
+    requantize,
+    scaled_mm,
+    scaled_grouped_mm,
+    scaled_grouped_wgrad,
+    attention,
+    attention_backward,
+):
+    register_portable(_implementation.__name__, _implementation)

@@ -1,0 +1,293 @@
+"""The drivers: `fp8c.compile` at run time, `plan_step` ahead of time, over one backend and one pipeline.
+
+`Session` is the AOTAutograd backend of one compiled model: Dynamo's guards, recompiles and dynamic shapes stay as users
+know them, and no global Inductor option is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import external_utils
+from torch._dynamo.backends.common import aot_autograd
+
+import fp8c.ops  # noqa: F401  (defines the operators)
+from fp8c import capture, pipeline
+from fp8c.backends import lowering
+from fp8c.backends.target import TargetRecord, load_target
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.partition import Halves, default_min_cut
+from fp8c.specs.load import Spec, load
+from fp8c.specs.plan import PrecisionPlan
+from fp8c.specs.resolve import resolve
+
+log = logging.getLogger("fp8c")
+
+
+class PlanningDone(Exception):
+    """Stops the capture once the step is planned: nothing is lowered ahead of time."""
+
+
+@dataclass
+class Session:
+    """The backend of one compiled model.
+
+    partial: the graphs may be parts of a model (graph breaks, layers compiled one by one), so a rule that matches
+             nothing in one of them is no error
+    """
+
+    spec: Spec
+    target: TargetRecord
+    lowering: str | None = None
+    partial: bool = False
+    plan_only: bool = False
+    observers: tuple[pipeline.Observer, ...] = ()
+    verify_each: bool = True
+    remarks: list[Diagnostic] = field(default_factory=list)
+    steps: list[pipeline.Rewritten] = field(default_factory=list)
+    on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
+    want_baseline: bool = False
+    baseline: Halves | None = None
+
+    def resolve(self, uses: Sequence[Any]) -> PrecisionPlan:
+        plan = resolve(self.spec, uses, self.target, partial=self.partial)
+        return plan
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Dynamo's backend: differentiate, rewrite, lower."""
+        names = capture.input_names(gm)
+        if self.want_baseline:
+            self.baseline = capture_baseline(gm, example_inputs)
+        for done in capture.prepare_forward(gm):
+            log.info("%s", done)
+        device = _device(example_inputs)
+        lowering.register_kernels(device)
+        how = self.lowering or lowering.choose_lowering(device)
+        compile_half = functools.partial(self._lower, how=how)
+        backend = aot_autograd(
+            fw_compiler=compile_half,
+            bw_compiler=compile_half,
+            inference_compiler=functools.partial(self._infer, names=names, how=how),
+            partition_fn=functools.partial(self._partition, names=names),
+            decompositions={},
+            keep_inference_input_mutations=True,
+        )
+        return backend(gm, example_inputs)  # type: ignore[no-any-return]
+
+    def _partition(
+        self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, names: tuple[str, ...], **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if self.on_joint is not None:
+            self.on_joint()
+        rewritten = pipeline.rewrite_and_partition(
+            joint,
+            names,
+            num_fwd_outputs,
+            self.resolve,
+            target=self.target,
+            observers=self.observers,
+            verify_each=self.verify_each,
+        )
+        self.steps.append(rewritten)
+        self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
+        if self.plan_only:
+            raise PlanningDone
+        return rewritten.halves.forward, rewritten.halves.backward
+
+    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
+        return lowering.lower(gm, inputs, how)
+
+    def _infer(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
+    ) -> Callable[..., Any]:
+        rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
+        return lowering.lower(rewritten, inputs, how, is_inference=True)
+
+
+def capture_baseline(gm: fx.GraphModule, example_inputs: list[Any]) -> Halves:
+    """The same step in BF16 as torch.compile would split it: Inductor's decompositions, PyTorch's default min-cut.
+
+    Attention stays one operator here too; nothing else of fp8c is applied.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    plain = copy.deepcopy(gm)
+    capture.keep_attention(plain)
+    plain.recompile()
+    found: list[Halves] = []
+
+    def split(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
+        found.append(default_min_cut(joint, inputs, num_fwd_outputs))
+        raise PlanningDone
+
+    backend = aot_autograd(fw_compiler=lambda g, _: g, partition_fn=split, decompositions=select_decomp_table())
+    try:
+        backend(plain, example_inputs)
+    except PlanningDone:
+        pass
+    return found[0]
+
+
+def _device(inputs: Sequence[Any]) -> str:
+    return next((t.device.type for t in inputs if isinstance(t, torch.Tensor)), "cpu")
+
+
+def default_target() -> str:
+    """The machine at hand, or the CPU reference."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().lower()
+        for known in ("h200", "h800", "h100", "b200"):
+            if known in name:
+                return known
+        major, _ = torch.cuda.get_device_capability()
+        return {9: "h100", 10: "b200"}.get(major, "cpu")
+    return "cpu"
+
+
+def new_session(
+    spec: str | Path | Spec = "deepseek_v3", target: str | TargetRecord | None = None, **options: Any
+) -> Session:
+    """Load spec and target once. Raises: DiagnosticError for either."""
+    loaded = spec if isinstance(spec, Spec) else load(spec)
+    record = target if isinstance(target, TargetRecord) else load_target(target or default_target())
+    return Session(loaded, record, **options)
+
+
+def compile(
+    model: nn.Module,
+    spec: str | Path | Spec = "deepseek_v3",
+    target: str | TargetRecord | None = None,
+    *,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+    lowering: str | None = None,
+) -> nn.Module:
+    """Compile a model's training step to a precision spec; returns a drop-in module.
+
+    The result shares every parameter, buffer and submodule with `model`, is of the same class, has the same
+    `state_dict`, and is called the same way; `loss.backward()` fills the same parameters' gradients. Inside, the spec's
+    GEMMs run in FP8. Lengths may change between calls as under torch.compile.
+
+    fullgraph: fail on a graph break (the line is named) instead of compiling the pieces
+    lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
+    Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
+               come with the first call.
+    """
+    from fp8c.prepare import prepare
+
+    session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
+    session.remarks += prepare(model)
+    step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
+    call = step._call_impl
+    if torch._dynamo.trace_rules.check(type(step).forward):
+        call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
+    step._compiled_call_impl = torch.compile(call, backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
+    step.__dict__["fp8c_session"] = session
+    return step
+
+
+def guarded(session: Session) -> Callable[..., Any]:
+    """The session as a backend whose diagnostics reach the caller as they are."""
+
+    @functools.wraps(session.__call__)
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return session(gm, example_inputs)
+
+    return backend
+
+
+def session_of(step: nn.Module) -> Session:
+    """The session behind a compiled module: plans, counts, remarks. Raises TypeError for any other module."""
+    session = step.__dict__.get("fp8c_session")
+    if not isinstance(session, Session):
+        raise TypeError(f"{type(step).__name__} was not returned by fp8c.compile")
+    return session
+
+
+def capture_step(step: nn.Module, batch: Any, session: Session) -> pipeline.Rewritten:
+    """Ahead of time: capture `step(batch)`, rewrite and partition it, and stop before lowering.
+
+    A module and batch on the meta device are given fake tensors in place.
+    Raises: DiagnosticError for a graph break or a model that raises.
+    """
+    trace_step(step, batch, session)
+    if not session.steps:
+        raise DiagnosticError(
+            [
+                Diagnostic(
+                    "E0832",
+                    "the step was captured without a backward: its loss needs no gradient",
+                    help="make at least one parameter require gradients, and return a loss that depends on it",
+                )
+            ],
+            ExitCode.MODEL,
+        )
+    return session.steps[-1]
+
+
+def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
+    """Call `step(batch)` under the session's backend until it has planned; nothing is lowered.
+
+    Raises: DiagnosticError for a graph break or a model that raises.
+    """
+    session.plan_only = True
+    batch = capture.fake_on_cpu(step, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
+    try:
+        compiled(batch)
+    except Exception as error:  # Dynamo wraps whatever a backend raises
+        if not any(isinstance(e, PlanningDone) for e in causes(error)):
+            raise explain_failure(error) from error
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """The exception, its inner exception (Dynamo) and everything it was raised from."""
+    found: list[BaseException] = []
+    frontier = [error]
+    while frontier:
+        e = frontier.pop()
+        if e is None or e in found:
+            continue
+        found.append(e)
+        frontier += [getattr(e, "inner_exception", None), e.__cause__, e.__context__]
+    return found
+
+
+def explain_failure(error: Exception) -> Exception:
+    """A DiagnosticError for what a model can break; the error itself when it is not one of those."""
+    for e in causes(error):
+        if isinstance(e, DiagnosticError):
+            return e
+    for e in causes(error):
+        if isinstance(e, (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
+            return DiagnosticError([graph_break(e)], ExitCode.MODEL)
+    return error
+
+
+def graph_break(error: Exception) -> Diagnostic:
+    """E0833: what Dynamo could not capture, at the model's line, with the usual fix."""
+    text = str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    stack = getattr(error, "real_stack", None) or []
+    span = None
+    for frame in reversed(list(stack)):
+        if "/torch/" not in frame.filename:
+            span = Span(frame.filename, frame.lineno or 0, text=(frame.line or "").strip())
+            break
+    hint = next((line.split("Hint:", 1)[1].strip() for line in text.splitlines() if "Hint:" in line), "")
+    return Diagnostic(
+        "E0833",
+        f"graph break: {first}",
+        span,
+        Severity.ERROR,
+        help=hint or "keep data-dependent Python control flow out of the step, or pass fullgraph=False",
+    )

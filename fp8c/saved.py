@@ -1,0 +1,92 @@
+"""What crosses from forward to backward, in bytes of unique storage and by layer."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fp8c import graph as g
+from fp8c.graph import aten
+from fp8c.partition import Halves
+
+#: Operators whose result shares the storage of their argument.
+ALIASES = (g.VIEWS - {aten.clone.default, aten.contiguous.default}) | {operator.getitem, aten.view.dtype}
+_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose result owns the storage of this one."""
+    while node.op == "call_function" and node.target in ALIASES and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+        if node.target is operator.getitem and source.target not in _SPLITS:
+            break  # one of several results of an operator
+        node = source
+    return node
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """One saved storage. `is_logits`: the output head's own values, which the comparison leaves out."""
+
+    name: str
+    layer: int | None
+    path: str
+    dtype: str
+    size_bytes: int
+    is_logits: bool
+
+
+@dataclass(frozen=True)
+class SavedReport:
+    tensors: tuple[SavedTensor, ...] = field(default=())
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything but logits; graph inputs (parameters, tokens) are no new memory and do not count."""
+        return sum(t.size_bytes for t in self.tensors if not t.is_logits)
+
+    @property
+    def logits_bytes(self) -> int:
+        return sum(t.size_bytes for t in self.tensors if t.is_logits)
+
+    def layer_bytes(self) -> dict[int, int]:
+        layers: dict[int, int] = {}
+        for t in self.tensors:
+            if t.layer is not None and not t.is_logits:
+                layers[t.layer] = layers.get(t.layer, 0) + t.size_bytes
+        return dict(sorted(layers.items()))
+
+
+def saved_report(halves: Halves, vocabulary: frozenset[int], is_state: Callable[[fx.Node], bool]) -> SavedReport:
+    """Unique storages among the saved values. `vocabulary`: sizes of output heads, to know logits by.
+
+    `is_state`: whether a placeholder is a parameter or buffer; values computed from those alone are weights, and count
+    (a saved transposed or quantized copy of a weight is new memory), but a view of one does not.
+    """
+    seen: set[fx.Node] = set()
+    tensors = []
+    for node in halves.saved():
+        root = storage_root(node)
+        val = root.meta.get("val")
+        if root.op == "placeholder" or root in seen or not isinstance(val, torch.Tensor):
+            continue
+        seen.add(root)
+        path = g.module_path(root)
+        layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+        logits = any(isinstance(s, int) and s in vocabulary for s in val.shape[-1:])
+        tensors.append(
+            SavedTensor(
+                node.name,
+                int(layer[1]) if layer else None,
+                path,
+                g.type_text(val),
+                g.size_bytes(val),
+                logits,
+            )
+        )
+    return SavedReport(tuple(tensors))

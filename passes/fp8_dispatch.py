@@ -1,0 +1,152 @@
+"""fp8-dispatch: quantize the token before it is sent to its experts, not each copy after.
+
+Before:  %xg = aten.index(%x, [%rows])                             bf16[T, K] -> bf16[T * top_k, K]
+         %q, %s = fp8c.quantize(%xg, 'e4m3[1x128] pow2')
+After:   %q0, %s0 = fp8c.quantize(%x, 'e4m3[1x128] pow2')          once per token
+         %q, %s = aten.index(%q0, [%rows]), aten.index(%s0, [%rows])
+
+The same holds for `all_to_all_single`: payload (as bytes, which every transport takes) and scales are sent, the wire
+carries half of BF16. Combine stays BF16: nothing is quantized behind it.
+
+Contract: exact. Rows are moved whole and groups lie within a row, so quantizing commutes with moving rows. The experts'
+weight gradient then needs the token, not its top-k copies.
+Source:   DeepSeek-V3 (arXiv:2412.19437), section 3.3.3, low-precision communication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fp8c import graph as g
+from fp8c.formats import Format
+from fp8c.graph import aten
+from fp8c.pass_manager import PassContext, PassResult
+
+ops = torch.ops.fp8c
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Fp8Dispatch:
+    name: ClassVar[str] = "fp8-dispatch"
+    requires: ClassVar[frozenset[str]] = frozenset({"scales-paired"})
+    ensures: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> PassResult:
+        changed = 0
+        pairs: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]] = {}
+        work = list(g.calls(graph, {ops.quantize.default}))
+        while work:
+            quantize = work.pop(0)
+            moved = move_before(graph, quantize, pairs)
+            if moved is not None:
+                changed += 1
+                work.append(moved)
+        changed += merge_equal_quantizes(graph) if changed else 0
+        if changed:
+            graph.eliminate_dead_code()
+        return PassResult(graph, changed)
+
+
+def merge_equal_quantizes(graph: fx.Graph) -> int:
+    """A token that a shared expert reads as well is quantized once: the first quantize of a value serves them all."""
+    first: dict[tuple[fx.Node, object, str], fx.Node] = {}
+    merged = 0
+    for node in g.calls(graph, {ops.quantize.default}):
+        if len(node.args) > 2 or not node.users:
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        root = g.strip(source, g.ROW_VIEWS)
+        kept = first.setdefault((root, node.args[1], str(g.value(source).shape)), node)
+        if kept is node:
+            continue
+        results = {n.args[1]: n for n in kept.users}
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+        merged += 1
+    return merged
+
+
+def move_before(
+    graph: fx.Graph, quantize: fx.Node, pairs: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]]
+) -> fx.Node | None:
+    """Move one quantize in front of the operator that moves its rows; None when there is none to pass."""
+    moved, text = quantize.args[0], quantize.args[1]
+    assert isinstance(moved, fx.Node) and isinstance(text, str)
+    fmt = Format.parse(text)
+    assert fmt.group is not None
+    if fmt.group[0] != 1 or len(quantize.args) > 2 or not quantize.users:
+        return None
+    mover = behind_same_shape(moved)
+    if not (is_row_gather(mover) or is_all_to_all(mover)):
+        return None
+    source = tokens_of(mover)
+    key = (source, text)
+    if key not in pairs:
+        with graph.inserting_before(source.next):
+            pairs[key] = g.emit_pair(graph, ops.quantize.default, source, text, like=quantize)
+    data, scale = pairs[key]
+    with graph.inserting_before(quantize):
+        results = [_move_again(graph, mover, part, quantize) for part in (data, scale)]
+    for user in list(quantize.users):
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+    first = data.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def behind_same_shape(node: fx.Node) -> fx.Node:
+    """The node behind views that change nothing."""
+    while g.is_call(node, g.RESHAPES) and isinstance(node.args[0], fx.Node):
+        if g.value(node.args[0]).shape != g.value(node).shape:
+            break
+        node = node.args[0]
+    return node
+
+
+def is_row_gather(node: fx.Node) -> bool:
+    """`x[rows]` for a matrix x and a vector of row numbers."""
+    if g.is_call(node, {aten.index.Tensor}):
+        indices = node.args[1]
+        assert isinstance(indices, (list, tuple))
+        only = indices[0] if len(indices) == 1 else None
+        return isinstance(only, fx.Node) and g.value(only).dim() == 1 and g.value(node.args[0]).dim() == 2
+    return g.is_call(node, {aten.index_select.default}) and node.args[1] == 0
+
+
+def is_all_to_all(node: fx.Node) -> bool:
+    if not g.is_call(node, {c10d.wait_tensor.default}):
+        return False
+    sent = node.args[0]
+    return isinstance(sent, fx.Node) and g.is_call(sent, {c10d.all_to_all_single.default})
+
+
+def tokens_of(mover: fx.Node) -> fx.Node:
+    source = mover.args[0]
+    assert isinstance(source, fx.Node)
+    if is_all_to_all(mover):
+        inner = source.args[0]
+        assert isinstance(inner, fx.Node)
+        return inner
+    return source
+
+
+def _move_again(graph: fx.Graph, mover: fx.Node, part: fx.Node, like: fx.Node) -> fx.Node:
+    """The mover applied to a payload or its scales."""
+    if not is_all_to_all(mover):
+        return g.emit(graph, mover.target, part, *mover.args[1:], like=like)  # type: ignore[arg-type]
+    sent = mover.args[0]
+    assert isinstance(sent, fx.Node)
+    dtype = g.value(part).dtype
+    as_bytes = dtype.itemsize == 1 and dtype is not torch.uint8
+    if as_bytes:  # gloo refuses float8
+        part = g.emit(graph, aten.view.dtype, part, torch.uint8, like=like)
+    wire = g.emit(graph, c10d.all_to_all_single.default, part, *sent.args[1:], like=like)
+    arrived = g.emit(graph, c10d.wait_tensor.default, wire, like=like)
+    return g.emit(graph, aten.view.dtype, arrived, dtype, like=like) if as_bytes else arrived

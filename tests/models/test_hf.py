@@ -1,0 +1,30 @@
+"""Hugging Face models, unchanged: every GEMM in the planned precision, and roles found from data flow."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models import hf
+from tests.models.harness import check, train_both
+
+#: FP8 GEMMs of each kind among all: two layers; head and routers are kept.
+FP8_GEMMS = {
+    "llama": (14, 15),
+    "mixtral": (12, 15),
+    "qwen3_moe": (12, 15),
+    "qwen2_moe": (18, 23),  # the shared expert's gate is gating too
+    "olmoe": (12, 15),
+    "deepseek_v3": (18, 20),
+    "glm4_moe": (16, 18),
+    "gpt_oss": (12, 15),
+}
+
+
+@pytest.mark.parametrize("name", hf.CONFIGS)
+def test_model_trains_in_fp8(name: str) -> None:
+    outcome = train_both(hf.build(name), hf.loss)
+    check(outcome, depth=14)
+    fp8, total = FP8_GEMMS[name]
+    assert {w: (c["fp8"], c["total"]) for w, c in outcome.counts.items()} == dict.fromkeys(
+        ("fprop", "dgrad", "wgrad"), (fp8, total)
+    )

@@ -1,0 +1,196 @@
+"""The verbs of `fp8c` that need no model: results, exit codes, and that none of them imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fp8c import cli
+from fp8c.diagnostics import ExitCode
+
+ROOT = Path(__file__).parents[2]
+BUDGET_S = 0.25  # of CPU time on a machine at rest: the wall clock of a busy one says nothing about fp8c
+YARDSTICK_S = 0.019  # of CPU time that `python -c pass` takes on the machine at rest where the budget was set
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+LIGHT = [
+    ("--help",),
+    ("spec", "check", "deepseek_v3"),
+    ("spec", "fmt", "--check", "specs/deepseek_v3.fp8"),
+    ("explain", "E0203"),
+    ("targets",),
+]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_light_verbs_do_not_import_torch(arguments: tuple[str, ...]) -> None:
+    done = run("-X", "importtime", "-m", "fp8c", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert imported.isdisjoint({"torch", "numpy", "pydantic", "transformers", "networkx"})
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_light_verbs_stay_within_the_budget(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    # Bytecode is compiled once, as in any installation. Neighbours on the same cores slow everything down alike, so
+    # the budget stretches as much as starting Python does; the best of eight tries counts, the rest is noise.
+    environment = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+
+    def cpu_s(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run(*command, **environment).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    cpu_s("-m", "fp8c", *arguments)
+    tries: list[tuple[float, float]] = []
+    for _ in range(8):
+        stretch = max(1.0, cpu_s("-c", "pass") / YARDSTICK_S)
+        tries.append((cpu_s("-m", "fp8c", *arguments), stretch))
+        if tries[-1][0] < BUDGET_S * stretch:
+            return
+    pytest.fail(f"{' '.join(arguments)}: (CPU seconds, stretch of the {BUDGET_S} s budget) {tries}")
+
+
+def test_check_prints_a_line_for_a_good_spec(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["spec", "check", "deepseek_v3", "bf16"]) == ExitCode.OK
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "deepseek_v3: ok: spec deepseek_v3, 8 rules, for sm90, sm100"
+    assert err == ""
+
+
+def test_check_of_a_bad_spec_exits_3_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.fp8"
+    path.write_text("version 1;\nspec a { fporp; }\n")
+    assert cli.main(["spec", "check", str(path)]) == ExitCode.SPEC
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"{path}:2:10: error[E0101]: unknown word `fporp` in a spec",
+        "   |",
+        " 2 | spec a { fporp; }",
+        "   |          ^^^^^",
+    ]
+
+
+def test_check_reports_conflicts_of_sections_without_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "a.fp8"
+    path.write_text('version 1; use "std:deepseek_v3" as ds; spec a extends ds { schedule { comm_sms = 24; } }')
+    assert cli.main(["spec", "check", str(path)]) == ExitCode.SPEC
+    path.write_text(
+        'version 1; use "std:deepseek_v3" as ds; spec a extends ds { override schedule { comm_sms = 24; } }'
+    )
+    assert cli.main(["spec", "check", str(path)]) == ExitCode.OK
+
+
+def test_json_is_one_document_with_a_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.fp8"
+    path.write_text("version 1;\nspec a { fporp; }\n")
+    assert cli.main(["spec", "check", "--json", "bf16", str(path)]) == ExitCode.SPEC
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["schema"] == "fp8c.spec-check/1" and err == ""
+    good, bad = document["specs"]
+    assert good["ok"] and not bad["ok"]
+    assert bad["diagnostics"][0]["span"] == {"file": str(path), "line": 2, "column": 10, "length": 5}
+    for arguments in (["targets", "--json"], ["spec", "list", "--json"], ["explain", "w0410", "--json"]):
+        assert cli.main(arguments) == ExitCode.OK
+        assert json.loads(capsys.readouterr().out)["schema"].startswith("fp8c.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nope"], ExitCode.USAGE),
+        (["spec", "check"], ExitCode.USAGE),
+        (["explain", "E9999"], ExitCode.USAGE),
+        (["spec", "check", "--wrong", "bf16"], ExitCode.USAGE),
+        (["spec", "check", "nowhere.fp8"], ExitCode.SPEC),
+        (["spec", "show", "deepsek"], ExitCode.SPEC),
+        (["targets", "h20"], ExitCode.TARGET),
+        (["--version"], ExitCode.OK),
+    ],
+)
+def test_exit_codes(arguments: list[str], code: ExitCode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_bug_exits_70_with_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fp8c.specs import summary
+
+    def broken(spec: str) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(summary, "summarize", broken)
+    assert cli.main(["spec", "check", "bf16"]) == ExitCode.BUG
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("fp8c: this is a bug in fp8c")
+
+
+def test_no_colour_without_a_terminal_or_under_no_color() -> None:
+    for environment in ({}, {"NO_COLOR": "1"}, {"FORCE_COLOR": ""}):
+        assert "\033" not in run("-m", "fp8c", "spec", "check", "nowhere.fp8", **environment).stderr
+
+
+def test_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m fp8c spec show deepseek_v3 | head -c 5; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.startswith("versi") and "Traceback" not in done.stderr
+
+
+def test_new_spec_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["spec", "new", "my_run"]) == ExitCode.OK
+    assert cli.main(["spec", "check", "my_run.fp8"]) == ExitCode.OK
+    assert cli.main(["spec", "fmt", "--check", "my_run.fp8"]) == ExitCode.OK
+    assert cli.main(["spec", "new", "my_run"]) == ExitCode.USAGE, "an existing file is not overwritten"
+    assert cli.main(["spec", "new", "my-run"]) == ExitCode.USAGE
+    assert cli.main(["spec", "new", "other", "--extends", "nope"]) == ExitCode.SPEC
+
+
+def test_fmt_rewrites_in_place_and_check_and_diff_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.fp8"
+    text = "version   1;\nspec a{ }"
+    path.write_text(text)
+    path.chmod(0o640)
+    assert cli.main(["spec", "fmt", "--check", str(path)]) == ExitCode.CHECK_FAILED
+    assert cli.main(["spec", "fmt", "--diff", str(path)]) == ExitCode.CHECK_FAILED
+    assert "-version   1;" in capsys.readouterr().out and path.read_text() == text
+    assert cli.main(["spec", "fmt", str(path)]) == ExitCode.OK
+    assert path.read_text() == "version 1;\nspec a { }\n"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+    assert cli.main(["spec", "fmt", "--check", str(path)]) == ExitCode.OK
+
+
+def test_passes_are_listed_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["passes"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    from fp8c.passes import ALL_PASSES
+
+    assert [line.split()[:2] for line in lines] == [[str(i), p.name] for i, p in enumerate(ALL_PASSES, 1)]

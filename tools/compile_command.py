@@ -1,0 +1,357 @@
+"""`fp8c compile`: model and spec in, a build out, and the figures that say what was done.
+
+`compile_model` does the work and returns a `CompileResult`; the CLI parses, calls it and prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp8c import __version__, driver, partition
+from fp8c import graph as g
+from fp8c.backends.target import record_json
+from fp8c.build import check_output, graph_file, json_bytes, write_build
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
+from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
+from fp8c.models import LoadedModel, Weights, check_step, load_model
+from fp8c.pass_manager import PassRecord
+from fp8c.pipeline import Rewritten, count_gemms
+from fp8c.prepare import prepare
+from fp8c.saved import SavedReport, saved_report
+from fp8c.tools import report, verify
+from fp8c.tools.ir_printing import Observer, Printing, write_reproducer
+from fp8c.tools.progress import Progress
+
+SCHEMA = "fp8c.compile/1"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `fp8c compile` was asked for. `out` None: plan only, write no build."""
+
+    model: str
+    spec: str = "deepseek_v3"
+    target: str | None = None
+    out: Path | None = Path("build")
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    batch: int | None = None
+    seq: int | None = None
+    weights: Weights = "auto"
+    verify: bool = False
+    baseline: bool = True
+    force: bool = False
+    printing: Printing = field(default_factory=Printing)
+    argv: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What was done. `baseline` is BF16 under PyTorch's default min-cut; None when it was not asked for."""
+
+    model: str
+    spec: str
+    target: str
+    gemms: Mapping[str, Mapping[str, int]]
+    saved: SavedReport
+    baseline: SavedReport | None
+    remarks: tuple[Diagnostic, ...]
+    build: Path | None
+    verified: verify.Verification | None
+    tables: Mapping[str, Any]
+    passes: tuple[PassRecord, ...] = ()
+
+    @property
+    def exit_code(self) -> ExitCode:
+        failed = self.verified is not None and not self.verified.ok
+        return ExitCode.CHECK_FAILED if failed else ExitCode.OK
+
+    def to_json(self) -> dict[str, Any]:
+        saved_bytes: dict[str, Any] = {
+            "bf16": self.baseline.total_bytes if self.baseline else None,
+            "fp8c": self.saved.total_bytes,
+            "layers": self.tables["layers"],
+        }
+        if self.baseline:
+            saved_bytes["ratio"] = self.saved.total_bytes / max(1, self.baseline.total_bytes)
+        document: dict[str, Any] = {
+            "model": self.model,
+            "spec": self.spec,
+            "target": self.target,
+            "gemms": self.gemms,
+            "saved_bytes": saved_bytes,
+            "remarks": [diagnostic_json(r) for r in self.remarks],
+            "build": str(self.build) if self.build else None,
+        }
+        if self.verified:
+            document["verify"] = self.verified.to_json()
+        return document
+
+
+def compile_model(request: Request, progress: Progress | None = None) -> CompileResult:
+    """Capture, rewrite, compare, verify, write the build.
+
+    Raises: DiagnosticError for whatever spec, target, model or output path can't do; nothing is written then.
+    """
+    progress = progress or Progress()
+    if request.out is not None:
+        check_output(request.out, force=request.force)
+    observer = Observer(request.printing.checked())
+    session = driver.new_session(request.spec, request.target, observers=(observer,))
+    with progress.stage("loading the model"):
+        loaded = load_model(
+            request.model,
+            weights=request.weights,
+            overrides=request.overrides,
+            batch=request.batch,
+            seq=request.seq,
+        )
+        check_batch(loaded)
+    if request.verify:
+        verify.require_weights(loaded)
+        with progress.stage("running the step in BF16"):
+            eager = verify.run_eager(loaded)
+    else:
+        with progress.stage("running the model once"):
+            check_step(loaded)
+    parameters = parameter_types(loaded.module)  # as the user's model has them, before anything is prepared
+    with progress.stage("preparing the model"):
+        session.remarks += prepare(loaded.module, loaded.example_inputs)
+    session.want_baseline = request.baseline
+    rewritten = capture(loaded, session, observer, request, progress)
+    saved = saved_of(rewritten, rewritten.halves)
+    baseline = saved_of(rewritten, session.baseline) if session.baseline is not None else None
+    verified = None
+    if request.verify:
+        with progress.stage("verifying"):
+            verified = verify.verify(loaded, eager, session, rewritten)
+    remarks = tuple(dict.fromkeys([*session.remarks, *rewritten.plan.diagnostics]))
+    tables = report.tables(rewritten, saved, baseline, remarks)
+    result = CompileResult(
+        model=request.model,
+        spec=session.spec.name,
+        target=session.target.name,
+        gemms=count_gemms(rewritten),
+        saved=saved,
+        baseline=baseline,
+        remarks=remarks,
+        build=request.out,
+        verified=verified,
+        tables=tables,
+        passes=tuple(rewritten.records),
+    )
+    if request.out is not None:
+        with progress.stage("writing the build"):
+            write(request, loaded, parameters, session, rewritten, observer, result, progress)
+    return result
+
+
+def check_batch(loaded: LoadedModel) -> None:
+    """Raises: DiagnosticError E0816 for a batch with a tensor that holds nothing."""
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(loaded.example_inputs)
+    for path, leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.numel() == 0:
+            name = torch.utils._pytree.keystr(path)
+            raise fail(
+                "E0816",
+                f"the batch is empty: example_inputs(){name} is {g.type_text(leaf)}",
+                help="return at least one sequence of at least one token",
+                exit_code=ExitCode.MODEL,
+            )
+
+
+def capture(
+    loaded: LoadedModel, session: driver.Session, observer: Observer, request: Request, progress: Progress
+) -> Rewritten:
+    """The step's graphs. A pass that fails leaves a reproducer folder."""
+    with contextlib.ExitStack() as stage:
+        stage.enter_context(progress.stage("capturing the step"))
+
+        def on_joint() -> None:
+            stage.close()
+            stage.enter_context(progress.stage("rewriting the step"))
+
+        session.on_joint = on_joint
+        try:
+            return driver.capture_step(loaded.step(), loaded.example_inputs, session)
+        except Exception as error:
+            if observer.running is None:
+                raise
+            place = write_reproducer(
+                observer.running,
+                observer.ended,
+                error=error,
+                reference=request.model,
+                spec_texts=session.spec.texts,
+                command=request.argv,
+            )
+            raise with_note(error, f"reproducer in {place}/") from error
+
+
+def with_note(error: Exception, note: str) -> Exception:
+    """The error with a note a person will see."""
+    if not isinstance(error, DiagnosticError):
+        error.add_note(note)
+        return error
+    first, *rest = error.diagnostics
+    noted = Diagnostic(
+        first.code, first.message, first.span, first.severity, (*first.notes, note), first.help, first.related
+    )
+    return DiagnosticError([noted, *rest], error.exit_code)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def saved_of(rewritten: Rewritten, halves: partition.Halves) -> SavedReport:
+    heads = [u.use for u in rewritten.plan.uses.values() if "lm_head" in u.use.kinds]
+    vocabulary = frozenset(u.n for u in heads if u.n is not None)
+    return saved_report(halves, vocabulary, lambda n: bool(rewritten.ctx.inputs.get(n.name)))
+
+
+# --- the build --------------------------------------------------------------------------------------------------------
+
+
+def write(
+    request: Request,
+    loaded: LoadedModel,
+    parameters: Mapping[str, str],
+    session: driver.Session,
+    rewritten: Rewritten,
+    observer: Observer,
+    result: CompileResult,
+    progress: Progress,
+) -> None:
+    assert request.out is not None
+    lock = rewritten.plan.to_json()
+    graphs = {
+        "captured": rewritten.joint_before.graph,
+        "joint": observer.joint or rewritten.joint_before.graph,
+        "forward": rewritten.halves.forward.graph,
+        "backward": rewritten.halves.backward.graph,
+    }
+    files = {"plan.lock.json": json_bytes(lock)}
+    for name, graph in graphs.items():
+        file, content = graph_file(name, g.graph_text(graph, name))
+        files[file] = content
+    for file, text in session.spec.texts:
+        files[f"spec/{file.replace('std:', 'std/')}"] = text.encode()
+    manifest = {
+        "versions": versions(),
+        "model": model_reference(request, loaded),
+        "spec": {"name": session.spec.name, "reference": request.spec, "sha256": session.spec.digest},
+        "target": record_json(session.target),
+        "plan": rewritten.plan.digest(),
+        "decisions": decisions_digest(lock),
+        "graphs": {name: portable_hash(graph) for name, graph in graphs.items()},
+        "parameters": parameters,
+        "data": data_types(rewritten),
+        "gemms": result.gemms,
+    }
+    shown = {
+        **result.tables,
+        **{key: manifest[key] for key in ("versions", "spec", "target", "plan")},
+        "model": {"name": loaded.name, "reference": request.model},
+        "verify": result.verified.to_json() if result.verified else None,
+    }
+    run = {
+        "argv": list(request.argv),
+        "passes": [{"name": r.name, "pass_s": r.pass_s, "verify_s": r.verify_s} for r in rewritten.records],
+        "stages": [{"name": name, "seconds": seconds} for name, seconds in progress.stages],
+    }
+    files["report.json"] = json_bytes(shown)
+    write_build(request.out, manifest, files, run, {"report.html": report.page(shown, run)}, force=request.force)
+
+
+def versions() -> dict[str, str]:
+    found = {"fp8c": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["transformers"] = importlib.metadata.version("transformers")
+    return found
+
+
+def model_reference(request: Request, loaded: LoadedModel) -> dict[str, Any]:
+    """Everything that loads the same model again."""
+    return {
+        "reference": request.model,
+        "name": loaded.name,
+        "overrides": {k: request.overrides[k] for k in sorted(request.overrides)},
+        "batch": request.batch,
+        "seq": request.seq,
+        "weights": loaded.weights,
+        "has_loss_function": loaded.loss is not None,
+    }
+
+
+# --- what a person reads ----------------------------------------------------------------------------------------------
+
+
+def result_text(result: CompileResult) -> str:
+    """The tables for stdout."""
+    rows = [("GEMMs", "total", "FP8", "kept")]
+    rows += [(which, *(f"{n[k]:,}" for k in ("total", "fp8", "kept"))) for which, n in result.gemms.items()]
+    lines = [f"{result.model} under {result.spec} for {result.target}", "", *columns(rows), ""]
+    if result.baseline:
+        ratio = result.saved.total_bytes / max(1, result.baseline.total_bytes)
+        lines += saved_lines(result.tables["layers"])
+        lines += [f"saved for backward, without logits: {ratio:.3f}x of BF16 under PyTorch's default min-cut"]
+    else:
+        lines += [f"saved for backward, without logits: {mib(result.saved.total_bytes)}"]
+    if result.verified:
+        lines += ["", *result.verified.lines()]
+    noted = [r for r in result.remarks if r.severity is not Severity.ERROR]
+    if noted:
+        lines += ["", *(f"{r.severity.value}[{r.code}]: {r.message}" for r in noted)]
+    if result.build:
+        lines += ["", f"report: {result.build / 'report.html'}"]
+    return "\n".join(lines)
+
+
+def times_text(result: CompileResult) -> str:
+    """Rewrites and times of every pass."""
+    rows = [("pass", "rewrites", "pass s", "verifier s")]
+    rows += [(r.name, f"{r.changed:,}", f"{r.pass_s:.3f}", f"{r.verify_s:.3f}") for r in result.passes]
+    return "\n".join(columns(rows))
+
+
+def saved_lines(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Saved bytes per layer; neighbouring layers with equal bytes share a line."""
+    groups: list[tuple[list[int | None], int, int]] = []
+    for row in layers:
+        pair = (row["bf16"], row["fp8c"])
+        if groups and row["layer"] is not None and groups[-1][1:] == pair:
+            groups[-1][0].append(row["layer"])
+        else:
+            groups.append(([row["layer"]], *pair))
+    rows = [("saved bytes", "BF16", "fp8c", "ratio")]
+    for names, theirs, ours in groups:
+        first, last = names[0], names[-1]
+        name = (
+            "outside of layers"
+            if first is None
+            else f"layer {first}"
+            if first == last
+            else f"layers {first}-{last}, each"
+        )
+        rows.append((name, mib(theirs), mib(ours), f"{ours / theirs:.3f}x" if theirs else "-"))
+    return columns(rows)
+
+
+def mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.2f} MiB"
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Text columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    ]
