@@ -23,6 +23,7 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference
 
     if device == "cuda":
+        import fp8c.backends.cuda  # (GEMMs on Hopper; what they can't take goes to the portable form)
         import fp8c.decompositions  # noqa: F401  (portable form; faster kernels register over it)
 
 

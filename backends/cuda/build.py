@@ -112,18 +112,23 @@ def _write_checked(path: Path, code: bytes) -> None:
 
 def compile_cubin(config: GemmConfig) -> bytes:
     """Compile without the cache. Raises as `cubin` does."""
+    texts = _source_texts()
+    headers = {name: text for name, text in texts.items() if name != "gemm.cu"} | config.headers()
+    return compile_source(texts["gemm.cu"], headers)
+
+
+def compile_source(source: str, headers: dict[str, str]) -> bytes:
+    """Compile one CUDA source with the headers it includes. Raises as `cubin` does."""
     compiler = _compiler()
     if compiler is None:
         raise fail(
             "E0430",
             "no compiler for the CUDA kernels: neither NVRTC nor nvcc was found",
-            help="pip install cuda-bindings nvidia-cuda-nvrtc, or load a build made with 'fp8c compile --target h200'",
+            help="pip install cuda-bindings nvidia-cuda-nvrtc, or fill the cache with fp8c.backends.cuda.build.cubin "
+            "where a compiler is",
             exit_code=ExitCode.TARGET,
         )
-    texts = _source_texts()
-    headers = {name: text for name, text in texts.items() if name != "gemm.cu"} | config.headers()
-    build = _compile_nvrtc if compiler[0] == "nvrtc" else compile_nvcc
-    return build(texts["gemm.cu"], headers)
+    return _compile_nvrtc(source, headers) if compiler[0] == "nvrtc" else _compile_nvcc(source, headers)
 
 
 def _rejected(log: str) -> Exception:
@@ -146,13 +151,12 @@ def _compile_nvrtc(source: str, headers: dict[str, str]) -> bytes:
         raise _rejected(log.decode(errors="replace"))
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * size
-    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcGetCUBIN(program, code)  # fills the bytes in place
     nvrtc.nvrtcDestroyProgram(program)
-    return code
+    return bytes(code)
 
 
-def compile_nvcc(source: str, headers: dict[str, str]) -> bytes:
-    """Compile with the CUDA toolkit's nvcc, for machines without NVRTC and for tests that read the assembler's report."""
+def _compile_nvcc(source: str, headers: dict[str, str]) -> bytes:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for header, text in {**headers, "gemm.cu": source}.items():

@@ -112,7 +112,9 @@ class GemmConfig:
         return self._shared_bytes(self.stages)
 
     def _shared_bytes(self, stages: int) -> int:
-        scale_b = {Scales.PER_ROW: _round_up(self.tile_n * 4, 128), Scales.PER_BLOCK: 32, Scales.PER_TENSOR: 0}[self.scales]
+        scale_b = {Scales.PER_ROW: _round_up(self.tile_n * 4, 128), Scales.PER_BLOCK: 32, Scales.PER_TENSOR: 0}[
+            self.scales
+        ]
         operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + self.scale_a_bytes + scale_b)  # multiples of 16
         tiles = TILE_SLOTS * (32 + 2 * 8)
         barriers = 3 * stages * 8

@@ -64,12 +64,18 @@ class _LaunchAttribute(ctypes.Structure):
 class _LaunchConfig(ctypes.Structure):
     """CUlaunchConfig."""
 
-    _fields_ = (
-        [(f"grid_{axis}", ctypes.c_uint) for axis in "xyz"]
-        + [(f"block_{axis}", ctypes.c_uint) for axis in "xyz"]
-        + [("shared_bytes", ctypes.c_uint), ("stream", ctypes.c_void_p)]
-        + [("attributes", ctypes.POINTER(_LaunchAttribute)), ("attribute_count", ctypes.c_uint)]
-    )
+    _fields_ = [
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
 
 
 @cache
@@ -214,7 +220,9 @@ def launch(
         parameters = (ctypes.c_void_p * 6)(*(m.address for m in maps), ctypes.addressof(arguments))
         grid = sms
         if config.grouping is Grouping.DENSE:
-            grid = min(sms, -(-a.shape[0] // config.tile_m) * -(-n // (config.tile_n * config.cluster)) * config.cluster)
+            grid = min(
+                sms, -(-a.shape[0] // config.tile_m) * -(-n // (config.tile_n * config.cluster)) * config.cluster
+            )
         grid -= grid % config.cluster
         attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
         attribute.value[0] = 1

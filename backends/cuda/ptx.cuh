@@ -18,10 +18,16 @@ DEVICE uint32 shared_address(const void* p) { return static_cast<uint32>(__cvta_
 // A value that is the same in all lanes: the compiler may then keep it, and what follows from it, in uniform registers.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// threadIdx.x, read afresh: what is computed from it is not kept in registers over the loops in between.
+// threadIdx.x and gridDim.x, read afresh: they and what is computed from them take no registers over the loops in between.
 DEVICE uint32 thread_index_again() {
     uint32 x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+DEVICE uint32 grid_blocks_again() {
+    uint32 x;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
     return x;
 }
 

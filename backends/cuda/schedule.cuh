@@ -52,7 +52,7 @@ DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // The two blocks of a cluster take neighbouring column tiles (one of them none, where their number is odd), so that they
 // share the rows of A. Schedules count such pairs.
 DEVICE int first_index() { return blockIdx.x / CLUSTER; }
-DEVICE int index_step() { return gridDim.x / CLUSTER; }
+DEVICE int index_step() { return grid_blocks_again() / CLUSTER; }
 DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * CLUSTER); }
 DEVICE int first_column(int column_group) {
     return (column_group * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0)) * TILE_N;
