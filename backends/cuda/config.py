@@ -152,5 +152,28 @@ class GemmConfig:
         }
 
 
+def two_row_waves(
+    scales: Scales, grouping: Grouping, output: Output, cluster: int = 1, promote: bool = True
+) -> GemmConfig:
+    """256 x 128 tiles, each warpgroup two waves of 64 rows: the instance for large problems.
+
+    With PER_ROW scales a round of stages isn't unrolled, because then it takes more registers than there are; and one
+    staging buffer instead of two leaves room for a fourth stage.
+    """
+    return GemmConfig(
+        scales,
+        grouping,
+        output,
+        waves_m=2,
+        waves_n=1,
+        wave_n=128,
+        band=8,
+        cluster=cluster,
+        promote=promote,
+        unroll=scales is not Scales.PER_ROW,
+        staging_bytes=2048,
+    )
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, two_row_waves
 
 _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one after the other in one warpgroup
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
@@ -57,30 +57,27 @@ def candidates(
 ) -> Iterator[GemmConfig]:
     """All tile shapes, without clusters."""
 
-    def config(warpgroups: int, waves_m: int, wave_n: int, staging_bytes: int = 4096) -> GemmConfig:
+    def single_wave(warpgroups: int, wave_n: int) -> GemmConfig:
         return GemmConfig(
             scales,
             grouping,
             output,
             warpgroups=warpgroups,
-            waves_m=waves_m,
             waves_n=1,
             wave_n=wave_n,
-            band=8 if waves_m == 2 else 16,
             promote=promote,
             unroll=scales is not Scales.PER_ROW,
-            staging_bytes=staging_bytes,
             a_type=a_type,
             b_type=b_type,
         )
 
-    yield config(2, 2, 128, staging_bytes=2048)  # a fourth stage is worth more than a second staging buffer
+    yield replace(two_row_waves(scales, grouping, output, promote=promote), a_type=a_type, b_type=b_type)
     for wave_n in _NARROW:
-        yield config(2, 1, wave_n)
-        yield config(1, 1, wave_n)
+        yield single_wave(2, wave_n)
+        yield single_wave(1, wave_n)
     if scales is not Scales.PER_ROW:  # there, a column's scale for each accumulator column takes the registers
         for wave_n in _WIDE:
-            yield config(2, 1, wave_n)
+            yield single_wave(2, wave_n)
 
 
 def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
@@ -121,6 +118,4 @@ def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
     is_large = config.warpgroups == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
     if not is_large or col_tiles % 2 or shape.multiprocessors % 2:
         return config
-    from dataclasses import replace
-
     return replace(config, cluster=2)

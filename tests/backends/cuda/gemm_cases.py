@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from accumulator_model import model_product  # noqa: E402
 
-from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales  # noqa: E402
+from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, two_row_waves  # noqa: E402
 from fp8c.backends.cuda.launch import launch  # noqa: E402
 
 BLOCK, ROW, TENSOR = Scales.PER_BLOCK, Scales.PER_ROW, Scales.PER_TENSOR
@@ -25,27 +25,25 @@ DENSE, ROWS, REDUCTION = Grouping.DENSE, Grouping.ROW_GROUPS, Grouping.REDUCTION
 BF16, FP32, ADD = Output.BF16, Output.FP32, Output.FP32_ADD
 DTYPE = {BF16: torch.bfloat16, FP32: torch.float32, ADD: torch.float32}
 
-TWO_WAVES = {"waves_m": 2, "waves_n": 1, "band": 8, "staging_bytes": 2048}
-SMALL = {"warpgroups": 1, "waves_n": 1}
 CONFIGS = (
-    *(GemmConfig(BLOCK, DENSE, out, **TWO_WAVES, cluster=c) for out in Output for c in (1, 2)),
+    *(two_row_waves(BLOCK, DENSE, out, cluster=c) for out in Output for c in (1, 2)),
     *(GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=n) for n in (16, 64, 144, 192)),
     GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=192, cluster=2),
     GemmConfig(BLOCK, DENSE, BF16),
     GemmConfig(BLOCK, DENSE, FP32, waves_n=3, wave_n=64),
-    GemmConfig(BLOCK, DENSE, BF16, **SMALL, wave_n=16),
-    GemmConfig(BLOCK, DENSE, BF16, **SMALL, wave_n=56),
-    *(GemmConfig(ROW, DENSE, out, **TWO_WAVES, unroll=False, cluster=c) for out in Output for c in (1, 2)),
+    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=16),
+    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=56),
+    *(two_row_waves(ROW, DENSE, out, cluster=c) for out in Output for c in (1, 2)),
     GemmConfig(ROW, DENSE, ADD, waves_n=1, wave_n=64, unroll=False),
-    GemmConfig(ROW, DENSE, BF16, **SMALL, wave_n=32, unroll=False),
-    GemmConfig(TENSOR, DENSE, BF16, **TWO_WAVES),
-    GemmConfig(TENSOR, DENSE, FP32, **TWO_WAVES, promote=False),
-    *(GemmConfig(BLOCK, ROWS, BF16, **TWO_WAVES, cluster=c) for c in (1, 2)),
+    GemmConfig(ROW, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=32, unroll=False),
+    two_row_waves(TENSOR, DENSE, BF16),
+    two_row_waves(TENSOR, DENSE, FP32, promote=False),
+    *(two_row_waves(BLOCK, ROWS, BF16, cluster=c) for c in (1, 2)),
     GemmConfig(BLOCK, ROWS, BF16),
     GemmConfig(BLOCK, ROWS, FP32, waves_n=1, wave_n=192, cluster=2),
-    GemmConfig(BLOCK, ROWS, BF16, **SMALL, wave_n=64),
-    *(GemmConfig(ROW, REDUCTION, out, **TWO_WAVES, unroll=False, cluster=c) for out in Output for c in (1, 2)),
-    *(GemmConfig(BLOCK, REDUCTION, out, **TWO_WAVES, cluster=2) for out in (BF16, ADD)),
+    GemmConfig(BLOCK, ROWS, BF16, warpgroups=1, waves_n=1, wave_n=64),
+    *(two_row_waves(ROW, REDUCTION, out, cluster=c) for out in Output for c in (1, 2)),
+    *(two_row_waves(BLOCK, REDUCTION, out, cluster=2) for out in (BF16, ADD)),
     GemmConfig(ROW, REDUCTION, ADD, waves_n=1, wave_n=128, unroll=False),
 )
 
@@ -106,8 +104,8 @@ def random_case(rng: random.Random, config: GemmConfig, largest: int) -> Case:
         case Grouping.DENSE:
             product = model_product(a, a_scale, b, b_scale, b_rows)
         case Grouping.ROW_GROUPS:
-            b = b.unflatten(0, (experts, n))
-            b_scale = b_scale.unflatten(0, (experts, block_rows))
+            b = b.as_strided((experts, n, k), (n * b.stride(0), b.stride(0), 1))
+            b_scale = b_scale.view(experts, block_rows, blocks)
             product = torch.zeros(a.shape[0], n, device="cuda")
             for e, (start, end) in enumerate(_ranges(splits)):
                 product[start:end] = model_product(a[start:end], a_scale[start:end], b[e], b_scale[e], b_rows)

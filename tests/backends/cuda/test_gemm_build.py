@@ -13,16 +13,15 @@ from pathlib import Path
 import pytest
 
 from fp8c.backends.cuda import build, tiles
-from fp8c.backends.cuda.config import SHARED_LIMIT_BYTES, GemmConfig, Grouping, Output, Scales
+from fp8c.backends.cuda.config import SHARED_LIMIT_BYTES, GemmConfig, Grouping, Output, Scales, two_row_waves
 from fp8c.diagnostics import DiagnosticError
 
 NVCC, CUOBJDUMP = shutil.which("nvcc"), shutil.which("cuobjdump")
 needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="neither NVRTC nor nvcc is installed")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
-TWO_WAVES = {"waves_m": 2, "waves_n": 1, "band": 8, "staging_bytes": 2048}
-FPROP = GemmConfig(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16, **TWO_WAVES, cluster=2)
-WGRAD = GemmConfig(Scales.PER_ROW, Grouping.REDUCTION_GROUPS, Output.FP32_ADD, **TWO_WAVES, unroll=False)
+FPROP = two_row_waves(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16, cluster=2)
+WGRAD = two_row_waves(Scales.PER_ROW, Grouping.REDUCTION_GROUPS, Output.FP32_ADD)
 SHAPES = [
     (4096, 7168, 2048),
     (4096, 2112, 7168),
@@ -107,8 +106,13 @@ def test_every_instance_fits_into_shared_memory() -> None:
 
 @needs_compiler
 def test_cache_builds_once_and_rebuilds_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(build, "compile_cubin", lambda config: calls.append(config) or b"machine code")
+    calls: list[GemmConfig] = []
+
+    def compile_cubin(config: GemmConfig) -> bytes:
+        calls.append(config)
+        return b"machine code"
+
+    monkeypatch.setattr(build, "compile_cubin", compile_cubin)
     assert build.cubin(FPROP, tmp_path) == b"machine code"
     assert build.cubin(FPROP, tmp_path) == b"machine code"
     assert len(calls) == 1

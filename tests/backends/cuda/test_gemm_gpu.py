@@ -19,10 +19,10 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no GPU of compute capability 9.0")]
 
 if IS_HOPPER:
-    from gemm_cases import CONFIGS, REDUCTION, TWO_WAVES, random_case, run_random_cases
+    from gemm_cases import CONFIGS, random_case, run_random_cases
 
     from fp8c.backends.cuda import build
-    from fp8c.backends.cuda.config import GemmConfig, Output, Scales
+    from fp8c.backends.cuda.config import Grouping, Output, Scales, two_row_waves
 
 RANDOM_CASES = 2200
 A_FMT, B_FMT = "e4m3[1x128] fp32", "e4m3[128x128] fp32"
@@ -59,7 +59,7 @@ def test_replays_in_a_cuda_graph_on_another_stream() -> None:
     for config in CONFIGS[:: len(CONFIGS) // 6]:
         case = random_case(rng, config, 600)
         case.check()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
@@ -71,7 +71,7 @@ def test_replays_in_a_cuda_graph_on_another_stream() -> None:
 
 
 def test_nan_of_one_expert_stays_with_it() -> None:
-    config = GemmConfig(Scales.PER_ROW, REDUCTION, Output.FP32, **TWO_WAVES, unroll=False)
+    config = two_row_waves(Scales.PER_ROW, Grouping.REDUCTION_GROUPS, Output.FP32)
     case = random_case(random.Random(5), config, 900)
     while case.offs is None or case.offs.shape[0] < 4 or bool((case.offs.diff() % 128 == 0).any()):
         case = random_case(random.Random(time.time_ns()), config, 900)

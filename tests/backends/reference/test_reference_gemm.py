@@ -179,6 +179,31 @@ def test_bf16_output_is_one_rounding_of_the_fp32_output() -> None:
             assert torch.equal(torch.ops.fp8c.scaled_mm(*operands, torch.bfloat16), wide.bfloat16())
 
 
+def test_the_accumulator_holds_in_backward() -> None:
+    """Autograd runs CPU backward passes in the thread that asked, so the choice reaches the GEMMs there."""
+    args = (*quantized(normal(8, 512), ROW), *quantized(normal(8, 512), BLOCK), ROW, BLOCK, 128, torch.float32)
+    results = {}
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            product: Tensor = torch.ops.fp8c.scaled_mm(*args)
+            return product
+
+    for name in ACCUMULATORS:
+        x = torch.zeros(8, 8, requires_grad=True)
+        with accumulator(name):
+            Product.apply(x).sum().backward()  # type: ignore[no-untyped-call]
+            assert x.grad is not None
+            results[name] = x.grad
+            assert torch.equal(x.grad, torch.ops.fp8c.scaled_mm(*args))
+    assert not torch.equal(results["fp32"], results["hopper"])
+
+
 def test_misuse_is_refused() -> None:
     (q, s), (wq, ws) = quantized(normal(4, 128), ROW), quantized(normal(2, 8, 128), BLOCK)
     offs = torch.tensor([2, 4], dtype=torch.int32)
