@@ -14,9 +14,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 from filelock import FileLock
@@ -51,6 +54,13 @@ def cubin(config: GemmConfig, folder: Path | None = None) -> bytes:
             code = compile_cubin(config)
             _write_checked(path, code)
     return code
+
+
+def build_all(configs: Iterable[GemmConfig]) -> None:
+    """Fill the cache, one process a core: before a benchmark, or ahead of time on a machine without a GPU."""
+    # Not forked: the parent may hold a CUDA context.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(pool.map(cubin, configs))
 
 
 def cache_folder() -> Path:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fp8c.backends.cuda import tiles
+from fp8c.backends.cuda.build import build_all
 from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
 from fp8c.backends.cuda.launch import launch, multiprocessors
 from fp8c.tools.bench.timing import time_in_turn
@@ -163,9 +164,7 @@ def chosen(p: Problem, scales: Scales) -> GemmConfig:
     return tiles.choose(shape, scales, GROUPING.get(p.kind, Grouping.DENSE), output)
 
 
-def own_contenders(
-    p: Problem, x: Operands, with_candidates: bool
-) -> dict[str, tuple[GemmConfig, Callable[[], object]]]:
+def own_configs(p: Problem, with_candidates: bool) -> dict[str, GemmConfig]:
     scales = Scales.PER_ROW if p.kind in ("wgrad", "k-grouped") else Scales.PER_BLOCK
     configs = {"fp8c": chosen(p, scales)}
     if scales is Scales.PER_ROW:
@@ -174,8 +173,14 @@ def own_contenders(
         for config in _candidates(configs["fp8c"], p):
             if config not in configs.values():
                 configs[f"fp8c {label(config)}"] = config
+    return configs
+
+
+def own_contenders(
+    p: Problem, x: Operands, with_candidates: bool
+) -> dict[str, tuple[GemmConfig, Callable[[], object]]]:
     calls = {}
-    for name, config in configs.items():
+    for name, config in own_configs(p, with_candidates).items():
         b_scale = x.b_block_scale if config.scales is Scales.PER_BLOCK else x.b_scale
         calls[name] = (config, _caller(config, x, b_scale))
     return calls
@@ -278,9 +283,9 @@ def main(arguments: list[str]) -> int:
         "idle_seconds": options.idle,
     }
     document["results"] = []
-    for p in problems():
-        if options.kind and p.kind not in options.kind:
-            continue
+    chosen_problems = [p for p in problems() if not options.kind or p.kind in options.kind]
+    build_all({c for p in chosen_problems for c in own_configs(p, options.candidates).values()})
+    for p in chosen_problems:
         is_short = p.m * p.groups <= 128
         result = measure(
             p,

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,8 +30,7 @@ A_FMT, B_FMT = "e4m3[1x128] fp32", "e4m3[128x128] fp32"
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Fill the kernel cache on all cores."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build.cubin, CONFIGS))
+    build.build_all(CONFIGS)
 
 
 def test_random_problems_match_the_model_bit_for_bit() -> None:
