@@ -12,7 +12,7 @@
 //   --empty[stage]--> producer. Consumer warpgroups meet nowhere, so they drift apart and stay apart.
 //
 // Shared-memory bandwidth (128 B a clock) is what limits such a kernel, so each operand is read as seldom as possible:
-//   waves along N (WAVES_N = 2): A goes through registers once (ldmatrix) and serves both waves;
+//   waves along N (WAVES_N > 1): A goes through registers once (ldmatrix) and serves all of them;
 //   waves along M (WAVES_M = 2): one column of B's 1x128 scales is read once and serves both waves.
 // docs/hopper_gemm.md has the arithmetic and what was measured.
 //
@@ -28,7 +28,7 @@ __device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ?
 
 constexpr int BLOCK_K = 128;
 constexpr int WAVES = WAVES_M * WAVES_N;
-constexpr bool A_IN_REGISTERS = WAVES_N > 1;
+constexpr bool A_IN_REGISTERS = WAVES_M == 1 && WAVE_N <= 128;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.

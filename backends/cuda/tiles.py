@@ -17,12 +17,9 @@ _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one aft
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
 _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
-_CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles
+_CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
-# Rows of A and B of 16 bytes are the least TMA moves, 192 columns the most that fit into registers in one wave; a wave
-# may touch only two 128x128 blocks, which leaves these widths above 128.
-_NARROW = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
-_WIDE = (144, 160, 192)
+_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,13 @@ def candidates(
 ) -> Iterator[GemmConfig]:
     """All tile shapes, without clusters."""
 
-    def single_wave(warpgroups: int, wave_n: int) -> GemmConfig:
+    def columns(warpgroups: int, wave_n: int, waves_n: int = 1) -> GemmConfig:
         return GemmConfig(
             scales,
             grouping,
             output,
             warpgroups=warpgroups,
-            waves_n=1,
+            waves_n=waves_n,
             wave_n=wave_n,
             promote=promote,
             unroll=scales is not Scales.PER_ROW,
@@ -71,13 +68,16 @@ def candidates(
             b_type=b_type,
         )
 
-    yield replace(two_row_waves(scales, grouping, output, promote=promote), a_type=a_type, b_type=b_type)
-    for wave_n in _NARROW:
-        yield single_wave(2, wave_n)
-        yield single_wave(1, wave_n)
-    if scales is not Scales.PER_ROW:  # there, a column's scale for each accumulator column takes the registers
-        for wave_n in _WIDE:
-            yield single_wave(2, wave_n)
+    # Groups of rows end anywhere, and half a tile of 128 rows is a smaller loss than half a tile of 256.
+    if grouping is not Grouping.ROW_GROUPS:
+        yield replace(two_row_waves(scales, grouping, output, promote=promote), a_type=a_type, b_type=b_type)
+    if scales is not Scales.PER_ROW:  # there, B's scales would be read anew for each wave
+        if output is Output.BF16:  # FP32 stores cost the registers that this one lacks
+            yield columns(2, 128, waves_n=2)
+        yield columns(2, 64, waves_n=3)
+    for wave_n in _WIDTHS:
+        yield columns(2, wave_n)
+        yield columns(1, wave_n)
 
 
 def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
@@ -109,13 +109,13 @@ def _utilisation(config: GemmConfig) -> float:
     """Share of the tensor core's rate in the main loop, fitted."""
     if config.warpgroups == 1:
         return 0.35  # nobody multiplies while the one warpgroup promotes
-    share = 0.85 if config.waves_m == 2 else 0.70 + 0.10 * min(config.wave_n, 192) / 192
-    return share * (0.72 if config.scales is Scales.PER_ROW else 1.0)
+    share = 0.85 if config.waves_m == 2 else 0.70 + 0.10 * min(config.tile_n, 192) / 192
+    return share * ((0.75 if config.waves_m == 2 else 0.65) if config.scales is Scales.PER_ROW else 1.0)
 
 
 def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
     row_tiles, col_tiles, _ = _tiles(config, shape)
-    is_large = config.warpgroups == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
+    is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
     if not is_large or col_tiles % 2 or shape.multiprocessors % 2:
         return config
     return replace(config, cluster=2)

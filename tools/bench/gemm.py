@@ -207,6 +207,7 @@ def _candidates(rule: GemmConfig, p: Problem) -> Iterator[GemmConfig]:
         yield replace(one, wave_n=192, cluster=2)
         if p.n < 4096:
             yield from (replace(one, wave_n=n) for n in (192, 160, 144))
+        yield from (replace(one, wave_n=128, waves_n=2, cluster=c) for c in (1, 2))
 
 
 def cublaslt_contender(p: Problem, x: Operands) -> dict[str, Callable[[], object]]:

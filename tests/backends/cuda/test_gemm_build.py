@@ -46,7 +46,7 @@ def all_configs() -> list[GemmConfig]:
     for policy in policies():
         for config in tiles.candidates(*policy):
             configs.append(config)
-            if config.warpgroups == 2 and config.wave_n >= 128:
+            if config.waves_m == 2:
                 configs.append(replace(config, cluster=2))
     return configs
 
