@@ -1,6 +1,6 @@
 """Random GEMM problems and their exact results, for the GPU tests and for runs under compute-sanitizer.
 
-Run as a program: `python tests/backends/cuda/gemm_cases.py SEED COUNT LARGEST` checks COUNT random problems.
+Run as a program, `python -m tests.backends.cuda.gemm_cases SEED COUNT LARGEST` checks COUNT random problems.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ import random
 import sys
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from accumulator_model import model_product  # noqa: E402
-
-from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, two_row_waves  # noqa: E402
-from fp8c.backends.cuda.launch import launch  # noqa: E402
+from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, two_row_waves
+from fp8c.backends.cuda.launch import launch
+from tests.backends.cuda.accumulator_model import model_product
 
 BLOCK, ROW, TENSOR = Scales.PER_BLOCK, Scales.PER_ROW, Scales.PER_TENSOR
 DENSE, ROWS, REDUCTION = Grouping.DENSE, Grouping.ROW_GROUPS, Grouping.REDUCTION_GROUPS

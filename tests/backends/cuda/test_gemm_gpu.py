@@ -11,17 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+ROOT = Path(__file__).parents[3]
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no GPU of compute capability 9.0")]
 
 if IS_HOPPER:
-    from gemm_cases import CONFIGS, random_case, run_random_cases
-
     from fp8c.backends.cuda import build
     from fp8c.backends.cuda.config import Grouping, Output, Scales, two_row_waves
+    from tests.backends.cuda.gemm_cases import CONFIGS, random_case, run_random_cases
 
 RANDOM_CASES = 2200
 A_FMT, B_FMT = "e4m3[1x128] fp32", "e4m3[128x128] fp32"
@@ -120,17 +118,7 @@ def test_compute_sanitizer_is_content(tool: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     count = str(len(CONFIGS)) if tool == "memcheck" else str(len(CONFIGS) // 2)
-    command = [
-        sanitizer,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        str(HERE / "gemm_cases.py"),
-        "1",
-        count,
-        "200",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    program = ["-m", "tests.backends.cuda.gemm_cases", "1", count, "200"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, *program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
