@@ -16,6 +16,7 @@ from torch import fx
 from fp8c.retrace import retrace
 
 Lowered = Callable[..., Any]
+LOWERINGS = ("reference", "inductor")
 
 
 def register_kernels(device: str) -> None:

@@ -202,4 +202,31 @@ EXPLANATIONS: dict[str, str] = {
     "they are. The note says how the result was compared with the loop's.",
     "R0822": "Experts of a transformers model use fp8c's implementation: the same grouped GEMMs as transformers' own "
     "'grouped_mm', which also stay grouped GEMMs with FP32 parameters under autocast.",
+    "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
+    "every value in front of it is recomputed as well, or must not be computed twice.",
+    "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
+    "passes/__init__.py, and on the command line it is the order given.",
+    "E0703": "A GEMM of the rewritten graph is not in the precision the plan decided. A pass skipped it or touched one it "
+    "should not have; this is a bug in a pass.",
+    "E0704": "A pass reported a number of rewrites that does not fit the graph: it changed something and said 0, or "
+    "changed nothing and said more. This is a bug in the pass.",
+    "E0705": "The graph breaks an invariant after a pass. The diagnostics below it say which, with the nodes around it. "
+    "This is a bug in the pass; print its input with --print-ir-before=PASS.",
+    "E0706": "A quantized value and its scale were separated: a consumer reads the scale of another value, or one that did"
+    " not take the same way (transposed, gathered, sent) as its data.",
+    "E0707": "An operator states another format than the value it reads was quantized in.",
+    "E0708": "The groups of a GEMM operand run across the axis it sums over, so its scales cannot be applied to partial "
+    "sums. wgrad needs 128x1 groups along tokens.",
+    "E0709": "An operator other than a scaled GEMM, a conversion or data movement reads FP8 data. FP8 is a storage format:"
+    " no arithmetic is done in it.",
+    "E0710": "The type an fp8c operator's operands give differs from the type noted for its result.",
+    "E0711": "A forward GEMM lost its dgrad or wgrad, or has one too many.",
+    "E0712": "A value crosses from forward to backward that choose-saved did not list.",
+    "E0830": "The captured backward does not hold exactly one dgrad and one wgrad for a forward GEMM that should have "
+    "them. A custom autograd.Function around a GEMM can do that.",
+    "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
+    "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
+    "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
+    "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
+    "another type. Options are spec, target and lowering.",
 }
