@@ -13,9 +13,9 @@ Sources: DeepSeek-V2 (arXiv:2405.04434) for the attention, DeepSeek-V3 (arXiv:24
 import argparse
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -260,12 +260,12 @@ def sample_batch(corpus: Tensor, batch: int, length: int, generator: torch.Gener
     return {"tokens": window[:, :-1].contiguous(), "labels": window[:, 1:].contiguous()}
 
 
-def model() -> Transformer:
-    return Transformer(Config())
+def model(**changes: Any) -> Transformer:
+    return Transformer(replace(Config(), **changes))
 
 
-def example_inputs() -> dict[str, Tensor]:
-    return sample_batch(read_corpus(), batch=4, length=128, generator=torch.Generator().manual_seed(0))
+def example_inputs(batch: int = 4, seq: int = 128) -> dict[str, Tensor]:
+    return sample_batch(read_corpus(), batch, seq, torch.Generator().manual_seed(0))
 
 
 def main() -> None:

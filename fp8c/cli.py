@@ -459,7 +459,7 @@ def opt(
         argv=("fp8c", *_arguments),
     )
     names = tuple(name.strip() for name in passes.split(",") if name.strip())
-    sys.stdout.write(opt_command.run_passes(request, names))
+    sys.stdout.write(opt_command.rewritten_text(request, names))
 
 
 def set_debugging(debug: bool) -> None:
@@ -530,6 +530,71 @@ def targets(name: str | None, as_json: bool) -> None:
         for r in records:
             rates = f"{r.fp8_tflops:g} TFLOPS FP8" if r.fp8_tflops else ""
             print(f"{r.name:8} {r.architecture:6} {rates:17} {r.description}")
+
+
+@app.command()
+@click.argument("build", required=False, type=click.Path(path_type=Path))
+@click.option("--durations", type=click.Path(path_type=Path), help="Table of durations instead of a build.")
+@click.option("--gpus", type=int, default=2048, show_default=True)
+@click.option("--topology", default="h800", show_default=True, help="Machine: a name, or a cost sheet of your own.")
+@click.option("--pp", type=int, help="Pipeline ranks.")
+@click.option("--ep", type=int, help="GPUs that share the experts.")
+@click.option("--schedule", help="1f1b, interleaved, zb, zbv, dualpipe or dualpipev.")
+@click.option("--sequences", type=int, help="Sequences of one optimizer step.")
+@click.option("--comm-sms", type=int, help="SMs that communication gets.")
+@click.option("--zipf", type=float, default=0.0, show_default=True, help="Exponent of expert popularity.")
+@click.option("--even", is_flag=True, help="Exactly even routing, without sampling noise.")
+@click.option("--overlap/--no-overlap", default=True, help="Let transfers run beside compute.")
+@click.option("--released", is_flag=True, help="Chunks without a partner run as fast as alone.")
+@click.option("--predict", is_flag=True, help="Take durations from the cost model, not from the table.")
+@click.option("--memory-gib", type=float, help="Budget for activations on one GPU.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--what-if", is_flag=True, help="Say what each of the hardware wishes would save.")
+@click.option("--figures", type=click.Path(path_type=Path), help="Draw the pictures of docs/overlap.md into a folder.")
+@click.option("--trace", type=click.Path(path_type=Path), default=Path("simulate.trace.json"), show_default=True)
+@as_json_option
+def simulate(
+    build: Path | None, durations: Path | None, gpus: int, topology: str, as_json: bool, **options: Any
+) -> None:
+    """Simulate a training step on a cluster, from a BUILD or a table of durations.
+
+    Prints the step's time, what communication stays exposed and the cost of a trillion tokens, and writes a trace that
+    Perfetto opens.
+    """
+    from fp8c.tools import simulate as tool
+
+    table, run = tool.inputs(build, durations, gpus, topology, **options)
+    if options["figures"]:
+        from fp8c.tools.overlap_figures import write_figures
+
+        print_json("fp8c.overlap-figures/1", **write_figures(table, run.machine, options["figures"]))
+        return
+    if options["what_if"]:
+        answers = tool.what_if(table, run)
+        if as_json:
+            print_json("fp8c.what-if/1", answers=[a.to_json() for a in answers])
+        else:
+            print(tool.what_if_text(answers))
+        return
+    report = tool.simulate(table, run, trace=options["trace"])
+    if as_json:
+        print_json(tool.SCHEMA, **report.to_json())
+    else:
+        print(tool.table_text(report))
+
+
+@app.command()
+@click.argument("trace", type=click.Path(path_type=Path))
+@as_json_option
+def profile(trace: Path, as_json: bool) -> None:
+    """Read a Chrome TRACE of GPU kernels: cost by annotation, and how much communication is exposed."""
+    from fp8c.tools import profile as tool
+
+    report = tool.profile(trace)
+    if as_json:
+        print_json("fp8c.profile/1", **report.to_json())
+    else:
+        print(tool.profile_text(report))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: grouped_mm wants rows of 16-byte multiples: 8 values of BF16. Zeros are padded where a width is no multiple.
+ALIGNED_WIDTH = 8
+
 
 class Rows(NamedTuple):
     """The rows of a routing decision, sorted by expert.
@@ -44,6 +47,18 @@ def route(decision: Tensor, experts: int) -> Rows:
         expert, torch.arange(experts, device=expert.device, dtype=expert.dtype), right=True, out_int32=True
     )
     return Rows(order, expert, ends, tuple(decision.shape))
+
+
+def counted(counts: Tensor, like: Tensor) -> Rows:
+    """Rows that are sorted by expert already: `counts` i64 [E] says how many each expert has, `like` [R, ...] is one."""
+    ends = counts.cumsum(0).int()
+    order = torch.arange(like.shape[0], device=like.device)
+    return Rows(order, torch.searchsorted(ends, order.int(), right=True), ends, (like.shape[0],))
+
+
+def histogram(decision: Tensor, experts: int) -> Tensor:
+    """`torch.bincount(decision, minlength=experts)` for entries in [0, experts), in a shape known beforehand: i64 [E]."""
+    return F.one_hot(decision.reshape(-1), experts).sum(0)
 
 
 def positions(rows: Rows) -> tuple[Tensor, ...]:
@@ -118,7 +133,11 @@ def matmul(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) ->
     if x.dtype is torch.float64 and not torch.compiler.is_compiling():
         y = _matmul_f64(x, weight, rows)  # grouped_mm has no FP64; checks and tests want one
     else:
+        k, n = -x.shape[-1] % ALIGNED_WIDTH, -weight.shape[-1] % ALIGNED_WIDTH
+        if k or n:  # narrow adapters
+            x, weight = F.pad(x, (0, k)), F.pad(weight, (0, n, 0, k))
         y = F.grouped_mm(x, weight, offs=rows.ends)
+        y = y[:, : y.shape[1] - n] if n else y
     if bias is not None:
         y = y + bias[rows.expert]
     return y.reshape(*shape[:-1], y.shape[-1])

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, Span, fail
-from fp8c.user_code import _short, user_code
+from fp8c.user_code import short_path, user_code
 
 Weights = Literal["auto", "random", "meta"]
 Batch = Any  # a dict of keyword arguments, a tuple of positional ones, or the one argument
@@ -211,7 +211,7 @@ def _load_python(
     folder = Path(target).resolve().parent if is_file else Path.cwd()
     with _on_path(folder):
         namespace = _import_file(Path(target)) if is_file else _import_name(target, reference)
-        shown = _short(target) if is_file else target
+        shown = short_path(target) if is_file else target
         factory = _function(namespace, factory_name, shown, "E0802")
         _check_keywords(factory, overrides, f"{factory_name}()", shown)
         device = torch.device("meta") if meta else contextlib.nullcontext()
@@ -278,7 +278,7 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with user_code(f"importing {path.name}", _short(str(path))):
+        with user_code(f"importing {path.name}", short_path(str(path))):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
@@ -358,8 +358,8 @@ def _function_span(function: Any) -> Span | None:
     for offset, line in enumerate(lines):  # decorators come first
         if match := re.match(r"\s*(async\s+def|def|class)\s+\w+", line):
             column = len(line) - len(line.lstrip()) + 1
-            return Span(_short(file), start + offset, column, match.end() - column + 1, line.rstrip("\n"))
-    return Span(_short(file), start, 1, 1, lines[0].rstrip("\n"))
+            return Span(short_path(file), start + offset, column, match.end() - column + 1, line.rstrip("\n"))
+    return Span(short_path(file), start, 1, 1, lines[0].rstrip("\n"))
 
 
 def _forward_span(module: nn.Module) -> Span | None:

@@ -90,10 +90,11 @@ def diagnose(error: Exception, what: str, source: str, help: str = "") -> Diagno
     first, *rest = text.splitlines()
     notes = tuple(line.strip() for line in rest[:6] if line.strip())
     span = span_of_exception(error, source)
-    inner = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
-    for frame in inner:
-        if span is not None and Path(frame.filename) != Path(span.file) and not _is_own(frame.filename):
-            notes += (f"raised in {_short(frame.filename)}:{frame.lineno}, in {frame.name}",)
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and Path(frames[-1].filename).is_file():
+        place = frames[-1].filename
+        if not _is_users(place) and not _is_own(place):
+            notes += (f"raised in {_short(place)}:{frames[-1].lineno}, in {frames[-1].name}",)
     return Diagnostic("E0803", f"{what} raised {type(error).__name__}: {first}", span, notes=notes, help=help)
 
 

@@ -43,10 +43,11 @@ def prepare(module: nn.Module, example_inputs: Any = None) -> list[Diagnostic]:
     if not rewrites:
         return remarks
     checked = _check(module, rewrites, example_inputs)
+    remarks += _remarks(rewrites, checked)
     for group in rewrites.values():
         for rewrite in group:
             rewrite.install()
-    return remarks + _remarks(rewrites, checked)
+    return remarks
 
 
 def _check(module: nn.Module, rewrites: dict[str, list[Rewrite]], example_inputs: Any) -> dict[object, str]:

@@ -239,7 +239,7 @@ class _Emitter:
 
     def constant(self, value: Any) -> str:
         stem = re.sub(r"\W", "_", getattr(value, "__name__", type(value).__name__))
-        name = f"{stem}_{len(self.scope)}"
+        name = f"fp8c_{stem}_{len(self.scope)}"  # apart from the names of nodes
         self.scope[name] = value
         return name
 

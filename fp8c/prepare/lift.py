@@ -140,6 +140,16 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """Where the expert's rows begin or end among rows that are sorted by expert already."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """`start:end`, the expert's rows among sorted ones."""
+
+
+@dataclass(frozen=True)
 class Empty:
     """True exactly when the expert has no rows (`when`), or exactly when it has some (not `when`)."""
 
@@ -169,7 +179,24 @@ class Several:
     brackets: str = "()"
 
 
-Value = Same | Index | Expert | Slice | Mask | Where | Table | PerRow | Shape | Count | Empty | Known | Column | Several
+Value = (
+    Same
+    | Index
+    | Expert
+    | Slice
+    | Mask
+    | Where
+    | Table
+    | PerRow
+    | Shape
+    | Count
+    | Bound
+    | Run
+    | Empty
+    | Known
+    | Column
+    | Several
+)
 
 
 @dataclass(frozen=True)
@@ -197,18 +224,21 @@ class Lifter:
     experts:   how many there are
     resolve:   the object an expression on `self` stands for, or None
     one_hots:  one-hot masks defined in front of the loop
+    tensor_of: the tensor behind a list of counts, as text
     """
 
     experts: int
     resolve: Callable[[ast.expr], Any]
     one_hots: dict[str, OneHot]
+    tensor_of: Callable[[ast.expr], str]
+    counts: ast.expr | None = None  # rows per expert, where the loop runs through sorted rows
     prefix: str = ""
     env: dict[str, Value] = field(default_factory=dict)
     out: list[ast.stmt] = field(default_factory=list)
     lifted: dict[str, Lifted] = field(default_factory=dict)  # functions the new code calls, by name
     accumulations: list[Accumulation] = field(default_factory=list)
     routes: dict[str, str] = field(default_factory=dict)
-    expert_calls: int = 0
+    selects: bool = False
     here: ast.stmt | None = None
     depth: int = 0
     _cache: dict[tuple[int, ...], str] = field(default_factory=dict)
@@ -234,6 +264,8 @@ class Lifter:
                 self.assign_item(node, target, index, value)
             case ast.AugAssign(ast.Subscript(target, index), ast.Add(), value):
                 self.add_to(node, target, self.lift(index), self.lift(value))
+            case ast.AugAssign(ast.Name(name), ast.Add(), value) if self.env.get(name) == Bound():
+                self.count(node, value)
             case ast.AugAssign(ast.Name(name), op, value) if isinstance(self.env.get(name), PerRow):
                 target = ast.copy_location(ast.Name(name, ast.Load()), node)
                 self.assign_name(name, ast.copy_location(ast.BinOp(target, op, value), node))
@@ -296,6 +328,8 @@ class Lifter:
         axes: tuple[int, ...] | None
         match at, found:
             case Mask() as mask, PerRow() if not mask.reduced:
+                axes = None
+            case Run(), PerRow():
                 axes = None
             case PerRow(is_position=True) as position, PerRow():
                 axes = position.axes
@@ -452,8 +486,13 @@ class Lifter:
                 return self.per_row(
                     node, [self.lift(body), self.lift(orelse)], lambda t: f"({t[0]} if {text} else {t[1]})"
                 )
+            case ast.IfExp(test, body, orelse):
+                condition = self.lift(test)
+                if isinstance(condition, Known):
+                    return self.lift(body if condition.value else orelse)
+                raise CannotLift(test, f"a choice by {_words(condition)} has no known meaning here")
             case ast.Slice():
-                return Same(_slice_text(node)) if not self.varies(node) else self.index_slice(node)
+                return Same(_index_text(node)) if not self.varies(node) else self.index_slice(node)
             case _:
                 raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
 
@@ -515,7 +554,7 @@ class Lifter:
                 keeps_rows = isinstance(first, ast.Slice) and first.lower is first.upper is first.step is None
                 keeps_rows |= isinstance(first, ast.Constant) and first.value is ...
                 if keeps_rows and not self.varies(index):
-                    return PerRow(f"{text}[{ast.unparse(index)}]", rows)
+                    return PerRow(f"{text}[{_index_text(index)}]", rows)
         raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
 
     def subscript_same(self, node: ast.Subscript, value: ast.expr, text: str, index: ast.expr) -> Value:
@@ -544,18 +583,23 @@ class Lifter:
                     return Column(text)
             case [*_, Several((Index(), Same("keepdim")))]:
                 return Column(text, keepdim=True)
+            case [Run()]:
+                return PerRow(text, self.counted(node, text))
         rows = self.rows_of(node, *found)
         texts = [t for item in found for t in self.index_texts(node, item, rows)]
         return PerRow(f"{text}[{', '.join(texts)}]", rows)
 
     def index_slice(self, node: ast.Slice) -> Value:
-        """`i:i + 1`, the only slice that depends on the expert."""
+        """`start:end` of running bounds, or `i:i + 1`: the slices that depend on the expert."""
+        if node.lower is not None and node.upper is not None and node.step is None and self.varies(node.lower):
+            if self.lift(node.lower) == Bound() == self.lift(node.upper):
+                return Run()
         match node:
             case ast.Slice(ast.Name(a), ast.BinOp(ast.Name(b), ast.Add(), ast.Constant(1)), None) if (
                 a == b and self.env.get(a) == Index()
             ):
                 return Several((Index(), Same("keepdim")))
-        raise CannotLift(node, f"the slice `{_slice_text(node)}` has no known meaning for all experts at once")
+        raise CannotLift(node, f"the slice `{_index_text(node)}` has no known meaning for all experts at once")
 
     def from_list(self, node: ast.AST, text: str, objects: tuple[Any, ...]) -> Value:
         if len(objects) != self.experts:
@@ -594,6 +638,9 @@ class Lifter:
             case PerRow(), ast.MatMult(), Slice(text, transposed):
                 weight = f"{text}.transpose(-2, -1)" if transposed else text
                 return PerRow(f"{GROUPED}.matmul({left.text}, {weight}, {left.rows})", left.rows)
+            case Bound(), ast.Add(), _:
+                self.count(node, node.right)
+                return Bound()
             case (Count() | Slice(), _, Same()) | (Same(), _, Count()) | (Count(), _, Count()):
                 return Count()
             case (Index(), ast.Add(), Same(text)) | (Same(text), ast.Add(), Index()):
@@ -674,7 +721,6 @@ class Lifter:
             raise CannotLift(node, f"`{ast.unparse(node.func)}` is not a module: its code can't be lifted")
         rows = self.rows_of(node, *values)
         texts = [v.text for v in args if isinstance(v, PerRow | Same)]
-        self.expert_calls += 1
         if type(expert.objects[0]).forward is nn.Linear.forward and len(values) == 1:
             return PerRow(f"{GROUPED}.linear({texts[0]}, {expert.list_text}, {rows})", rows)
         texts += [f"{name}={v.text}" for name, v in keywords if isinstance(v, PerRow | Same)]
@@ -761,6 +807,8 @@ class Lifter:
                 return Count()
             case ("eq", [Same(text), Index()]) | ("eq", [Index(), Same(text)]):
                 return Mask(self.routed(text))
+            case "eq", [Index()] if isinstance(node.func, ast.Attribute):
+                return Mask(self.routed(ast.unparse(node.func.value)))
             case "len", [PerRow()]:
                 return Count()
             case "int" | "bool", [(Count() | Empty() | Index()) as value]:
@@ -801,11 +849,35 @@ class Lifter:
 
     def routed(self, decision: str) -> str:
         """The name of the sorted rows of a decision, computed in front of its first use."""
+        self.selects = True
         if decision not in self.routes:
             name = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
             self.emit(f"{name} = {GROUPED}.route({decision}, {self.experts})")
             self.routes[decision] = name
         return self.routes[decision]
+
+    def count(self, node: ast.AST, value: ast.expr) -> None:
+        """Check that a bound moves by the expert's count, and remember where counts come from."""
+        match self.lift(value):
+            case Count():
+                pass
+            case Slice():
+                assert isinstance(value, ast.Subscript)
+                self.counts = value.value
+            case other:
+                raise CannotLift(node, f"a running bound moves by {_words(other)}, expected the expert's count")
+
+    def counted(self, node: ast.AST, like: str) -> str:
+        """The name of rows that are sorted already, made in front of their first use."""
+        if self.counts is None:
+            raise CannotLift(node, "the expert's run of tokens has no counts that say where it ends")
+        counts = self.tensor_of(self.counts)
+        key = f"counts {counts}"
+        self.selects = True
+        if key not in self.routes:
+            self.routes[key] = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
+            self.emit(f"{self.routes[key]} = {GROUPED}.counted({counts}, {like})")
+        return self.routes[key]
 
     def rows_of(self, node: ast.AST, *values: Value) -> str:
         """The one selection that all per-row values belong to."""
@@ -901,6 +973,8 @@ _WORDS: dict[type[object], str] = {
     PerRow: "a value per selected token",
     Shape: "the shape of the expert's tokens",
     Count: "the number of the expert's tokens",
+    Bound: "where the expert's tokens begin or end",
+    Run: "the expert's run of tokens",
     Empty: "whether the expert has tokens",
     Known: "a constant",
     Column: "the expert's column of a table",
@@ -920,5 +994,6 @@ def _flat(values: Sequence[Value]) -> Iterator[Value]:
             yield value
 
 
-def _slice_text(node: ast.Slice) -> str:
+def _index_text(node: ast.expr) -> str:
+    """An index as it is written between brackets: `:, None`, where a tuple alone would have parentheses."""
     return ast.unparse(ast.Subscript(ast.Name("x", ast.Load()), node, ast.Load()))[2:-1]

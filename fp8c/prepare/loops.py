@@ -25,15 +25,15 @@ from fp8c.diagnostics import Diagnostic, Span
 from fp8c.prepare.experts import Lifted
 from fp8c.prepare.lift import (
     GROUPED,
+    Bound,
     CannotLift,
     Count,
-    Expert,
     Index,
     Lifter,
     OneHot,
-    Slice,
+    PerRow,
 )
-from fp8c.user_code import _short
+from fp8c.user_code import short_path
 
 _FUTURE_FLAGS = functools.reduce(
     lambda flags, name: flags | getattr(future, name).compiler_flag, future.all_feature_names, 0
@@ -53,8 +53,28 @@ class Rewrite:
     loops: tuple[tuple[Span, int], ...]
 
     def install(self) -> None:
-        # An instance attribute: the class, its other instances and the state_dict stay untouched.
-        setattr(self.module, self.method, types.MethodType(self.function, self.module))
+        # A subclass of the same name for this instance: its class and other instances stay untouched, and it is named,
+        # copied and traced like any module (a function bound to the instance would be traced through its `__self__`).
+        self.module.__class__ = _subclass(type(self.module), self.method, self.function)
+
+
+def _subclass(base: type[nn.Module], method: str, function: types.FunctionType) -> type[nn.Module]:
+    key = (base, method, function)
+    if key not in _SUBCLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        _SUBCLASSES[key] = type(base.__name__, (base,), {method: function, **names})
+    return _SUBCLASSES[key]
+
+
+#: Layers of a model share one class, as they did before.
+_SUBCLASSES: dict[object, type[nn.Module]] = {}
+
+
+def is_rewritten(function: object) -> bool:
+    return hasattr(function, _MARK)
+
+
+_MARK = "__fp8c_rewritten__"
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,7 @@ class Source:
         column = getattr(node, "col_offset", len(text) - len(text.lstrip()))
         same_line = getattr(node, "end_lineno", None) == line
         end = getattr(node, "end_col_offset", None) if same_line else len(text)
-        return Span(_short(self.file), line, column + 1, max(1, (end or len(text)) - column), text)
+        return Span(short_path(self.file), line, column + 1, max(1, (end or len(text)) - column), text)
 
 
 def rewrite_loops(module: nn.Module) -> tuple[list[Rewrite], list[Diagnostic]]:
@@ -118,33 +138,34 @@ def reachable_sources(module: nn.Module) -> Iterator[Source]:
         self_name = source.tree.args.args[0].arg if source.tree.args.args else "self"
         for node in _training_nodes(source.tree.body, self_name):
             match node:
-                case ast.Call(ast.Attribute(ast.Name(receiver), called)) if (
-                    receiver == self_name and called not in seen
-                ):
-                    seen.add(called)
-                    waiting.append(called)
+                case ast.Call(ast.Attribute(ast.Name(receiver), called)) if receiver == self_name:
+                    attribute = _mangled(called, source.function)
+                    if attribute not in seen:
+                        seen.add(attribute)
+                        waiting.append(attribute)
 
 
 def method_source(module: nn.Module, name: str) -> Source | None:
-    if name in module.__dict__:  # replaced on the instance already, by fp8c or by the user
+    if name in module.__dict__:  # replaced on the instance by the user
         return None
     function = inspect.getattr_static(type(module), name, None)
-    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__") or is_rewritten(function):
         return None
     if function.__module__.partition(".")[0] == "torch":
         return None
     file = inspect.getsourcefile(function)
-    tree = _trees(file).get((function.__name__, function.__code__.co_firstlineno)) if file else None
+    text = "".join(linecache.getlines(file)) if file else ""
+    tree = _trees(text).get((function.__name__, function.__code__.co_firstlineno))
     if tree is None or file is None:
         return None
     return Source(name, function, tree, file)
 
 
 @functools.lru_cache(maxsize=256)
-def _trees(file: str) -> dict[tuple[str, int], ast.FunctionDef]:
+def _trees(text: str) -> dict[tuple[str, int], ast.FunctionDef]:
     """Every function of a file by name and first line (its first decorator's, as in code objects)."""
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
+        tree = ast.parse(text)
     except SyntaxError:  # changed on disk since it was imported
         return {}
     return {
@@ -166,6 +187,8 @@ def _training_nodes(body: Sequence[ast.stmt], self_name: str) -> Iterator[ast.AS
                     taken = statement.orelse
         if taken is not None:
             yield from _training_nodes(taken, self_name)
+            if taken and isinstance(taken[-1], ast.Return | ast.Raise):
+                return  # what follows is for evaluation
             continue
         blocks = [b for b in (getattr(statement, f, None) for f in ("body", "orelse", "finalbody")) if b]
         inside = {id(s) for block in blocks for s in block}
@@ -259,17 +282,23 @@ def _lift_loop(module: nn.Module, tree: ast.FunctionDef, self_name: str, place: 
     if not lists:
         return None
     experts = lists[0]
-    lifter = Lifter(experts, resolve, _one_hots(place.before), prefix=f"{number}_" if number else "")
+    definitions = _definitions(place.before)
+    tensor_of = functools.partial(_tensor_of, definitions=definitions, experts=experts)
+    lifter = Lifter(experts, resolve, _one_hots(place.before), tensor_of, prefix=f"{number}_" if number else "")
+    # What the target needs (the rows of a split) is emitted at the loop's own line.
+    lifter.here = loop
     try:
-        _bind_target(lifter, loop, resolve)
+        _bind(lifter, loop.target, loop.iter, resolve, definitions)
         if loop.orelse:
             raise CannotLift(loop.orelse[0], "the loop has an else branch")
-        _check_carried(loop)
+        bounds = {name for name in _stored(loop) if resolve(ast.Name(name, ast.Load())) == 0}
+        _check_carried(loop, bounds)
+        lifter.env.update({name: Bound() for name in bounds})
         lifter.body(loop.body)
-        if not lifter.routes:
-            raise CannotLift(loop, "it selects no tokens by a comparison with the expert's index")
+        if not lifter.selects:
+            raise CannotLift(loop, "it selects no tokens by the expert's index")
     except CannotLift:
-        if selects_by_data(loop):
+        if lifter.selects or selects_by_data(loop):
             raise
         return None  # a static loop, over layers or dense experts: capture unrolls it as it is
     return lifter
@@ -331,11 +360,16 @@ def _expert_lists(loop: ast.For, resolve: Callable[[ast.expr], Any]) -> list[int
         elif isinstance(owner, nn.Parameter) and owner.ndim >= 3:
             found.append(owner.shape[0])
 
-    match loop.iter:
-        case ast.Call(ast.Name("enumerate"), [source], []):
-            consider(source)
-        case ast.Attribute() as source:
-            consider(source)
+    def sources(node: ast.expr) -> Iterator[ast.expr]:
+        match node:
+            case ast.Call(ast.Name("enumerate" | "zip"), args):
+                for arg in args:
+                    yield from sources(arg)
+            case ast.Attribute() | ast.Name():
+                yield node
+
+    for source in sources(loop.iter):
+        consider(source)
     for node in ast.walk(loop):
         if isinstance(node, ast.Subscript) and any(
             isinstance(n, ast.Name) and n.id in targets for n in ast.walk(node.slice)
@@ -344,49 +378,128 @@ def _expert_lists(loop: ast.For, resolve: Callable[[ast.expr], Any]) -> list[int
     return found
 
 
-def _bind_target(lifter: Lifter, loop: ast.For, resolve: Callable[[ast.expr], Any]) -> None:
-    match loop.target, loop.iter:
-        case ast.Tuple([ast.Name(i), ast.Name(item)]), ast.Call(ast.Name("enumerate"), [source], []):
-            owner, text = resolve(source), ast.unparse(source)
+def _bind(
+    lifter: Lifter,
+    target: ast.expr,
+    source: ast.expr,
+    resolve: Callable[[ast.expr], Any],
+    definitions: dict[str, ast.expr],
+    numbered: bool = False,
+) -> None:
+    """Say what the loop's variables are. `numbered`: another variable counts the experts, or takes them along."""
+    match target, source:
+        case ast.Tuple([ast.Name(i), item]), ast.Call(ast.Name("enumerate"), [inner], []):
             lifter.env[i] = Index()
-            if isinstance(owner, nn.ModuleList | nn.ParameterList):
-                found = lifter.from_list(source, text, tuple(owner))
-                assert isinstance(found, Expert | Slice)
-                lifter.env[item] = found
-            else:
-                lifter.env[item] = Count()  # `for i, count in enumerate(counts)`
+            _bind(lifter, item, inner, resolve, definitions, numbered=True)
+        case ast.Tuple(targets), ast.Call(ast.Name("zip"), sources) if len(targets) == len(sources):
+            for item, inner in zip(targets, sources, strict=True):
+                _bind(lifter, item, inner, resolve, definitions, numbered=True)
         case ast.Name(i), ast.Call(ast.Name("range"), args, []):
             bounds = [resolve(arg) for arg in args]
             start, stop, step = {1: [0, *bounds, 1], 2: [*bounds, 1]}.get(len(bounds), bounds)
             known = all(isinstance(b, int) for b in (start, stop, step))
             if known and (start, stop, step) != (0, lifter.experts, 1):
                 raise CannotLift(
-                    loop.iter,
+                    source,
                     f"the loop covers experts {start} to {stop} of {lifter.experts}",
                     "loop over all experts; experts on other ranks need an expert-parallel dispatch",
                 )
             lifter.env[i] = Index()
-        case ast.Name(item), ast.Attribute() as source:
-            owner = resolve(source)
-            if isinstance(owner, nn.ModuleList):
+        case ast.Name(item), _:
+            owner, split = resolve(source), _split(source, definitions)
+            if isinstance(owner, nn.ModuleList | nn.ParameterList):
                 lifter.env[item] = lifter.from_list(source, ast.unparse(source), tuple(owner))
-            else:
+            elif split is not None:
+                rows, lifter.counts = split
+                lifter.env[item] = PerRow(ast.unparse(rows), lifter.counted(source, ast.unparse(rows)))
+            elif numbered:  # `for i, count in enumerate(counts)`
+                lifter.env[item], lifter.counts = Count(), source
+            else:  # `for e in hit`: the experts that have tokens; the others have nothing to add
                 lifter.env[item] = Index(boxed=True)
-        case ast.Name(i), _:  # `for e in hit`: the experts that have tokens; the others have nothing to add
-            lifter.env[i] = Index(boxed=True)
         case _:
             raise CannotLift(
-                loop.target,
-                f"`for {ast.unparse(loop.target)} in {ast.unparse(loop.iter)}` is not a known loop over experts",
+                target,
+                f"`for {ast.unparse(target)} in {ast.unparse(source)}` is not a known loop over experts",
                 "write `for i, expert in enumerate(self.experts)`",
             )
 
 
-def _check_carried(loop: ast.For) -> None:
-    """No value may travel from one expert to the next."""
-    everywhere = {name for statement in loop.body for name in _stored(statement)}
+def _definitions(before: Sequence[ast.stmt]) -> dict[str, ast.expr]:
+    """Names in front of the loop with expressions that still have their values there."""
+    known: dict[str, ast.expr] = {}
+    for statement in before:
+        stored = _stored(statement)
+        value = None
+        match statement:
+            case ast.Assign([ast.Name(name)], found):
+                # `counts = counts.tolist()`: what the name stood for takes its place in the new expression.
+                old = known.get(name)
+                value = _Replaced(name, old).visit(copy.deepcopy(found)) if old is not None else found
+        known = {n: v for n, v in known.items() if n not in stored and not (_loaded(v) & stored)}
+        match statement:
+            case ast.Assign([ast.Name(name)]) if value is not None and name not in _loaded(value):
+                known[name] = value
+    return known
+
+
+class _Replaced(ast.NodeTransformer):
+    def __init__(self, name: str, value: ast.expr) -> None:
+        self.name, self.value = name, value
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return copy.deepcopy(self.value) if node.id == self.name else node
+
+
+def _tensor_of(node: ast.expr, definitions: dict[str, ast.expr], experts: int) -> str:
+    """The tensor of counts behind `counts.tolist()` and the like, as text."""
+    match node:
+        case ast.Call(ast.Attribute(inner, "tolist" | "cpu" | "numpy"), [], []):
+            return _tensor_of(inner, definitions, experts)
+        case ast.Name(name) if name in definitions:
+            text = _tensor_of(definitions[name], definitions, experts)
+            return name if text == ast.unparse(definitions[name]) else text
+        # Its length depends on data, unless the number of experts is known.
+        case ast.Call(ast.Attribute(ast.Name("torch"), "bincount"), [decision, *_]):
+            return f"{GROUPED}.histogram({ast.unparse(decision)}, {experts})"
+        case ast.Call(ast.Attribute(decision, "bincount"), []):
+            return f"{GROUPED}.histogram({ast.unparse(decision)}, {experts})"
+        case _:
+            return ast.unparse(node)
+
+
+def _split(node: ast.expr, definitions: dict[str, ast.expr]) -> tuple[ast.expr, ast.expr] | None:
+    """Rows and counts of `torch.split(rows, counts)`, by name or in place."""
+    match node:
+        case ast.Name(name) if name in definitions:
+            return _split(definitions[name], definitions)
+        case ast.Call(ast.Attribute(ast.Name("torch"), "split"), args, keywords):
+            names = ["tensor", "split_size_or_sections", "dim"]
+        case ast.Call(ast.Attribute(rows, "split"), args, keywords):
+            names, args = ["tensor", "split_size", "dim"], [rows, *args]
+        case _:
+            return None
+    given = dict(zip(names, args, strict=False)) | {k.arg: k.value for k in keywords if k.arg is not None}
+    axis = given.get("dim")
+    counts = given.get("split_size_or_sections", given.get("split_size"))
+    if counts is None or "tensor" not in given or (axis is not None and ast.unparse(axis) != "0"):
+        return None
+    return given["tensor"], counts
+
+
+def _loaded(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+def _check_carried(loop: ast.For, bounds: set[str]) -> None:
+    """No value may travel from one expert to the next, except running bounds of sorted rows."""
+    everywhere = {name for statement in loop.body for name in _stored(statement)} - bounds
 
     def read(node: ast.AST, stored: set[str]) -> None:
+        match node:
+            case ast.AugAssign(ast.Subscript(ast.Name(), index), _, value):  # an output, not a carried value
+                read(index, stored)
+                read(value, stored)
+                return
         for part in ast.walk(node):
             is_read = isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
             if isinstance(part, ast.AugAssign):  # its target is read, though written as a store
@@ -500,56 +613,101 @@ def _starts_from_zeros(place: _Place, name: str) -> bool:
 
 
 def _drop_unused(tree: ast.FunctionDef, candidates: set[str]) -> None:
-    """Remove what only the loop needed (masks, counts, lists of hit experts): some of it has data-dependent shapes."""
+    """Remove what only the loop needed (masks, counts, lists of hit experts): some of it has data-dependent shapes.
 
-    class Dropper(ast.NodeTransformer):
-        changed = False
+    candidates: the names the loop read; what they were computed from becomes a candidate with them.
+    """
+    candidates -= {a.arg for a in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)}
+    while dead := _dead_assignments(tree.body, candidates):
+        for statement in dead:
+            candidates |= _loaded(statement.value)
+        _Dropper({id(statement) for statement in dead}).visit(tree)
 
-        def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-            names = {t.id for t in node.targets if isinstance(t, ast.Name)}
-            if len(names) == len(node.targets) and names <= candidates and not names & self.loaded:
-                candidates.update(
-                    n.id for n in ast.walk(node.value) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
-                )
-                self.changed = True
-                return None
-            return node
 
-        def visit_With(self, node: ast.With) -> ast.AST | None:
-            self.generic_visit(node)
-            return node if node.body else None
+def _dead_assignments(body: list[ast.stmt], candidates: set[str]) -> list[ast.Assign]:
+    """Assignments to candidates that nothing reads afterwards; inside loops, that nothing reads at all."""
+    order: list[tuple[ast.AST, bool]] = []  # statements and conditions in the order they run, and whether they repeat
 
-        def visit_If(self, node: ast.If) -> ast.AST | None:
-            self.generic_visit(node)
-            node.body = node.body or [ast.copy_location(ast.Pass(), node)]
-            return node
+    def visit(block: Sequence[ast.stmt], repeats: bool) -> None:
+        for statement in block:
+            match statement:
+                case ast.If(test, inner, orelse):
+                    order.append((test, repeats))
+                    visit(inner, repeats)
+                    visit(orelse, repeats)
+                case ast.With(_, inner):
+                    order.extend((item, repeats) for item in statement.items)
+                    visit(inner, repeats)
+                case ast.For(target, source, inner, orelse):
+                    order.extend([(source, repeats), (target, repeats)])
+                    visit(inner, True)
+                    visit(orelse, repeats)
+                case _:
+                    order.append((statement, repeats))
 
-        def __init__(self) -> None:
-            self.loaded = {
-                n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load | ast.Del)
-            }
+    visit(body, False)
+    everything = [name for node, _ in order for name in _loaded(node)]
+    dead: list[ast.Assign] = []
+    read_later: set[str] = set()
+    for node, repeats in reversed(order):
+        match node:
+            case ast.Assign([ast.Name(name)], value) if name in candidates and _has_no_effect(value):
+                if (everything.count(name) == 0) if repeats else (name not in read_later):
+                    dead.append(node)
+                    continue  # what it reads is read no more
+        read_later |= _loaded(node)
+    return dead
 
-    parameters = {a.arg for a in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)}
-    candidates -= parameters
-    while True:
-        dropper = Dropper()
-        dropper.visit(tree)
-        if not dropper.changed:
-            return
-        candidates -= parameters
+
+def _has_no_effect(node: ast.expr) -> bool:
+    """Whether an expression only computes: tensor methods and torch functions, nothing in place, nothing of the model's."""
+    for part in ast.walk(node):
+        match part:
+            case ast.Call(ast.Attribute(ast.Name(owner), _)) if owner in ("torch", "F"):
+                pass
+            case ast.Call(ast.Attribute(ast.Name("self" | "cls"), _)):
+                return False
+            case ast.Call(ast.Attribute(_, name)):
+                if name.endswith("_"):
+                    return False
+            case ast.Call(ast.Name(name)):
+                if name not in ("len", "int", "list", "tuple", "range", "sum", "max", "min", "one_hot"):
+                    return False
+            case ast.NamedExpr() | ast.Await() | ast.Yield() | ast.YieldFrom():
+                return False
+    return True
+
+
+class _Dropper(ast.NodeTransformer):
+    def __init__(self, dead: set[int]) -> None:
+        self.dead = dead
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if id(node) in self.dead else node
+
+    def visit_With(self, node: ast.With) -> ast.AST | None:
+        self.generic_visit(node)
+        return node if node.body else None
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        self.generic_visit(node)
+        node.body = node.body or [ast.copy_location(ast.Pass(), node)]
+        return node
 
 
 def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) -> types.FunctionType:
     """Compile the tree as the function it came from: same globals, closure, defaults, file and lines."""
     original = source.function
+    key = (original, ast.dump(tree), tuple(lifted.items()))
+    if key in _COMPILED:
+        return _COMPILED[key]
     cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
     cells |= {name: types.CellType(value) for name, value in {GROUPED: grouped, **lifted}.items()}
     tree.decorator_list, tree.returns = [], None
     for arg in ast.walk(tree.args):
         if isinstance(arg, ast.arg):
             arg.annotation = None
-    class_name = original.__qualname__.rpartition(".")[0].rpartition(".")[2]
-    _Mangler(class_name.lstrip("_")).visit(tree)
+    _Mangler(original).visit(tree)
     # Names of the closure are parameters of a function around it, so that the compiler sees them as free variables.
     outer = ast.FunctionDef(
         name="outer",
@@ -565,22 +723,33 @@ def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) 
     closure = tuple(cells[name] for name in inner.co_freevars)
     function = types.FunctionType(inner, original.__globals__, original.__name__, original.__defaults__, closure)
     function.__kwdefaults__ = original.__kwdefaults__
+    setattr(function, _MARK, True)
     function.__qualname__, function.__module__ = original.__qualname__, original.__module__
+    _COMPILED[key] = function
     return function
+
+
+#: Layers of a model share one function, as they shared one method.
+_COMPILED: dict[object, types.FunctionType] = {}
 
 
 def _code_named(code: types.CodeType, name: str) -> types.CodeType:
     return next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
 
 
-class _Mangler(ast.NodeTransformer):
-    """`self.__x` means `self._Class__x` inside a class, and the function is compiled outside of it."""
+def _mangled(name: str, function: types.FunctionType) -> str:
+    """`self.__x` means `self._Class__x` inside a class."""
+    class_name = function.__qualname__.rpartition(".")[0].rpartition(".")[2].lstrip("_")
+    return f"_{class_name}{name}" if name.startswith("__") and not name.endswith("__") and class_name else name
 
-    def __init__(self, class_name: str) -> None:
-        self.class_name = class_name
+
+class _Mangler(ast.NodeTransformer):
+    """Spells private names out, because the function is compiled outside of its class."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.function = function
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
-        if node.attr.startswith("__") and not node.attr.endswith("__"):
-            node.attr = f"_{self.class_name}{node.attr}"
+        node.attr = _mangled(node.attr, self.function)
         return node
