@@ -79,7 +79,9 @@ def load(spec: str | Path) -> Spec:
                 "E0603",
                 f"no spec is called `{name}`",
                 None,
-                help=did_you_mean(name, shipped()) or "write a path that ends in .fp8",
+                help=f"did you mean the file `{name}.fp8`?"
+                if Path(f"{name}.fp8").is_file()
+                else did_you_mean(name, shipped()) or "write a path that ends in .fp8",
             )
         return _Loader(STD).load(_std_source(name))
     path = Path(spec)
