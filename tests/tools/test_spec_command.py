@@ -15,7 +15,7 @@ from fp8c.roles import OPERANDS
 from fp8c.specs.load import load, loads
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))
-import role_records  # type: ignore[import-not-found,unused-ignore]
+import role_records
 
 from fp8c.tools.spec_command import Difference, check_on_uses, diff_plans, diff_text
 
