@@ -23,7 +23,8 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference
 
     if device == "cuda":
-        import fp8c.backends.aten  # noqa: F401  (attention by PyTorch's fused kernels; the portable form of the rest)
+        import fp8c.backends.aten  # (attention by PyTorch's fused kernels; the portable form of the rest)
+        import fp8c.backends.cuda  # noqa: F401  (GEMMs on Hopper; what they can't take goes to the portable form)
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, *, is_inference: bool = False) -> Lowered:
