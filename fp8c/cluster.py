@@ -33,7 +33,7 @@ from fp8c.pipeline_schedule import Action, Pair, Pipeline, Step, actions_of, inp
 from fp8c.routing import Array, balanced_traffic, check_routing, sample_traffic
 from fp8c.schedule import COMM, COMPUTE, Schedule, Task, make_problem
 from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
-from fp8c.workload import combine_bytes, dispatch_bytes, head_work, parameter_counts, routing_of, saved_bytes
+from fp8c.workload import activation_bytes, combine_bytes, dispatch_bytes, head_work, parameter_counts, routing_of
 
 
 @dataclass(frozen=True)
@@ -540,10 +540,7 @@ def _spans(starts: Array, ends: Array, mask: Array, column: int) -> list[tuple[f
 def _peak_activations(table: DurationTable, stages: Sequence[tuple[str, ...]], steps: Sequence[Step]) -> int:
     """Most bytes of activations a rank holds: a forward leaves its stage's, the weight part (or a whole backward)
     gives them back. In a pair the forward's are taken before the backward's are given back."""
-    size = [
-        sum(saved_bytes(table.model, kind, table.measured.tokens) for kind in layers if kind != "head")
-        for layers in stages
-    ]
+    size = [sum(activation_bytes(table, kind) for kind in layers) for layers in stages]
     held = peak = 0
     for step in steps:
         for action in sorted(actions_of(step), key=lambda a: a.kind != "F"):

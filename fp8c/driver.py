@@ -23,6 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
+from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import TargetRecord, load_target
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
 from fp8c.partition import Halves, default_min_cut
@@ -99,6 +100,7 @@ class Session:
             num_fwd_outputs,
             self.resolve,
             target=self.target,
+            machine=load_machine(self.target.name) if self.target.name in machine_names() else None,
             observers=self.observers,
             verify_each=self.verify_each,
         )
@@ -187,12 +189,14 @@ def compile(
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
-    from fp8c.prepare import prepare
+    from fp8c.prepare import needs_comparison, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
     session.remarks += prepare(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
     attach(step, session, fullgraph=fullgraph, dynamic=dynamic)
+    if needs_comparison(model):
+        step._compiled_call_impl = compared_first(model, step, session)
     return step
 
 
@@ -224,6 +228,23 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     step._compiled_call_impl = run
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
+
+
+def compared_first(model: nn.Module, step: nn.Module, session: Session) -> Callable[..., Any]:
+    """Compare rewritten loops over experts with their originals on the first training call, then get out of the way."""
+    from fp8c.prepare import compare_rewrites
+
+    compiled = step._compiled_call_impl
+    assert compiled is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if model.training and torch.is_grad_enabled():
+            compared = compare_rewrites(model, *args, **kwargs)
+            session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
+            step._compiled_call_impl = compiled
+        return compiled(*args, **kwargs)
+
+    return call
 
 
 def guarded(session: Session) -> Callable[..., Any]:

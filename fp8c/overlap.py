@@ -19,7 +19,7 @@ from fp8c.network import simulate_combine, simulate_dispatch
 from fp8c.routing import Traffic, balanced_traffic
 from fp8c.schedule import COMM, COMPUTE, Problem, Schedule, Slot, Task, lower_bound_us, make_problem, program_order
 from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
-from fp8c.workload import combine_bytes, dispatch_bytes, routing_of, saved_bytes
+from fp8c.workload import activation_bytes, combine_bytes, dispatch_bytes, routing_of
 
 FORWARD_PHASES, BACKWARD_PHASES = ("F",), ("B", "W")
 
@@ -39,7 +39,7 @@ def chunk_tasks(
         name = f"{prefix}{number}/"
         layer = layer_tasks(table, kind, name, previous, phases)
         if has_memory and kind in ("moe", "dense"):
-            layer = _with_memory(layer, saved_bytes(table.model, kind, table.measured.tokens), "F" in phases)
+            layer = _with_memory(layer, activation_bytes(table, kind), "F" in phases)
         tasks += layer
         for phase in ("F", "B"):
             if phase in phases:

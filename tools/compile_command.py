@@ -17,10 +17,13 @@ import torch
 
 from fp8c import __version__, driver, partition
 from fp8c import graph as g
+from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import record_json
 from fp8c.build import check_output, graph_file, json_bytes, spec_file, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
+from fp8c.durations import DurationTable
 from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
+from fp8c.graph_durations import step_durations
 from fp8c.models import LoadedModel, Weights, check_step, load_model
 from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
@@ -219,6 +222,14 @@ def saved_of(rewritten: Rewritten, halves: partition.Halves) -> SavedReport:
     return saved_report(halves, vocabulary, lambda n: bool(rewritten.ctx.inputs.get(n.name)))
 
 
+def durations_of(rewritten: Rewritten, session: driver.Session, model: str) -> DurationTable | None:
+    """What `fp8c simulate` reads of a build; None for a target without a cost sheet, or a model without layers."""
+    if session.target.name not in machine_names():
+        return None
+    uses = rewritten.ctx.uses.values()
+    return step_durations(rewritten.halves, uses, load_machine(session.target.name), model)
+
+
 def partial_group_remarks(plan: PrecisionPlan) -> list[Diagnostic]:
     """R0411: widths that are no multiple of their group, whose last group is a shorter one. Never without a word."""
     found = [(use, width) for use in plan.uses.values() if (width := partial_width(use)) is not None]
@@ -269,6 +280,9 @@ def write(
     for name, graph in graphs.items():
         file, content = graph_file(name, g.graph_text(graph, name))
         files[file] = content
+    durations = durations_of(rewritten, session, request.model)
+    if durations is not None:
+        files["durations.json"] = json_bytes(durations.to_json())
     for file, text in session.spec.texts:
         files[spec_file(file)] = text.encode()
     manifest = {

@@ -27,7 +27,7 @@ from fp8c.diagnostics import ExitCode, fail
 from fp8c.durations import Deployment, DurationTable, load_durations
 from fp8c.overlap import PairReport, schedule_pair, with_comm_sms
 from fp8c.pipeline_schedule import Pair
-from fp8c.workload import layer_work, predicted_table
+from fp8c.workload import layer_work, predicted_table, with_transfers
 
 SCHEMA = "fp8c.simulate/1"
 DURATIONS_IN_BUILD = "durations.json"
@@ -378,6 +378,8 @@ def inputs(
         sequences_per_step=sequences,
     )
     machine = load_machine(topology)
+    if build is not None:
+        table = with_transfers(table, machine)
     if predict:
         table = predicted_table(table.model, table.deployment, machine, comm_sms or table.measured.comm_sms)
     run = ClusterRun(
