@@ -175,11 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DiagnosticError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
-    print(f"\n{given.steps} steps, {given.seeds} seed(s), {time.perf_counter() - started:.0f} s; gap of the last fifth:")
+    print(
+        f"\n{given.steps} steps, {given.seeds} seed(s), {time.perf_counter() - started:.0f} s; gap of the last fifth:"
+    )
     for arm, gap in gaps.items():
         print(f"  {arm} against bf16: {gap.text()}")
     if given.json:
-        found = {arm: {"mean": g.mean, "standard_error": g.standard_error, "values": g.values} for arm, g in gaps.items()}
+        found = {
+            arm: {"mean": g.mean, "standard_error": g.standard_error, "values": g.values} for arm, g in gaps.items()
+        }
         with open(given.json, "w", encoding="utf-8") as file:
             json.dump({"schema": "fp8c.train-compare/1", "steps": given.steps, "gaps": found}, file, indent=1)
     return 0
