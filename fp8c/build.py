@@ -59,6 +59,11 @@ class Build:
         return (gzip.decompress(self.read(packed)) if packed in self.manifest["files"] else self.read(file)).decode()
 
 
+def spec_file(name: str) -> str:
+    """Where a build keeps a spec's file: `std:deepseek_v3` in spec/std/deepseek_v3.fp8, the user's under spec/."""
+    return f"spec/std/{name.removeprefix('std:')}.fp8" if name.startswith("std:") else f"spec/{name}"
+
+
 def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 

@@ -91,25 +91,132 @@ def spec() -> None:
     """Work with precision specs (*.fp8)."""
 
 
+model_options = (
+    click.option("--target", "-t", default=None, metavar="NAME", help="Machine; this one's GPU, or cpu, unless given."),
+    click.option(
+        "-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the factory, or configuration field."
+    ),
+    click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch."),
+    click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence."),
+    click.option("--weights", type=click.Choice(["auto", "random", "meta"]), default="auto", show_default=True),
+)
+
+
+spec_option = click.option(
+    "--spec", "-s", default="deepseek_v3", show_default=True, metavar="NAME|FILE.fp8", help="Precision spec."
+)
+
+
+def with_model_options(command: Any) -> Any:
+    for option in reversed(model_options):
+        command = option(command)
+    return command
+
+
 @spec.command("check")
 @click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@click.option(
+    "--model", metavar="MODEL", help="Check on the training step of this model as well: what each rule matches."
+)
+@with_model_options
 @as_json_option
-def spec_check(specs: tuple[str, ...], as_json: bool) -> int:
-    """Check specs without a model: syntax, names, conflicts between sections.
+def spec_check(
+    specs: tuple[str, ...],
+    model: str | None,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    as_json: bool,
+) -> int:
+    """Check specs: syntax, names, conflicts between sections; with --model, everything.
 
-    A SPEC is the name of a shipped spec or a .fp8 file.
+    A SPEC is the name of a shipped spec or a .fp8 file; `fp8c compile --help` says what a MODEL is.
     """
     from fp8c.specs.summary import summarize
 
     results = [summarize(name) for name in specs]
-    if as_json:
-        print_json("fp8c.spec-check/1", specs=[r.to_json() for r in results])
-    else:
-        for result in results:
+    documents = [r.to_json() for r in results]
+    code = ExitCode.OK if all(r.is_ok for r in results) else ExitCode.SPEC
+    for result, document in zip(results, documents):
+        if not as_json:
             print_diagnostics(result.diagnostics)
             if result.is_ok:
                 print(result.text)
-    return int(ExitCode.OK if all(r.is_ok for r in results) else ExitCode.SPEC)
+        if model is None or not result.is_ok:
+            continue
+        request = model_request(model, result.name, target, overrides, batch, seq, weights)
+        from fp8c.tools.spec_command import check_on_model
+
+        on_model = check_on_model(request)
+        code = max(code, on_model.exit_code)
+        document["on_model"] = on_model.to_json()
+        if not as_json:
+            print_diagnostics(on_model.diagnostics)
+            print(on_model.text())
+    if as_json:
+        print_json("fp8c.spec-check/1", specs=documents)
+    return int(code)
+
+
+def model_request(
+    model: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+) -> Any:
+    """What a verb is asked to do with a model; a wrong spec or target is reported before torch is imported."""
+    check_inputs_exist(spec, target)
+    from fp8c.models import parse_overrides
+    from fp8c.tools.compile_command import Request
+
+    return Request(
+        model=model,
+        spec=spec,
+        target=target,
+        out=None,
+        overrides=parse_overrides(overrides),
+        batch=batch,
+        seq=seq,
+        weights=weights,
+        argv=("fp8c", *_arguments),
+    )
+
+
+@spec.command("lock")
+@click.argument("spec_name", metavar="SPEC")
+@click.option("--model", required=True, metavar="MODEL", help="The model to resolve the spec on.")
+@click.option("--out", "-o", metavar="FILE", help="Write the lock here instead of stdout.")
+@with_model_options
+def spec_lock(
+    spec_name: str,
+    model: str,
+    out: str | None,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+) -> int:
+    """Print every decision of SPEC on a model with its reason, as `plan.lock.json` of a build holds it."""
+    request = model_request(model, spec_name, target, overrides, batch, seq, weights)
+    from fp8c.tools.spec_command import check_on_model
+
+    result = check_on_model(request)
+    print_diagnostics(result.diagnostics)
+    if result.plan is None:
+        return int(result.exit_code)
+    text = json.dumps(result.plan.to_json(), indent=2, ensure_ascii=False) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        _replace_file(Path(out), text)
+        print(f"{out}: {result.uses} uses, {result.plan.digest()[:16]}")
+    return int(ExitCode.OK)
 
 
 @spec.command("fmt")
@@ -146,12 +253,13 @@ def spec_fmt(files: tuple[str, ...], check: bool, diff: bool) -> int:
 
 
 def _replace_file(path: Path, text: str) -> None:
-    """Write beside the file and swap in whole, so that a crash never leaves half a spec."""
+    """Write beside the file and swap in whole, so that a crash never leaves half a file."""
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.chmod(path.stat().st_mode & 0o777)
+        if path.exists():
+            temporary.chmod(path.stat().st_mode & 0o777)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -174,6 +282,32 @@ def spec_new(name: str, extends: str) -> None:
     except OSError as e:
         raise click.UsageError(f"cannot write {path}: {(e.strerror or str(e)).lower()}") from None
     print(f"{path}: extends {extends}; next: fp8c spec check {path}")
+
+
+@spec.command("import")
+@click.argument("source")
+@click.option("--name", default="imported", show_default=True, help="The new spec's name.")
+@click.option("--out", "-o", metavar="FILE", help="Write the spec here instead of stdout.")
+@click.option(
+    "--skip", multiple=True, metavar="TEXT", help="Keep modules whose path contains TEXT in BF16 (filter_fqns)."
+)
+@click.option(
+    "--default", default="bf16", show_default=True, metavar="RECIPE", help="Megatron: modules that no matcher names."
+)
+def spec_import(source: str, name: str, out: str | None, skip: tuple[str, ...], default: str) -> None:
+    """Write what another tool uses as a spec.
+
+    SOURCE is te:RECIPE (Transformer Engine), torchao:RECIPE, a Hugging Face config.json with a quantization_config, or
+    a YAML file for Megatron's --te-precision-config-file.
+    """
+    from fp8c.specs.importers import import_spec
+
+    text = import_spec(source, name, default, skip)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    _replace_file(Path(out), text)
+    print(f"{out}: next: fp8c spec check {out}")
 
 
 @spec.command("list")
@@ -200,28 +334,9 @@ def spec_show(name: str) -> None:
     sys.stdout.write(shipped_text(name))
 
 
-model_options = (
-    click.option(
-        "--spec", "-s", default="deepseek_v3", show_default=True, metavar="NAME|FILE.fp8", help="Precision spec."
-    ),
-    click.option("--target", "-t", default=None, metavar="NAME", help="Machine; this one's GPU, or cpu, unless given."),
-    click.option(
-        "-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the factory, or configuration field."
-    ),
-    click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch."),
-    click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence."),
-    click.option("--weights", type=click.Choice(["auto", "random", "meta"]), default="auto", show_default=True),
-)
-
-
-def with_model_options(command: Any) -> Any:
-    for option in reversed(model_options):
-        command = option(command)
-    return command
-
-
 @app.command("compile")
 @click.argument("model")
+@spec_option
 @with_model_options
 @click.option("--out", "-o", default="build", show_default=True, metavar="DIR", help="Folder of the build.")
 @click.option("--verify", is_flag=True, help="Run the step and check it against BF16, the plan and FP64.")
@@ -312,6 +427,7 @@ def check_inputs_exist(spec: str, target: str | None) -> None:
 @app.command()
 @click.argument("model")
 @click.option("--passes", required=True, metavar="A,B", help="Passes to run, in this order; `fp8c passes` lists them.")
+@spec_option
 @with_model_options
 @click.option("--debug", is_flag=True, help="Show a traceback with every error.")
 def opt(
@@ -343,7 +459,7 @@ def opt(
         argv=("fp8c", *_arguments),
     )
     names = tuple(name.strip() for name in passes.split(",") if name.strip())
-    sys.stdout.write(opt_command.run_passes(request, names))
+    sys.stdout.write(opt_command.rewritten_text(request, names))
 
 
 def set_debugging(debug: bool) -> None:
@@ -414,6 +530,71 @@ def targets(name: str | None, as_json: bool) -> None:
         for r in records:
             rates = f"{r.fp8_tflops:g} TFLOPS FP8" if r.fp8_tflops else ""
             print(f"{r.name:8} {r.architecture:6} {rates:17} {r.description}")
+
+
+@app.command()
+@click.argument("build", required=False, type=click.Path(path_type=Path))
+@click.option("--durations", type=click.Path(path_type=Path), help="Table of durations instead of a build.")
+@click.option("--gpus", type=int, default=2048, show_default=True)
+@click.option("--topology", default="h800", show_default=True, help="Machine: a name, or a cost sheet of your own.")
+@click.option("--pp", type=int, help="Pipeline ranks.")
+@click.option("--ep", type=int, help="GPUs that share the experts.")
+@click.option("--schedule", help="1f1b, interleaved, zb, zbv, dualpipe or dualpipev.")
+@click.option("--sequences", type=int, help="Sequences of one optimizer step.")
+@click.option("--comm-sms", type=int, help="SMs that communication gets.")
+@click.option("--zipf", type=float, default=0.0, show_default=True, help="Exponent of expert popularity.")
+@click.option("--even", is_flag=True, help="Exactly even routing, without sampling noise.")
+@click.option("--overlap/--no-overlap", default=True, help="Let transfers run beside compute.")
+@click.option("--released", is_flag=True, help="Chunks without a partner run as fast as alone.")
+@click.option("--predict", is_flag=True, help="Take durations from the cost model, not from the table.")
+@click.option("--memory-gib", type=float, help="Budget for activations on one GPU.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--what-if", is_flag=True, help="Say what each of the hardware wishes would save.")
+@click.option("--figures", type=click.Path(path_type=Path), help="Draw the pictures of docs/overlap.md into a folder.")
+@click.option("--trace", type=click.Path(path_type=Path), default=Path("simulate.trace.json"), show_default=True)
+@as_json_option
+def simulate(
+    build: Path | None, durations: Path | None, gpus: int, topology: str, as_json: bool, **options: Any
+) -> None:
+    """Simulate a training step on a cluster, from a BUILD or a table of durations.
+
+    Prints the step's time, what communication stays exposed and the cost of a trillion tokens, and writes a trace that
+    Perfetto opens.
+    """
+    from fp8c.tools import simulate as tool
+
+    table, run = tool.inputs(build, durations, gpus, topology, **options)
+    if options["figures"]:
+        from fp8c.tools.overlap_figures import write_figures
+
+        print_json("fp8c.overlap-figures/1", **write_figures(table, run.machine, options["figures"]))
+        return
+    if options["what_if"]:
+        answers = tool.what_if(table, run)
+        if as_json:
+            print_json("fp8c.what-if/1", answers=[a.to_json() for a in answers])
+        else:
+            print(tool.what_if_text(answers))
+        return
+    report = tool.simulate(table, run, trace=options["trace"])
+    if as_json:
+        print_json(tool.SCHEMA, **report.to_json())
+    else:
+        print(tool.table_text(report))
+
+
+@app.command()
+@click.argument("trace", type=click.Path(path_type=Path))
+@as_json_option
+def profile(trace: Path, as_json: bool) -> None:
+    """Read a Chrome TRACE of GPU kernels: cost by annotation, and how much communication is exposed."""
+    from fp8c.tools import profile as tool
+
+    report = tool.profile(trace)
+    if as_json:
+        print_json("fp8c.profile/1", **report.to_json())
+    else:
+        print(tool.profile_text(report))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def _unpack_e5m6(packed: Tensor, cols: Size) -> Tensor:
 
 def _scale_of(amax: Tensor, fmt: Format) -> Tensor:
     """The FP32 scale of groups with this largest magnitude: 1 for zero, NaN for an infinity or NaN."""
-    scale = (amax / MAX[fmt.element]).clamp_min(SMALLEST_SCALE)
+    # Divide by a tensor: CUDA multiplies by the reciprocal of a Python number, which rounds twice.
+    scale = (amax / amax.new_full((), MAX[fmt.element])).clamp_min(SMALLEST_SCALE)
     if fmt.scale is not ScaleKind.FP32:
         # Up to the next power of two: carry the mantissa into the exponent.
         scale = ((scale.view(torch.int32) + 0x007F_FFFF) & 0x7F80_0000).view(torch.float32)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
 from fp8c.backends.target import TargetRecord, load_target
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
 from fp8c.partition import Halves, default_min_cut
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
@@ -57,6 +58,10 @@ class Session:
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
     baseline: Halves | None = None
+
+    def fresh(self) -> Session:
+        """The same settings for another model: nothing captured yet."""
+        return replace(self, remarks=[], steps=[])
 
     def resolve(self, uses: Sequence[Any]) -> PrecisionPlan:
         plan = resolve(self.spec, uses, self.target, partial=self.partial)
@@ -182,34 +187,54 @@ def compile(
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
-    from fp8c.prepare import needs_comparison, prepare
+    from fp8c.prepare import prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
     session.remarks += prepare(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
-    call = step._call_impl
-    if torch._dynamo.trace_rules.check(type(step).forward):
-        call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
-    compiled = torch.compile(call, backend=guarded(session), fullgraph=fullgraph, dynamic=dynamic)
-    step._compiled_call_impl = compared_first(model, step, compiled, session) if needs_comparison(model) else compiled
-    step.__dict__["fp8c_session"] = session
+    attach(step, session, fullgraph=fullgraph, dynamic=dynamic)
     return step
 
 
-def compared_first(
-    model: nn.Module, step: nn.Module, compiled: Callable[..., Any], session: Session
-) -> Callable[..., Any]:
-    """Compare rewritten loops over experts with their originals on the first training call, then get out of the way."""
-    from fp8c.prepare import compare_rewrites
+def attach(step: nn.Module, session: Session, **options: Any) -> None:
+    """Give a module its compiled call. A deep copy of it is compiled as well, never a BF16 model in disguise.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if model.training and torch.is_grad_enabled():
-            compared = compare_rewrites(model, *args, **kwargs)
+    Loops over experts that were rewritten without a batch are compared with their originals on the first training call.
+    """
+    from fp8c.prepare import compare_rewrites, needs_comparison
+
+    call = step._call_impl
+    if torch._dynamo.trace_rules.check(type(step).forward):
+        call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
+    compiled = torch.compile(call, backend=guarded(session), **options)
+    to_compare = needs_comparison(step)
+
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal to_compare
+        if to_compare and step.training and torch.is_grad_enabled():
+            to_compare = False
+            compared = compare_rewrites(step, *args, **kwargs)
             session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
-            step._compiled_call_impl = compiled
-        return compiled(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except Exception as error:  # Dynamo wraps whatever a backend raises
+            explained = explain_failure(error)
+            if explained is error:
+                raise
+            raise explained from error
 
-    return call
+    def deepcopy(memo: dict[int, Any]) -> nn.Module:
+        plain = copy.copy(step)
+        for key in ("fp8c_session", "__deepcopy__"):
+            del plain.__dict__[key]
+        other = copy.deepcopy(plain, memo)
+        attach(other, session.fresh(), **options)
+        return other
+
+    step._compiled_call_impl = run
+    step.__dict__["fp8c_session"] = session
+    step.__dict__["__deepcopy__"] = deepcopy
 
 
 def guarded(session: Session) -> Callable[..., Any]:
@@ -292,7 +317,7 @@ def explain_failure(error: Exception) -> Exception:
 
 
 def graph_break(error: Exception) -> Diagnostic:
-    """E0833: what Dynamo could not capture, at the model's line, with the usual fix."""
+    """E0833: what Dynamo could not capture, at the model's line, with the usual fix; E0803: the model raised."""
     text = str(error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     stack = getattr(error, "real_stack", None) or []
@@ -301,11 +326,13 @@ def graph_break(error: Exception) -> Diagnostic:
         if is_model_file(frame.filename):
             span = Span(short_path(frame.filename), frame.lineno or 0, text=(frame.line or "").strip())
             break
+    raised = re.search(r"raised exception (.+)", text)
+    if raised:
+        return Diagnostic("E0803", f"the model raised {raised[1].strip()}", span)
     hint = next((line.split("Hint:", 1)[1].strip() for line in text.splitlines() if "Hint:" in line), "")
     return Diagnostic(
         "E0833",
         f"graph break: {first}",
         span,
-        Severity.ERROR,
         help=hint or "keep data-dependent Python control flow out of the step, or pass fullgraph=False",
     )

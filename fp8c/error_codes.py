@@ -1,7 +1,7 @@
 """Every diagnostic code with its explanation; `fp8c explain CODE` prints it. Codes are permanent: never reuse one.
 
 E01xx syntax · E02xx conflicts · E03xx matching · E04xx hardware · E05xx data flow · E06xx files and versions ·
-E07xx broken invariants · E08xx models · W.... warnings and R.... remarks use the same hundreds.
+E07xx broken invariants · E08xx models · E09xx schedules and clusters · W.... warnings and R.... remarks use the same hundreds.
 """
 
 from __future__ import annotations
@@ -74,12 +74,26 @@ EXPLANATIONS: dict[str, str] = {
     "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
     "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
     "E0522": "fp8c::attention computes no gradient for an additive mask, and the model asks for one (a learned bias).",
+    "E0750": "A schedule does not hold every task of its problem exactly once.",
+    "E0751": "A schedule starts a task before one of its inputs has ended.",
+    "E0752": "A schedule runs two tasks on one stream at the same time.",
+    "E0753": "A schedule holds more memory at some time than its budget allows.",
+    "E0754": "A schedule is shorter than the lower bound it claims; either the bound or the times are wrong.",
+    "E0755": "Ranks would wait for each other for ever: a collective, or a pipeline action, is next on one rank's "
+    "stream while a member of its group waits in another one first.",
+    "E0756": "schedule-overlap may only reorder nodes, and each node must stay behind everything it reads "
+    "(invariant order-only).",
+    "E0757": "Ranks found different orders for their collectives, so they would exchange the wrong data or wait "
+    "for ever. Their graphs or their durations differ; durations that were measured must be shared before "
+    "scheduling.",
     "E0601": "`use` reads files below the folder of the spec that was asked for, and `std:` ones. Links that lead outside "
     "do not count as inside.",
     "E0602": "A spec begins with `version 1;`, the version of the language it is written in.",
     "E0603": "A spec file cannot be read, or no shipped spec has the name. `fp8c spec list` names those that come with "
     "fp8c.",
     "E0604": "Files use each other more than 16 deep.",
+    "E0605": "`fp8c spec import` cannot write this as a spec: the source is unknown, or asks for what no spec can say, such as "
+    "FP4 or scales fixed ahead of time. Nothing is left out silently.",
     "E0610": "The build, or a file asked for, cannot be written there: no permission, no space, or a file stands where a "
     "folder is needed. Nothing half-written is left, and a build that was there is still there.",
     "E0611": "The output folder holds files that fp8c did not write, and a build replaces its folder whole. Choose another "
@@ -89,7 +103,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0613": "The model is not the one the build was made from: parameters, the captured graph or the rewritten graphs "
     "differ. A build runs only what it describes.",
     "E0614": "The spec is not the one the build was made from, or it now decides something else.",
-    "E0720": "No pass has this name. `fp8c passes` lists them in the order they run.",
+    "E0701": "No pass has this name. `fp8c passes` lists them in the order they run.",
     "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
     "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
     "model type.",
@@ -117,6 +131,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
+    "R0411": "A size is no multiple of its group, and the spec pads: the last group is shorter and has a scale of its own. "
+    "MLA's 576-wide projection is such a case.",
     "W0301": "As E0301, in a spec that says `defaults { unmatched_rule = warn; }`.",
     "W0302": "As E0302, in a spec that says `defaults { unmatched_rule = warn; }`.",
     "W0303": "As E0303, in a spec that says `defaults { undecided_gemm = warn; }`: these GEMMs stay BF16.",
@@ -124,6 +140,44 @@ EXPLANATIONS: dict[str, str] = {
     "kept: at K = 4096 the largest relative error is nearly 2 % (DeepSeek-V3, arXiv:2412.19437, 3.3.2).",
     "W0422": "No C compiler worked, so the exact model of the tensor core's accumulator runs in PyTorch: the same bits, several "
     "times slower. Install a C compiler or name one in the environment variable CC.",
+    "E0901": "A task, or an operator of a table of durations, waits for one that the table does not have: an "
+    "operator is missing, or `after` is misspelt.",
+    "E0902": "Tasks wait for each other in a circle, so none of them can ever start. The message gives the circle "
+    "in the order work would have to flow.",
+    "E0903": "Two tasks have the same name; names are how tasks refer to each other.",
+    "E0904": "A duration is negative, infinite or no number.",
+    "E0905": "No schedule keeps the memory of the graph or of the two chunks within the budget. For small problems "
+    "this is proven; for large ones no search found one. The message gives the least a schedule was found "
+    "to need.",
+    "E0910": "The file is no table of durations: it cannot be read, is no TOML or JSON, or its schema is not "
+    "`fp8c.durations/1`.",
+    "E0911": "A table of durations has a field that is missing, unknown, or of the wrong type.",
+    "E0912": "A table of durations misses operators: a kind of layer that the model has, one of its phases F, B "
+    "and W, the operator marked `output`, or dispatch and combine of layers whose experts are spread over "
+    "GPUs.",
+    "E0920": "The model has fewer layers than the pipeline has stages. Schedules with two stages per rank need "
+    "twice as many.",
+    "E0921": "The mesh does not divide the experts: every GPU of an expert-parallel group holds the same number.",
+    "E0922": "A token cannot be sent to as many experts as top-k asks for on as many nodes as it may reach.",
+    "E0923": "A communication channel needs at least one warp for each of its roles (send, forward, receive).",
+    "E0930": "There is no cost sheet of this name. Cost sheets say how fast kernels get on a machine; a path to a "
+    "`.toml` file works too.",
+    "E0931": "The file is no cost sheet: it cannot be read, has another schema, is based on itself, or is a what- "
+    "if without `base` and `wish`.",
+    "E0932": "A cost sheet has a field that is unknown, missing, negative or of the wrong type.",
+    "E0940": "There is no pipeline schedule of this name.",
+    "E0941": "An interleaved pipeline takes micro-batches in equal rounds.",
+    "E0942": "DualPipe and DualPipeV need at least two micro-batches per stage in flight, and DualPipe an even "
+    "number of both ranks and micro-batches.",
+    "E0943": "The GPUs cannot be divided into pipeline ranks of whole expert-parallel groups.",
+    "E0944": "The sequences of a step cannot be dealt evenly to the data-parallel ranks and micro-batches.",
+    "E0945": "Activations of the micro-batches in flight exceed the memory budget on some rank, whatever the order "
+    "inside a chunk.",
+    "E0950": "A choice among settings was asked for without any setting.",
+    "E0951": "Communication needs at least one SM, and so does compute.",
+    "E0960": "`simulate` needs exactly one source of durations: a build that holds `durations.json`, or "
+    "`--durations FILE`.",
+    "E0961": "The file is no Chrome trace of GPU kernels, or the trace has no kernel that could be read.",
     "W0507": "A GEMM in BF16 reads a payload that was dispatched in FP8, so it sees a rounded copy.",
     "W0509": "wgrad is asked to read BF16, but what backward keeps of its input is FP8, by another rule. Write `cache x "
     "off;` beside it.",

@@ -202,6 +202,14 @@ def transpose_last_two(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node
     return emit(graph, aten.permute.default, node, dims, like=like)
 
 
+def after(node: fx.Node) -> fx.Node:
+    """Where to insert what reads `node`: in front of its successor, and behind all inputs, which stay together."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+
+
 def gradients(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on a tangent: what backward alone can compute."""
     found: set[fx.Node] = set()

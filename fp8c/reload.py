@@ -118,11 +118,7 @@ def spec_changes(build: Build, spec: Spec) -> list[Diagnostic]:
     """E0614 for each file that differs from the build's copy: the first line that does, and the rule it is in."""
     found = []
     now = dict(spec.texts)
-    before = {
-        name.removeprefix("spec/").replace("std/", "std:"): build.read(name).decode()
-        for name in build.manifest["files"]
-        if name.startswith("spec/")
-    }
+    before = {name: build.read(file).decode() for name, file in build.manifest["spec"]["files"].items()}
     for file in sorted({*now, *before}):
         if file not in now or file not in before:
             found.append(_changed_spec(f"the spec {'no longer' if file in before else 'now'} uses {file}"))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fp8c import graph as g
 from fp8c.diagnostics import DiagnosticError, fail
-from fp8c.formats import Element
+from fp8c.formats import Element, Format
 from fp8c.graph import aten
 from fp8c.pass_manager import PassContext, PassResult, SavedValue
 from fp8c.passes.assign_roles import GemmRole
@@ -91,10 +90,13 @@ def read_policy(graph: fx.Graph, ctx: PassContext) -> Policy:
     assert ctx.plan is not None
     policy = Policy()
     by_use: dict[str, list[fx.Node]] = defaultdict(list)
+    wgrads: dict[str, fx.Node] = {}
     for node in graph.nodes:
         role = node.meta.get(g.ROLE)
         if isinstance(role, GemmRole) and not g.is_backward(node):
             by_use[role.use].append(node)
+        if isinstance(role, GemmRole) and role.gemm == "wgrad" and node.target in SCALED_GEMMS:
+            wgrads[role.use] = node
         if checkpointed(node):
             policy.compute_again.add(node)
             policy.region_outputs |= {storage_root(node)} if leaves_region(node) else set()
@@ -106,8 +108,8 @@ def read_policy(graph: fx.Graph, ctx: PassContext) -> Policy:
             _recompute_output(anchor, use, policy)
         if use.use.op is Op.SWIGLU:
             _cache_gate_inputs(anchor, use, policy)
-        if use.cache("x") is not None:
-            _cache_input(graph, anchor, use, policy)
+        if use.cache("x") is not None and key in wgrads:
+            _cache_input(wgrads[key], use, policy)
     return policy
 
 
@@ -182,41 +184,46 @@ def feeding_gemms(anchor: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
-def _cache_input(graph: fx.Graph, anchor: fx.Node, use: UsePlan, policy: Policy) -> None:
+def _cache_input(wgrad: fx.Node, use: UsePlan, policy: Policy) -> None:
     """`cache x as F`: the quantized pair wgrad reads; after attention the attention's own backward reads it as well."""
     fmt = use.cache("x")
     assert fmt is not None
-    for pair in pairs_read_by_wgrad(graph, use.use.key):
-        for part in pair:
-            source = behind_row_gathers(part)
-            policy.must_save[source] = SavedValue(source.name, None, f"cache x of {use.use.key}", use.reason("cache.x"))
-        if fmt.element is Element.E5M6:
-            out = attention_output(pair[0])
-            if out is not None:
-                policy.must_save[out] = SavedValue(out.name, fmt, f"cache x of {use.use.key}", use.reason("cache.x"))
+    pair = pair_read_by_wgrad(wgrad, fmt)
+    if pair is None:
+        return
+    why = f"cache x of {use.use.key}"
+    for part in pair:
+        source = behind_row_gathers(part)
+        policy.must_save[source] = SavedValue(source.name, None, why, use.reason("cache.x"))
+    if fmt.element is Element.E5M6:
+        out = attention_output(pair[0])
+        if out is not None:
+            policy.must_save[out] = SavedValue(out.name, fmt, why, use.reason("cache.x"))
 
 
-def pairs_read_by_wgrad(graph: fx.Graph, key: str) -> list[tuple[fx.Node, fx.Node]]:
-    found = []
-    for node in g.calls(graph, {ops.requantize.default}):
-        if any(_belongs(user, key) for result in node.users for user in _through_permutes(result)):
-            data, scale = node.args[0], node.args[1]
+def pair_read_by_wgrad(wgrad: fx.Node, fmt: Format) -> tuple[fx.Node, fx.Node] | None:
+    """What a wgrad keeps of x: the pair that is quantized again for it, or the one it reads as it is."""
+    for operand in (wgrad.args[2], wgrad.args[0]):
+        assert isinstance(operand, fx.Node)
+        source = g.strip(operand, g.TRANSPOSES).args[0]
+        if not isinstance(source, fx.Node):
+            continue
+        if g.is_call(source, {ops.requantize.default}):
+            data, scale = source.args[:2]
             assert isinstance(data, fx.Node) and isinstance(scale, fx.Node)
-            found.append((data, scale))
-    return found
+            return data, scale
+        if (
+            g.is_call(source, {ops.quantize.default})
+            and source.args[1] == fmt.text
+            and _is_forward_value(source.args[0])
+        ):
+            data, scale = sorted(source.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
+            return data, scale
+    return None
 
 
-def _through_permutes(node: fx.Node) -> Iterable[fx.Node]:
-    for user in node.users:
-        if user.target in g.TRANSPOSES:
-            yield from _through_permutes(user)
-        else:
-            yield user
-
-
-def _belongs(node: fx.Node, key: str) -> bool:
-    role = node.meta.get(g.ROLE)
-    return isinstance(role, GemmRole) and role.use == key and role.gemm == "wgrad"
+def _is_forward_value(node: object) -> bool:
+    return isinstance(node, fx.Node) and not g.is_backward(g.strip(node, g.VIEWS))
 
 
 def behind_row_gathers(node: fx.Node) -> fx.Node:

@@ -5,17 +5,19 @@ Before:  %xg = aten.index(%x, [%rows])                             bf16[T, K] ->
 After:   %q0, %s0 = fp8c.quantize(%x, 'e4m3[1x128] pow2')          once per token
          %q, %s = aten.index(%q0, [%rows]), aten.index(%s0, [%rows])
 
-The same holds for `all_to_all_single`: payload (as bytes, which every transport takes) and scales are sent, the wire
-carries half of BF16. Combine stays BF16: nothing is quantized behind it.
+The same holds for `all_to_all_single` where the plan's `dispatch` (forward) or `combine_grad` (backward) payload is that
+format: data (as bytes, which every transport takes) and scales are sent, and the BF16 collective is gone. Whatever else
+reads the received value reads the payload: a 128x1 quantize becomes a requantize, anything else a dequantize.
 
-Contract: exact. Rows are moved whole and groups lie within a row, so quantizing commutes with moving rows. The experts'
-weight gradient then needs the token, not its top-k copies.
+Contract: exact in front of the payload's own readers. Rows are moved whole and groups lie within a row, so quantizing
+commutes with moving rows. The experts' weight gradient then needs the token, not its top-k copies. Combine stays BF16:
+nothing is quantized behind it.
 Source:   DeepSeek-V3 (arXiv:2412.19437), section 3.3.3, low-precision communication.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -25,6 +27,7 @@ from fp8c import graph as g
 from fp8c.formats import Format
 from fp8c.graph import aten
 from fp8c.pass_manager import PassContext, PassResult
+from fp8c.specs.plan import Value
 
 ops = torch.ops.fp8c
 c10d = torch.ops._c10d_functional
@@ -38,15 +41,16 @@ class Fp8Dispatch:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> PassResult:
+        assert ctx.plan is not None
+        mover = Mover(graph, {which: ctx.plan.section(which, "payload") for which in ("dispatch", "combine_grad")})
         changed = 0
-        pairs: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]] = {}
         work = list(g.calls(graph, {ops.quantize.default}))
         while work:
-            quantize = work.pop(0)
-            moved = move_before(graph, quantize, pairs)
+            moved = mover.move_before(work.pop(0))
             if moved is not None:
                 changed += 1
                 work.append(moved)
+        changed += mover.read_payloads()
         changed += merge_equal_quantizes(graph) if changed else 0
         if changed:
             graph.eliminate_dead_code()
@@ -73,32 +77,94 @@ def merge_equal_quantizes(graph: fx.Graph) -> int:
     return merged
 
 
-def move_before(
-    graph: fx.Graph, quantize: fx.Node, pairs: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]]
-) -> fx.Node | None:
-    """Move one quantize in front of the operator that moves its rows; None when there is none to pass."""
-    moved, text = quantize.args[0], quantize.args[1]
-    assert isinstance(moved, fx.Node) and isinstance(text, str)
-    fmt = Format.parse(text)
-    assert fmt.group is not None
-    if fmt.group[0] != 1 or len(quantize.args) > 2 or not quantize.users:
-        return None
-    mover = behind_same_shape(moved)
-    if not (is_row_gather(mover) or is_all_to_all(mover)):
-        return None
-    source = tokens_of(mover)
-    key = (source, text)
-    if key not in pairs:
-        with graph.inserting_before(source.next):
-            pairs[key] = g.emit_pair(graph, ops.quantize.default, source, text, like=quantize)
-    data, scale = pairs[key]
-    with graph.inserting_before(quantize):
-        results = [_move_again(graph, mover, part, quantize) for part in (data, scale)]
-    for user in list(quantize.users):
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-    first = data.args[0]
-    assert isinstance(first, fx.Node)
-    return first
+@dataclass
+class Mover:
+    """Moves quantizes in front of what moves their rows.
+
+    payloads: the plan's payload formats by section
+    pairs:    the quantized tokens, by token and format
+    arrived:  for each mover passed, its rows as (data, scale, format)
+    wires:    the collectives among them
+    """
+
+    graph: fx.Graph
+    payloads: dict[str, Value | None]
+    pairs: dict[tuple[fx.Node, str], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    arrived: dict[fx.Node, tuple[fx.Node, fx.Node, str]] = field(default_factory=dict)
+    wires: list[fx.Node] = field(default_factory=list)
+
+    def move_before(self, quantize: fx.Node) -> fx.Node | None:
+        """Move one quantize in front of the operator that moves its rows; None when there is none to pass."""
+        moved, text = quantize.args[0], quantize.args[1]
+        assert isinstance(moved, fx.Node) and isinstance(text, str)
+        fmt = Format.parse(text)
+        assert fmt.group is not None
+        if fmt.group[0] != 1 or len(quantize.args) > 2 or not quantize.users:
+            return None
+        mover = behind_same_shape(moved)
+        if not (is_row_gather(mover) or self.is_payload(mover, fmt)):
+            return None
+        source = tokens_of(mover)
+        key = (source, text)
+        if key not in self.pairs:
+            with self.graph.inserting_before(g.after(source)):
+                self.pairs[key] = g.emit_pair(self.graph, ops.quantize.default, source, text, like=quantize)
+        data, scale = self.pairs[key]
+        with self.graph.inserting_before(g.after(mover)):
+            first, second = (_move_again(self.graph, mover, part, quantize) for part in (data, scale))
+        for user in list(quantize.users):
+            user.replace_all_uses_with(second if user.args[1] else first)
+        self.arrived[mover] = (first, second, text)
+        if is_all_to_all(mover) and mover not in self.wires:
+            self.wires.append(mover)
+        made = data.args[0]
+        assert isinstance(made, fx.Node)
+        return made
+
+    def is_payload(self, mover: fx.Node, fmt: Format) -> bool:
+        """Whether the plan sends this collective's rows in `fmt`."""
+        section = "combine_grad" if g.is_backward(mover) else "dispatch"
+        return is_all_to_all(mover) and self.payloads[section] == fmt
+
+    def read_payloads(self) -> int:
+        """Let everything behind a collective that now carries a payload read that; the BF16 collective goes."""
+        changed = 0
+        for quantize in g.calls(self.graph, {ops.quantize.default}) if self.wires else ():
+            value = behind_same_shape(quantize.args[0])  # type: ignore[arg-type]
+            if quantize.users and value in self.arrived and self.came_over_wire(value):
+                self.requantize(quantize, *self.arrived[value])
+                changed += 1
+        if self.wires:
+            self.graph.eliminate_dead_code()
+        for wire in self.wires:
+            data, scale, text = self.arrived[wire]
+            if wire.users:
+                with self.graph.inserting_before(g.after(max(data, scale))):
+                    received = g.emit(
+                        self.graph, ops.dequantize.default, data, scale, text, g.value(wire).dtype, like=wire
+                    )
+                wire.replace_all_uses_with(received)
+            sent = wire.args[0]
+            assert isinstance(sent, fx.Node)
+            for node in (wire, sent):  # a collective is impure: dead code elimination leaves it
+                self.graph.erase_node(node)
+        return changed
+
+    def came_over_wire(self, value: fx.Node) -> bool:
+        while value in self.arrived:
+            if value in self.wires:
+                return True
+            value = behind_same_shape(tokens_of(value))
+        return False
+
+    def requantize(self, quantize: fx.Node, data: fx.Node, scale: fx.Node, text: str) -> None:
+        offs = quantize.args[2] if len(quantize.args) > 2 else None
+        with self.graph.inserting_before(quantize):
+            new = g.emit(
+                self.graph, ops.requantize.default, data, scale, text, quantize.args[1], offs, None, like=quantize
+            )
+        quantize.replace_all_uses_with(new)
+        self.graph.erase_node(quantize)
 
 
 def behind_same_shape(node: fx.Node) -> fx.Node:

@@ -24,7 +24,7 @@ from torch import fx
 from fp8c import graph as g
 from fp8c.formats import Element, Format
 from fp8c.pass_manager import PassContext, PassResult
-from fp8c.passes.assign_roles import GemmRole
+from fp8c.passes.assign_roles import GemmRole, activation_of
 from fp8c.passes.insert_quantize import Quantizer
 
 ops = torch.ops.fp8c
@@ -40,55 +40,61 @@ class RequantizeForWgrad:
     def run(self, graph: fx.Graph, ctx: PassContext) -> PassResult:
         assert ctx.plan is not None
         changed = 0
-        forward = forward_pairs(graph)
+        forward = forward_inputs(graph)
         for use in ctx.plan.uses.values():
             cache = use.cache("x")
             if cache is None or use.use.key not in forward or not use.gemm("wgrad").is_fp8:
                 continue
-            gemm, quantize = forward[use.use.key]
-            target = use.gemm("wgrad").a
-            for late in late_quantizes(quantize, target, gemm):
-                changed += replace_by_requantize(graph, quantize, late, cache, target)
+            (gemm, x), target = forward[use.use.key], use.gemm("wgrad").a
+            if cache == target:
+                continue  # the copy is what wgrad reads: choose-saved keeps it
+            for late in late_quantizes(x, target):
+                changed += replace_by_requantize(graph, gemm, x, late, cache, target)
         if changed:
             graph.eliminate_dead_code()
         return PassResult(graph, changed)
 
 
-def forward_pairs(graph: fx.Graph) -> dict[str, tuple[fx.Node, fx.Node]]:
-    """For each use with a quantized fprop: its GEMM node and the quantize of its x."""
+def forward_inputs(graph: fx.Graph) -> dict[str, tuple[fx.Node, fx.Node]]:
+    """For each use its fprop, and that GEMM's x as it was before it was quantized."""
     found = {}
-    for node in g.calls(graph, {ops.scaled_mm.default, ops.scaled_grouped_mm.default}):
+    for node in g.calls(graph, {ops.scaled_mm.default, ops.scaled_grouped_mm.default, *g.MATMULS, *g.GROUPED_MATMULS}):
         role = node.meta.get(g.ROLE)
-        if isinstance(role, GemmRole) and role.gemm == "fprop":
-            data = node.args[0]
-            assert isinstance(data, fx.Node) and isinstance(data.args[0], fx.Node)
-            found[role.use] = (node, data.args[0])
+        if not isinstance(role, GemmRole) or role.gemm != "fprop":
+            continue
+        if node.target in g.GEMMS:
+            found[role.use] = node, activation_of(node)
+            continue
+        data = node.args[0]
+        assert isinstance(data, fx.Node) and isinstance(data.args[0], fx.Node)
+        source = data.args[0].args[0]
+        assert isinstance(source, fx.Node)
+        found[role.use] = node, source
     return found
 
 
-def late_quantizes(quantize: fx.Node, target: Format, gemm: fx.Node) -> list[fx.Node]:
-    """The 128x1 quantizes of the value the forward quantized 1x128."""
-    source = quantize.args[0]
-    assert isinstance(source, fx.Node)
-    root = g.strip(source, g.RESHAPES)
+def late_quantizes(x: fx.Node, target: Format) -> list[fx.Node]:
+    """The quantizes of x to wgrad's format."""
     found = []
-    frontier, seen = [root], set()
+    frontier, seen = [g.strip(x, g.RESHAPES)], set()
     while frontier:
         node = frontier.pop()
         if node in seen:
             continue
         seen.add(node)
         for user in node.users:
-            if g.is_call(user, {ops.quantize.default}) and user.args[1] == target.text and user is not quantize:
+            if g.is_call(user, {ops.quantize.default}) and user.args[1] == target.text:
                 found.append(user)
             elif g.is_call(user, g.RESHAPES):
                 frontier.append(user)
     return found
 
 
-def replace_by_requantize(graph: fx.Graph, quantize: fx.Node, late: fx.Node, cache: Format, target: Format) -> int:
-    kept = _cached_pair(graph, quantize, cache)
-    cols = g.value(quantize.args[0]).shape[-1] if cache.element is Element.E5M6 else None
+def replace_by_requantize(
+    graph: fx.Graph, gemm: fx.Node, x: fx.Node, late: fx.Node, cache: Format, target: Format
+) -> int:
+    kept = _cached_pair(graph, gemm, x, cache)
+    cols = g.value(x).shape[-1] if cache.element is Element.E5M6 else None
     offs = late.args[2] if len(late.args) > 2 else None
     with graph.inserting_before(late):
         new = g.emit(
@@ -103,20 +109,13 @@ def _size_argument(cols: object) -> int | None:
     return int(cols) if isinstance(cols, int) else None
 
 
-def _cached_pair(graph: fx.Graph, quantize: fx.Node, cache: Format) -> tuple[fx.Node, fx.Node]:
+def _cached_pair(graph: fx.Graph, gemm: fx.Node, x: fx.Node, cache: Format) -> tuple[fx.Node, fx.Node]:
     """The pair backward keeps: the forward's own where the formats agree, otherwise a second quantize beside it."""
-    source = quantize.args[0]
-    assert isinstance(source, fx.Node)
-    for node in (quantize, *source.users):
-        if g.is_call(node, {ops.quantize.default}) and node.args[1] == cache.text and len(node.args) == 2:
+    for node in x.users:
+        is_same = g.is_call(node, {ops.quantize.default}) and node.args[1] == cache.text and len(node.args) == 2
+        if is_same and not g.is_backward(node):
             results = sorted(node.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             if len(results) == 2:
                 return results[0], results[1]
-    with graph.inserting_before(_last_result(quantize).next):
-        return Quantizer(graph).quantize(source, cache, quantize)
-
-
-def _last_result(quantize: fx.Node) -> fx.Node:
-    """The later of the quantize's results, so that what is inserted after it stays in order."""
-    results = list(quantize.users)
-    return max(results) if results else quantize
+    with graph.inserting_before(g.after(x)):
+        return Quantizer(graph).quantize(x, cache, gemm)

@@ -241,26 +241,27 @@ class Selection:
 
     def _near(self, of: str, pattern: str) -> str:
         """The three real names most like a pattern; names that differ in numbers only count once."""
-        wanted = re.sub(r"[*\\^$()?+]+", "", pattern).strip(".")
         distinct: dict[str, str] = {}
         for name in self._names[of]:
             shape = re.sub(r"\d+", "#", name)
             best = distinct.get(shape)
-            if best is None or _likeness(wanted, name) > _likeness(wanted, best):
+            if best is None or _likeness(pattern, name) > _likeness(pattern, best):
                 distinct[shape] = name
-        ranked = sorted(distinct.values(), key=lambda name: (-_likeness(wanted, name), name))
-        return (
-            "the nearest names are " + ", ".join(f"`{n}`" for n in ranked[:3])
-            if ranked
-            else f"this model has no {of} names"
-        )
+        likeness = {name: _likeness(pattern, name) for name in distinct.values()}
+        ranked = sorted(likeness, key=lambda name: (-likeness[name], name))[:3]
+        near = [f"`{name}`" for name in ranked if likeness[name] >= 0.6 * likeness[ranked[0]]]
+        if not near:
+            return f"this model has no {of} names"
+        return f"the nearest name{'s are' if len(near) > 1 else ' is'} {', '.join(near)}"
 
 
-def _likeness(wanted: str, name: str) -> float:
-    """How alike two dotted names are, segment by segment from the end."""
+def _likeness(pattern: str, name: str) -> float:
+    """How alike a pattern and a dotted name are, segment by segment from the end; a segment that agrees in full counts
+    much more than two that agree by half."""
+    wanted = re.sub(r"[*\\^$()?+]+", "", pattern).strip(".")
     left, right = wanted.split(".")[::-1], name.split(".")[::-1]
-    pairs = sum(difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in zip(left, right))
-    return pairs / max(len(left), len(right))
+    ratios = (difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in zip(left, right))
+    return sum(r * r for r in ratios) / (len(left) if "**" in pattern else max(len(left), len(right)))
 
 
 def _term(term: ast.Term, size: int | None) -> bool | None:

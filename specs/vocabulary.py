@@ -5,7 +5,6 @@ A word's meaning is in docs/spec_language.md. No torch here.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -103,6 +102,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     swapped = [c for c in choices if sorted(c) == sorted(word.lower()) and len(word) < 64]
     if swapped:  # `sa` for `as`: too short for a ratio to see
         return swapped[0]
+    import difflib
+
     close = difflib.get_close_matches(word.lower()[:64], sorted(choices), 1, 0.55)
     return close[0] if close else ""
 

@@ -18,7 +18,7 @@ import torch
 from fp8c import __version__, driver, partition
 from fp8c import graph as g
 from fp8c.backends.target import record_json
-from fp8c.build import check_output, graph_file, json_bytes, write_build
+from fp8c.build import check_output, graph_file, json_bytes, spec_file, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
 from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
 from fp8c.models import LoadedModel, Weights, check_step, load_model
@@ -26,6 +26,7 @@ from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
 from fp8c.saved import SavedReport, saved_report
+from fp8c.specs.plan import PrecisionPlan, UsePlan
 from fp8c.tools import report, verify
 from fp8c.tools.ir_printing import Observer, Printing, write_reproducer
 from fp8c.tools.progress import Progress
@@ -132,7 +133,9 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     if request.verify:
         with progress.stage("verifying"):
             verified = verify.verify(loaded, eager, session, rewritten)
-    remarks = tuple(dict.fromkeys([*session.remarks, *rewritten.plan.diagnostics]))
+    remarks = tuple(
+        dict.fromkeys([*session.remarks, *rewritten.plan.diagnostics, *partial_group_remarks(rewritten.plan)])
+    )
     tables = report.tables(rewritten, saved, baseline, remarks)
     result = CompileResult(
         model=request.model,
@@ -216,6 +219,31 @@ def saved_of(rewritten: Rewritten, halves: partition.Halves) -> SavedReport:
     return saved_report(halves, vocabulary, lambda n: bool(rewritten.ctx.inputs.get(n.name)))
 
 
+def partial_group_remarks(plan: PrecisionPlan) -> list[Diagnostic]:
+    """R0411: widths that are no multiple of their group, whose last group is a shorter one. Never without a word."""
+    found = [(use, width) for use in plan.uses.values() if (width := partial_width(use)) is not None]
+    if not found:
+        return []
+    use, (name, size, group) = found[0]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    message = f"{use.use.key} ({name} = {size}){more}: no multiple of {group}, so the last group is a shorter one"
+    help = "`pad { partial_group = keep; }` in the spec leaves such GEMMs in BF16"
+    return [Diagnostic("R0411", message, use.use.source, Severity.REMARK, help=help)]
+
+
+def partial_width(plan: UsePlan) -> tuple[str, int, int] | None:
+    """(axis, size, group) of the first weight axis that a quantized GEMM's groups do not divide."""
+    use = plan.use
+    if not use.is_gemm or not plan.gemm("fprop").is_fp8:
+        return None
+    formats = plan.gemm("fprop")
+    assert formats.a.group is not None and formats.b.group is not None
+    for name, size, group in (("k", use.k, formats.a.group[1]), ("n", use.n, formats.b.group[0])):
+        if size is not None and group > 1 and size % group:
+            return name, size, group
+    return None
+
+
 # --- the build --------------------------------------------------------------------------------------------------------
 
 
@@ -242,11 +270,16 @@ def write(
         file, content = graph_file(name, g.graph_text(graph, name))
         files[file] = content
     for file, text in session.spec.texts:
-        files[f"spec/{file.replace('std:', 'std/')}"] = text.encode()
+        files[spec_file(file)] = text.encode()
     manifest = {
         "versions": versions(),
         "model": model_reference(request, loaded),
-        "spec": {"name": session.spec.name, "reference": request.spec, "sha256": session.spec.digest},
+        "spec": {
+            "name": session.spec.name,
+            "reference": request.spec,
+            "sha256": session.spec.digest,
+            "files": {name: spec_file(name) for name, _ in session.spec.texts},
+        },
         "target": record_json(session.target),
         "plan": rewritten.plan.digest(),
         "decisions": decisions_digest(lock),
@@ -295,7 +328,7 @@ def model_reference(request: Request, loaded: LoadedModel) -> dict[str, Any]:
 
 def result_text(result: CompileResult) -> str:
     """The tables for stdout."""
-    rows = [("GEMMs", "total", "FP8", "kept")]
+    rows: list[tuple[str, ...]] = [("GEMMs", "total", "FP8", "kept")]
     rows += [(which, *(f"{n[k]:,}" for k in ("total", "fp8", "kept"))) for which, n in result.gemms.items()]
     lines = [f"{result.model} under {result.spec} for {result.target}", "", *columns(rows), ""]
     if result.baseline:

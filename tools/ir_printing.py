@@ -11,6 +11,7 @@ from typing import TextIO
 from torch import fx
 
 from fp8c import graph as g
+from fp8c.build import spec_file
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
 from fp8c.passes import ALL_PASSES, HALF_PASSES
 
@@ -29,14 +30,14 @@ class Printing:
     dump_dir: Path | None = None
 
     def checked(self) -> Printing:
-        """Raises: DiagnosticError E0720 (usage) for a name that is no pass."""
+        """Raises: DiagnosticError E0701 (usage) for a name that is no pass."""
         for name in (*self.before, *self.after):
             check_pass(name)
         return self
 
 
 def check_pass(name: str) -> None:
-    """Raises: DiagnosticError E0720 (usage) for a name that is no pass."""
+    """Raises: DiagnosticError E0701 (usage) for a name that is no pass."""
     if name not in _NAMES:
         raise unknown_pass(name)
 
@@ -46,7 +47,7 @@ def unknown_pass(name: str) -> DiagnosticError:
 
     near = difflib.get_close_matches(name, _NAMES, 1, 0.5)
     help = f"did you mean '{near[0]}'?" if near else f"the passes are {', '.join(_NAMES)}"
-    return fail("E0720", f"there is no pass '{name}'", help=help, exit_code=ExitCode.USAGE)
+    return fail("E0701", f"there is no pass '{name}'", help=help, exit_code=ExitCode.USAGE)
 
 
 @dataclass
@@ -145,7 +146,7 @@ def write_reproducer(
     (place / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
     (place / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     for file, text in spec_texts:
-        target = place / "spec" / file.replace("std:", "std/")
+        target = place / spec_file(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     source = Path(reference.partition(".py:")[0] + (".py" if ".py:" in reference else ""))

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import fx
 
 from fp8c import capture, driver, pipeline, verifier
 from fp8c import graph as g
-from fp8c.backends.target import TargetRecord, load_target
+from fp8c.backends.target import load_target
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.partition import Halves, partition, trained_inputs
 from fp8c.pass_manager import Pass, PassContext, PassManager, PassRecord
@@ -28,6 +27,8 @@ from fp8c.passes import HALF_PASSES, JOINT_PASSES, ROLES
 from fp8c.passes.compress_saved import CompressSaved
 from fp8c.specs.load import Spec, load
 from fp8c.specs.resolve import resolve
+from fp8c.target_record import TargetRecord
+from fp8c.tools.ir_printing import check_pass
 
 PARTITION = "partition"
 
@@ -99,17 +100,9 @@ def capture_joint(call: Any, *args: Any, dynamic: bool | None = False, **kwargs:
 
 
 def find_pass(name: str) -> Pass:
-    """A pass on the joint graph by name. Raises: DiagnosticError E0701 for an unknown one."""
-    for item in (ROLES, *JOINT_PASSES):
-        if item.name == name:
-            return item
-    near = difflib.get_close_matches(name, pass_names(), n=1)
-    raise fail(
-        "E0701",
-        f"there is no pass '{name}'",
-        help=f"did you mean {near[0]}?" if near else f"passes: {', '.join(pass_names())}",
-        exit_code=ExitCode.USAGE,
-    )
+    """A pass on the joint graph by name. Raises: DiagnosticError E0720 for an unknown one."""
+    check_pass(name)
+    return next(item for item in (ROLES, *JOINT_PASSES) if item.name == name)
 
 
 def run_passes(
@@ -124,7 +117,7 @@ def run_passes(
     """Run the named passes in the order given, verified one by one. The step's own graph is not changed.
 
     partial: the graph may be a part of a model, so a rule that matches nothing in it is no error
-    Raises:  DiagnosticError: an unknown pass (E0701), a missing requirement (E0702), whatever a pass finds
+    Raises:  DiagnosticError: an unknown pass (E0720), a missing requirement (E0702), whatever a pass finds
     """
     loaded = spec if isinstance(spec, Spec) else load(spec)
     record = target if isinstance(target, TargetRecord) else load_target(target)

@@ -99,22 +99,25 @@ class Verification:
             "same_graphs": self.same_graphs,
         }
 
+    def _gradients_line(self) -> str:
+        figures = f"median {self.grad_rel_err_median:.2e}, max {self.grad_rel_err_max:.2e}"
+        return f"  gradients  relative error against BF16: {figures} over {len(self.gradient_errors)} parameters"
+
     def lines(self) -> list[str]:
-        found = [
+        lines = [
             f"verify: {'ok' if self.ok else 'FAILED'}",
             f"  loss       {self.loss_fp8c:.5f}, BF16 {self.loss_bf16:.5f}, relative error {self.loss_rel_err:.2e}",
-            f"  gradients  relative error against BF16: median {self.grad_rel_err_median:.2e}, "
-            f"max {self.grad_rel_err_max:.2e} over {len(self.gradient_errors)} parameters",
+            self._gradients_line(),
             f"  GEMMs      {self.ran} of {self.planned} planned ran in FP8, in {self.calls} calls",
-            f"  FP64       {self.gemms_checked} GEMMs, largest error {self.fp64_worst_ratio:.3f} of the bound of "
-            f"FP32 summation ({self.fp64_worst})",
         ]
-        found += [f"  planned, but did not run in FP8: {gemm} of {use}" for use, gemm in self.missing[:5]]
-        found += [f"  ran in FP8, but is not planned: {gemm} of {use}" for use, gemm in self.unplanned[:5]]
-        found += [f"  no gradient: {name}" for name in self.missing_gradients[:5]]
+        worst = f"{self.fp64_worst_ratio:.3f} of its bound ({self.fp64_worst})"
+        lines += [f"  FP64       {self.gemms_checked} GEMMs checked, largest error {worst}"]
+        lines += [f"  planned, but did not run in FP8: {gemm} of {use}" for use, gemm in self.missing[:5]]
+        lines += [f"  ran in FP8, but is not planned: {gemm} of {use}" for use, gemm in self.unplanned[:5]]
+        lines += [f"  no gradient: {name}" for name in self.missing_gradients[:5]]
         if not self.same_graphs:
-            found.append("  the graphs at run time are not those planned ahead of time")
-        return found
+            lines.append("  the graphs at run time are not those planned ahead of time")
+        return lines
 
 
 def require_weights(loaded: LoadedModel) -> None:
@@ -147,7 +150,7 @@ def run(loaded: LoadedModel, step: Callable[[Any], Tensor], what: str) -> StepRe
             torch.manual_seed(0)
             with user_code(what, loaded.source):
                 loss = step(loaded.example_inputs)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
         gradients = {n: p.grad.detach().clone() for n, p in module.named_parameters() if p.grad is not None}
         return StepResult(float(loss.detach()), gradients)
     finally:
@@ -202,7 +205,7 @@ class CheckingSession(driver.Session):
     log: GemmLog = field(default_factory=GemmLog)
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        from functorch.compile import make_boxed_func
+        from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 
         return make_boxed_func(CheckingInterpreter(gm, self.log).run)  # type: ignore[no-any-return]
 

@@ -100,7 +100,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contract as `backends.reference.attention.attention_backward`."""
     check_attention(q, k, v, mask, is_causal)
-    dout, q, k, v = (_unit_stride(t) for t in (dout, q, k, v))
+    q, k, v = (_unit_stride(t) for t in (q, k, v))
+    # cuDNN and the memory-efficient kernel read `out` and `dout` in the layout their forward writes; in any other they
+    # return wrong dq and dk without a word (seen on an H200 with torch 2.11).
+    dout, out = _heads_last(dout), _heads_last(out)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     # Seeds and offsets of the dropout that does not happen.
     seed, offset = q.new_zeros((), dtype=torch.int64), q.new_zeros((), dtype=torch.int64)

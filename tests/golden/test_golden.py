@@ -18,6 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,22 +74,32 @@ def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"fp8c_golden_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dynamo imports the module of a function it inlines
     spec.loader.exec_module(module)
     return module
 
 
 def options(path: Path) -> dict[str, str]:
     line = next(line for line in path.read_text().splitlines() if line.startswith("# RUN:"))
-    return dict(a.removeprefix("--").split("=", 1) for a in shlex.split(line.removeprefix("# RUN:")))
+    pairs = (a.removeprefix("--").partition("=") for a in shlex.split(line.removeprefix("# RUN:")))
+    return {name: text for name, _, text in pairs}
 
 
 def rewritten_text(path: Path) -> str:
-    """The text of the file's graph after its passes; names depend on the model only, provenance is left out."""
+    """The text of the file's graph after its passes, without roles and source lines unless `--provenance` asks."""
     module, args, kwargs = make_model(load(path))
     run = options(path)
     step = opt.capture_joint(module, *args, **kwargs)
     result = opt.run_passes(step, run["spec"], run["passes"].split(","))
-    return result.text(provenance=False)
+    return result.text(provenance="provenance" in run)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A file with collectives makes a fake process group of two when it is loaded."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

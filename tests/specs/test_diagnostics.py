@@ -3,7 +3,7 @@
     set t = kind(ruoter);    # E: E0101 unknown kind `ruoter` H: did you mean `router`?
 
 `# E@+1:` and `# E@-1:` point at a neighbouring line, `# E@-:` at no line or one of another file, `# E@file:` at a file.
-`# MODEL:` names the role records to resolve on (tests/specs/models.py), `# TARGET:` the machine, h200 by default.
+`# MODEL:` names the role records to resolve on (tests/specs/role_records.py), `# TARGET:` the machine, h200 by default.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fp8c.specs.resolve import resolve
 from fp8c.target_record import TargetRecord
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models
+import role_records as models
 
 FOLDER = Path(__file__).parents[1] / "diagnostics"
 FILES = sorted(FOLDER.glob("*.fp8"))
@@ -139,6 +139,7 @@ EXAMPLES_IN_TESTS = {
     "E0406": "test_targets.py",
     "E0408": "test_targets.py",
     "E0604": "test_text.py",
+    "E0605": "test_importers.py",
 }
 
 

@@ -23,7 +23,7 @@ from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models
+import role_records as models
 
 MODEL = models.deepseek(layers=5, dense=2, hidden=512)
 H200 = load_target("h200")

@@ -1,0 +1,370 @@
+"""schedule-overlap: order compute and collectives so that transfers run beside compute.
+
+Before:  %a = all_to_all(%x);  %b = wait(%a);  %y = mm(%b, %w);  %z = mm(%u, %v)      z needs nothing of a
+After:   %a = all_to_all(%x);  %z = mm(%u, %v);  %b = wait(%a);  %y = mm(%b, %w)
+
+A collective is issued where the schedule starts it and waited for in front of its first reader. Compute is reordered
+against compute too, which is what lets two independent streams of work (a forward and a backward, two micro-batches)
+hide each other's transfers.
+
+Contract: the same nodes with the same arguments, in another order their dependences allow (invariant order-only);
+operators that write memory or draw random numbers keep their order. The schedule is a function of the graph and the
+machine alone, so every rank finds the same; `agree` compares them where a process group is set up.
+Source:   DeepSeek-V3 (arXiv:2412.19437), section 3.2.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fp8c import graph as g
+from fp8c.cost_model import Machine
+from fp8c.diagnostics import Diagnostic
+from fp8c.graph_costs import WAIT, group_of, is_collective, node_us, stream_of
+from fp8c.overlap import Exposure, exposure
+from fp8c.partition import Halves
+from fp8c.pass_manager import PassContext
+from fp8c.schedule import (
+    COMM,
+    CollectiveCall,
+    Problem,
+    Schedule,
+    Task,
+    check_ranks,
+    make_problem,
+    program_order,
+    raise_if,
+)
+from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
+
+NodeCost = Callable[[fx.Node], float]
+
+
+@dataclass(frozen=True)
+class OverlapReport:
+    """What scheduling one graph gave. `before` is the given order on two streams, waits blocking where they stand."""
+
+    schedule: Schedule
+    before: Exposure
+    after: Exposure
+    moved: int
+
+
+@dataclass(frozen=True)
+class ScheduleOverlap:
+    """`machine` is the cost model's view of the target; with None, or without collectives, nothing is reordered."""
+
+    name: ClassVar[str] = "schedule-overlap"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset({"order-only"})
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    machine: Machine | None = None
+    comm_sms: int = 20
+    memory_budget_bytes: int | None = None
+    limits: SearchLimits = field(default=DEFAULT_LIMITS)
+
+    def run(self, halves: Halves, ctx: PassContext) -> int:
+        """Reorder both halves in place; return the number of nodes moved."""
+        moved = 0
+        for half in (halves.forward, halves.backward):
+            machine = self.machine
+            if machine is None or not any(is_collective(n) for n in half.graph.nodes):
+                continue
+            report = schedule_graph(
+                half.graph,
+                functools.partial(node_us, machine=machine, comm_sms=self.comm_sms),
+                memory_budget_bytes=self.memory_budget_bytes,
+                limits=self.limits,
+            )
+            if report.moved:
+                half.graph.lint()
+                half.recompile()
+            moved += report.moved
+        return moved
+
+
+def schedule_graph(
+    graph: fx.Graph,
+    cost_us: NodeCost,
+    *,
+    memory_budget_bytes: int | None = None,
+    limits: SearchLimits = DEFAULT_LIMITS,
+) -> OverlapReport:
+    """Reorder `graph` in place. `cost_us` gives each node's time in microseconds; nodes of cost 0 follow their readers.
+
+    Raises: E0905 when no order keeps what the graph computes within the budget; E0756 if a node was lost (a bug).
+    """
+    before = snapshot(graph)
+    order = list(graph.nodes)
+    problem, anchors = graph_problem(graph, cost_us, memory_budget_bytes)
+    schedule = solve(problem, limits)
+    given = program_order(issue_order_problem(graph, cost_us))
+    # Of what starts together, transfers are issued first: the host needs a moment for each, and compute would wait.
+    issue = sorted(schedule.slots, key=lambda s: (s.start_us, s.task.resource != COMM))
+    found = emission_order(graph, [anchors[s.task.name] for s in issue])
+    _apply(graph, found)
+    raise_if(order_only(before, graph))
+    moved = sum(a is not b for a, b in zip(order, graph.nodes))
+    return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved)
+
+
+# ------------------------------------------------------------------------------------------- graph to problem and back
+
+
+def graph_problem(
+    graph: fx.Graph, cost_us: NodeCost, memory_budget_bytes: int | None = None
+) -> tuple[Problem, dict[str, fx.Node]]:
+    """The graph's scheduling problem, and the node behind each task.
+
+    A task is a call that costs time. What lies between two tasks (views, waits, free calls) becomes a dependence.
+    """
+    anchors: dict[str, fx.Node] = {}
+    reach: dict[fx.Node, frozenset[str]] = {}  # tasks a node's value comes from, over free nodes
+    tasks: list[Task] = []
+    extra = ordering_constraints(graph)
+    for node in graph.nodes:
+        sources = [*node.all_input_nodes, *extra.get(node, ())]
+        after = frozenset[str]().union(*(reach[n] for n in sources)) if sources else frozenset[str]()
+        time_us = cost_us(node) if node.op == "call_function" else 0.0
+        if time_us <= 0.0 and not is_collective(node):
+            reach[node] = after
+            continue
+        anchors[node.name] = node
+        reach[node] = frozenset({node.name})
+        size = g.size_bytes(node.meta.get("val")) if memory_budget_bytes is not None else 0
+        kind = "collective" if is_collective(node) else "compute"
+        tasks.append(Task(node.name, stream_of(node), time_us, tuple(sorted(after)), output_bytes=size, kind=kind))
+    return make_problem(tasks, memory_budget_bytes=memory_budget_bytes), anchors
+
+
+def issue_order_problem(graph: fx.Graph, cost_us: NodeCost) -> Problem:
+    """The graph as it stands: one host issues nodes in order, so a compute node behind a wait waits with it."""
+    tasks: list[Task] = []
+    reach: dict[fx.Node, frozenset[str]] = {}
+    blocked: frozenset[str] = frozenset()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        after = frozenset[str]().union(*(reach[n] for n in sources)) if sources else frozenset[str]()
+        if node.op == "call_function" and node.target is WAIT:
+            blocked |= after
+        time_us = cost_us(node) if node.op == "call_function" else 0.0
+        if time_us <= 0.0 and not is_collective(node):
+            reach[node] = after
+            continue
+        reach[node] = frozenset({node.name})
+        waits = blocked if not is_collective(node) else frozenset()
+        tasks.append(Task(node.name, stream_of(node), time_us, tuple(sorted(after | waits))))
+        if not is_collective(node):
+            blocked = frozenset()  # the next compute node comes after this one on the stream anyway
+    return make_problem(tasks)
+
+
+def ordering_constraints(graph: fx.Graph) -> Mapping[fx.Node, tuple[fx.Node, ...]]:
+    """Nodes that must stay behind others without reading them: writes behind earlier reads of the same memory, reads
+    behind earlier writes, and everything impure (random numbers, asserts, effects) in its order."""
+    behind: dict[fx.Node, list[fx.Node]] = {}
+    memory: dict[fx.Node, fx.Node] = {}  # the node whose memory a view shows
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    writer: dict[fx.Node, fx.Node] = {}
+    impure: fx.Node | None = None
+    for node in graph.nodes:
+        if node.op != "call_function":
+            memory[node] = node
+            continue
+        inputs = node.all_input_nodes
+        is_alias = node.target in g.VIEWS and bool(inputs)
+        memory[node] = memory[inputs[0]] if is_alias else node
+        written = {memory[n] for n in _written(node)}
+        for source in {memory[n] for n in inputs}:
+            if source in writer:
+                behind.setdefault(node, []).append(writer[source])
+            if source in written:
+                behind.setdefault(node, []).extend(readers.get(source, ()))
+                writer[source] = node
+                readers[source] = []
+            readers.setdefault(source, []).append(node)
+        # FX calls waits and collectives impure; their order is what is being decided.
+        if (node.is_impure() or _draws_random(node)) and node.target is not WAIT and not is_collective(node):
+            if impure is not None:
+                behind.setdefault(node, []).append(impure)
+            impure = node
+    return {node: tuple(n for n in found if n is not node) for node, found in behind.items()}
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found = []
+    for argument, value in zip(schema.arguments, node.args):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+            found.append(value)
+    return found
+
+
+def _draws_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def emission_order(graph: fx.Graph, tasks: Iterable[fx.Node]) -> list[fx.Node]:
+    """A full order of the graph's calls: tasks as given, each free node directly before the first that needs it.
+
+    A wait is a free node, so it stands in front of the first reader of what was sent. Free nodes nothing needs keep
+    their order at the end.
+    """
+    extra = ordering_constraints(graph)
+    done: set[fx.Node] = {n for n in graph.nodes if n.op not in ("call_function", "call_module", "call_method")}
+    order: list[fx.Node] = []
+
+    def emit(node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top in done:
+                stack.pop()
+                continue
+            missing = [n for n in (*top.all_input_nodes, *extra.get(top, ())) if n not in done]
+            if missing:
+                stack.extend(reversed(missing))
+            else:
+                done.add(top)
+                order.append(top)
+                stack.pop()
+
+    for node in tasks:
+        emit(node)
+    for node in graph.nodes:
+        if node not in done and node.op != "output":
+            emit(node)
+    return order
+
+
+def _apply(graph: fx.Graph, order: list[fx.Node]) -> None:
+    output = g.output_node(graph)
+    for node in order:
+        output.prepend(node)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+Snapshot = dict[str, tuple[str, Any, str]]
+
+
+def snapshot(graph: fx.Graph) -> Snapshot:
+    """What must not change: every node's operator and arguments, by name."""
+    return {n.name: (n.op, n.target, repr((n.args, sorted(n.kwargs.items())))) for n in graph.nodes}
+
+
+def order_only(before: Snapshot, graph: fx.Graph) -> list[Diagnostic]:
+    """Invariant: the graph holds the nodes of `before`, unchanged, each behind everything it reads."""
+    found = []
+    after = snapshot(graph)
+    for name in sorted(before.keys() ^ after.keys()):
+        found.append(Diagnostic("E0756", f"node %{name} was {'lost' if name in before else 'added'} by scheduling"))
+    for name in sorted(before.keys() & after.keys()):
+        if before[name] != after[name]:
+            found.append(Diagnostic("E0756", f"node %{name} was changed by scheduling"))
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        late = [n for n in node.all_input_nodes if n not in seen]
+        if late:
+            found.append(Diagnostic("E0756", f"node %{node.name} stands before its input %{late[0].name}"))
+        seen.add(node)
+    return found
+
+
+def collective_calls(graph: fx.Graph, groups: Mapping[str, tuple[int, ...]]) -> list[CollectiveCall]:
+    """The graph's collectives in issue order; `groups` gives the ranks of each process group by name."""
+    return [CollectiveCall(n.name, groups.get(group_of(n), ()), COMM) for n in graph.nodes if is_collective(n)]
+
+
+def order_digest(graph: fx.Graph) -> str:
+    """SHA-256 of the collectives in issue order, with their groups: what all ranks have to share."""
+    text = "\n".join(f"{n.name} {n.target} {group_of(n)}" for n in graph.nodes if is_collective(n))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def agree(graph: fx.Graph) -> None:
+    """Compare the order of collectives over all ranks of the default process group, where one is set up.
+
+    Raises: E0757 when ranks differ, E0755 when their orders would wait for each other.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    if distributed.get_backend() == "fake":
+        return
+    ranks = tuple(range(distributed.get_world_size()))
+    mine = [(n.name, group_of(n)) for n in graph.nodes if is_collective(n)]
+    gathered: list[list[tuple[str, str]]] = [[] for _ in ranks]
+    distributed.all_gather_object(gathered, mine)
+    raise_if(disagreements(gathered))
+
+
+def disagreements(orders: list[list[tuple[str, str]]]) -> list[Diagnostic]:
+    """What differs between ranks' orders of (collective, group), and who would wait for whom."""
+    if all(order == orders[0] for order in orders):
+        return []
+    everyone = tuple(range(len(orders)))
+    found = check_ranks({r: [CollectiveCall(n, everyone) for n, _ in order] for r, order in enumerate(orders)})
+    other = next(r for r, order in enumerate(orders) if order != orders[0])
+    at = next((i for i, (a, b) in enumerate(zip(orders[0], orders[other])) if a != b), -1)
+    what = f"call {at}: {orders[0][at][0]} and {orders[other][at][0]}" if at >= 0 else "another number of calls"
+    return [Diagnostic("E0757", f"ranks 0 and {other} issue collectives in different orders ({what})"), *found]
+
+
+# ----------------------------------------------------------------------------------------------------------- pairing
+
+
+def pair_graphs(forward: fx.GraphModule, backward: fx.GraphModule) -> fx.GraphModule:
+    """One graph that runs a forward and a backward of different micro-batches: inputs of the first, then of the second;
+    returns (forward's outputs, backward's outputs).
+
+    Nothing of one reads the other, so `schedule_graph` interleaves them: DualPipe's overlapped pair, from plain graphs.
+    Attributes of both modules are kept under `forward_chunk.` and `backward_chunk.`.
+    """
+    root = torch.nn.Module()
+    merged = fx.Graph()
+    halves = (("forward_chunk", forward), ("backward_chunk", backward))
+    copies: dict[fx.Node, fx.Node] = {}
+    for name, half in halves:
+        root.add_module(name, _bare(half))
+        for node in half.graph.find_nodes(op="placeholder"):
+            copies[node] = merged.placeholder(f"{name}_{node.target}")
+            copies[node].meta = dict(node.meta)
+    outputs: list[Any] = []
+    for name, half in halves:
+        for node in half.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                outputs.append(fx.map_arg(node.args[0], lambda n: copies[n]))
+                continue
+            copies[node] = merged.node_copy(node, lambda n: copies[n])
+            if node.op in ("get_attr", "call_module"):
+                copies[node].target = f"{name}.{node.target}"
+    merged.output(tuple(outputs))
+    return fx.GraphModule(root, merged)
+
+
+def _bare(module: fx.GraphModule) -> torch.nn.Module:
+    holder = torch.nn.Module()
+    for key, value in module._modules.items():
+        holder.add_module(key, value)
+    for key, parameter in module._parameters.items():
+        holder.register_parameter(key, parameter)
+    for key, buffer in module._buffers.items():
+        holder.register_buffer(key, buffer)
+    for key, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            setattr(holder, key, value)
+    return holder

@@ -1,0 +1,157 @@
+"""A compiled step on the GPU against the oracle, operator by operator.
+
+Comparing whole gradients says little: a value that lands on the other side of a rounding boundary moves everything
+behind it. So every fp8c operator of the real step is run on the GPU, and the CPU reference gets the very same inputs:
+quantizers must agree bit for bit, GEMMs with FP64 within the bound of FP32 summation, attention within its own bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx
+
+from fp8c import driver
+from fp8c.backends.reference.attention_check import evaluate_attention
+from fp8c.backends.reference.check import GEMMS, check_gemm
+from fp8c.models import load_model
+from fp8c.prepare import prepare
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**SMALL, "num_key_value_heads": 2},
+    "mixtral": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+    },
+}
+
+
+def to_cpu(value: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, value)
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view(torch.uint8)
+
+
+@dataclass
+class Compared:
+    """What was compared, and what did not agree."""
+
+    count: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+
+class ComparingInterpreter(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, compared: Compared) -> None:
+        super().__init__(gm)
+        self.compared = compared
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        target = n.target
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "fp8c":
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            name = target._schema.name.split("::")[1]
+            self.compared.count[name] = self.compared.count.get(name, 0) + 1
+            problem = disagreement(name, target, to_cpu(args), to_cpu(kwargs), to_cpu(result))
+            if problem:
+                self.compared.wrong.append(f"%{n.name} {name}: {problem}")
+        return result
+
+
+def disagreement(name: str, target: Any, args: Any, kwargs: Any, result: Any) -> str:
+    if name in GEMMS:
+        # The portable grouped GEMM multiplies BF16 values on a GPU: its operands are rounded once more.
+        check = check_gemm(name, args, result)
+        limit = 1.0 if name == "scaled_mm" else 2.0**16
+        relative = 2.0**-7 if name != "scaled_mm" else 1.0
+        ok = check.worst_ratio <= limit and check.relative_error <= relative and not check.nonfinite
+        return "" if ok else str(check)
+    if name == "attention":
+        q, k, v, mask, is_causal, scale, _ = args
+        with torch.enable_grad():  # the evaluation differentiates in FP64
+            ones = torch.ones_like(result[0])
+            evaluation = evaluate_attention(ones, q, k, v, mask, is_causal, scale, rounds_probabilities=True)
+        ratios = evaluation.worst_ratios(result[0])
+        return "" if max(ratios) <= 1.0 else f"error over bound {ratios}"
+    if name == "attention_backward":
+        expected = target(*args, **kwargs)
+        for which, found, exact in zip(("dq", "dk", "dv"), result, expected):
+            error = float((found.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30))
+            if not error <= 2.0**-6:  # BF16 probabilities and products against FP32: 2**-8 each, summed with signs
+                return f"{which} is off by {error:.3g} of its norm"
+        return ""
+    expected = target(*args, **kwargs)
+    pairs = zip(result, expected) if isinstance(result, tuple) else [(result, expected)]
+    return "" if all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in pairs) else "bits differ from the reference"
+
+
+class ComparingSession(driver.Session):
+    compared: Compared
+
+    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        return make_boxed_func(ComparingInterpreter(gm, self.compared).run)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_operator_of_a_step_agrees_with_the_oracle(name: str) -> None:
+    loaded = load_model(f"hf:{name}", overrides=MODELS[name], weights="random", batch=2, seq=128)
+    step = loaded.step().cuda()
+    batch = {k: v.cuda() for k, v in loaded.example_inputs.items()}
+    plain = driver.new_session("deepseek_v3")
+    session = ComparingSession(plain.spec, plain.target)
+    session.compared = Compared()
+    prepare(step, batch)
+    torch._dynamo.reset()
+    loss = torch.compile(step, backend=driver.guarded(session), fullgraph=True, dynamic=False)(batch)
+    loss.backward()
+    print(name, float(loss), session.compared.count)
+    assert {"quantize", "requantize", "dequantize", "scaled_mm", "attention_backward"} <= set(session.compared.count)
+    assert not session.compared.wrong, "\n".join(session.compared.wrong)
+
+
+def test_inductor_trains_on_the_gpu_and_takes_other_lengths() -> None:
+    """The same model lowered by Inductor: the loss falls, and another length runs without a new graph being wrong."""
+    loaded = load_model("hf:deepseek_v3", overrides=MODELS["deepseek_v3"], weights="random", batch=2, seq=128)
+    step = loaded.step().cuda()
+    batch = {k: v.cuda() for k, v in loaded.example_inputs.items()}
+    compiled = driver.compile(step)
+    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = compiled(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    print(losses)
+    assert losses[-1] < 0.7 * losses[0]
+    longer = {k: torch.cat([v, v], 1)[:, :192] for k, v in batch.items()}
+    assert torch.isfinite(compiled(longer))

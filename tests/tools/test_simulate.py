@@ -1,0 +1,118 @@
+"""`fp8c simulate`: keys, table, trace, what-if, bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8c.backends.costs import load_machine
+from fp8c.cli import main
+from fp8c.cluster import ClusterRun
+from fp8c.durations import DurationTable, load_durations
+from fp8c.tools.simulate import what_if
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "durations" / "deepseek_v3_h800.toml"
+
+
+def small() -> DurationTable:
+    """16 layers on 2 pipeline ranks x 16 GPUs: seconds to simulate."""
+    table = load_durations(EXAMPLE)
+    model = replace(table.model, layers=8, dense_layers=1, mtp_layers=0)
+    deployment = replace(
+        table.deployment, pipeline_parallel=2, expert_parallel=16, nodes_per_token=2, sequences_per_step=16 * 8
+    )
+    return replace(table, model=model, deployment=deployment)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    folder = tmp_path / "build"
+    folder.mkdir()
+    (folder / "durations.json").write_text(json.dumps(small().to_json()))
+    return folder
+
+
+def simulated(build: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    trace = build / "trace.json"
+    assert main(["simulate", str(build), "--gpus", "32", "--even", "--json", "--trace", str(trace), *options]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def test_json_has_the_promised_keys_and_they_agree(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = simulated(build, capsys)
+    assert report["schema"] == "fp8c.simulate/1"
+    tokens = 16 * 8 * 4096
+    assert report["tokens_per_s_per_gpu"] == pytest.approx(tokens / (report["step_ms"] / 1e3) / 32)
+    per_trillion = 1e12 / report["tokens_per_s_per_gpu"] / 3600
+    assert report["gpu_hours_per_trillion_tokens"] == pytest.approx(per_trillion)
+    assert report["hidden_share"] == pytest.approx(1 - report["exposed_comm_ms"] / report["comm_ms"])
+    assert 0.0 < report["bubble_share"] < 1.0
+    assert report["lower_bound_ms"] <= report["step_ms"]
+    assert report["pair"]["gap"] == pytest.approx(report["pair"]["makespan_ms"] / report["pair"]["lower_bound_ms"] - 1)
+    assert simulated(build, capsys, "--no-overlap")["step_ms"] > report["step_ms"]
+
+
+def test_trace_opens_in_perfetto_and_covers_the_step(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = simulated(build, capsys)
+    events = json.loads(Path(report["trace"]).read_text())["traceEvents"]
+    spans = [e for e in events if e["ph"] == "X"]
+    assert {e["pid"] for e in spans} == {0, 1}
+    assert {e["tid"] for e in spans} == {0, 1}
+    assert max(e["ts"] + e["dur"] for e in spans) <= report["step_ms"] * 1e3 + 1
+    compute = sum(e["dur"] for e in spans if e["tid"] == 0) / 2
+    assert compute == pytest.approx(report["compute_ms"] * 1e3, rel=1e-3)
+    names = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert {"pipeline rank 0", "compute", "communication"} <= names
+
+
+def test_table_is_for_people(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = build / "t.json"
+    assert main(["simulate", str(build), "--gpus", "32", "--even", "--trace", str(trace)]) == 0
+    text = capsys.readouterr().out
+    for word in ("lower bound", "exposed communication", "GPU hours per 1T tokens", "main pair"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "options,exit_code,code",
+    [
+        ([], 2, "E0960"),
+        (["BUILD", "--durations", str(EXAMPLE)], 2, "E0960"),
+        (["BUILD", "--topology", "h900"], 5, "E0930"),
+        (["BUILD", "--gpus", "33"], 1, "E0943"),
+        (["BUILD", "--gpus", "32", "--schedule", "dualpip"], 1, "E0940"),
+        (["BUILD", "--gpus", "32", "--comm-sms", "140"], 1, "E0951"),
+        (["BUILD", "--gpus", "32", "--memory-gib", "0.5"], 1, "E0945"),
+        (["BUILD", "--gpus", "32", "--ep", "48"], 1, "E0943"),
+    ],
+)
+def test_bad_input_is_named(
+    build: Path, capsys: pytest.CaptureFixture[str], options: list[str], exit_code: int, code: str
+) -> None:
+    filled = [str(build) if o == "BUILD" else o for o in options]
+    assert main(["simulate", *filled]) == exit_code
+    assert code in capsys.readouterr().err
+
+
+def test_a_build_without_durations_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(tmp_path)]) == 2
+    assert "durations.json" in capsys.readouterr().err
+
+
+def test_wishes_answer_in_time_and_bytes() -> None:
+    run = ClusterRun(32, load_machine("h800"), zipf=None, splits=(1,))
+    answers = {a.name: a for a in what_if(small(), run)}
+    assert len(answers) >= 6
+    for answer in answers.values():
+        assert answer.saved_ms_per_step >= -1e-6
+        assert answer.saved_hbm_mb_per_layer >= 0.0
+    # Scales are still multiplied every 128 of K, so a full accumulator alone frees no time; with group scaling it does.
+    assert answers["full-accumulator"].saved_ms_per_step == 0.0
+    assert answers["accumulator-and-scaling"].saved_ms_per_step > 0.0
+    assert answers["comm-engine"].saved_ms_per_step > answers["transposed-operands"].saved_ms_per_step > 0.0
+    assert answers["cast-near-memory"].saved_hbm_mb_per_layer > answers["cast-in-tma"].saved_hbm_mb_per_layer > 0.0
