@@ -207,14 +207,15 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
     compiled = torch.compile(call, backend=guarded(session), **options)
-    to_compare = needs_comparison(step)
+    plain = copy.copy(step)  # what is compared must not be the compiled module
+    to_compare = needs_comparison(plain)
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal to_compare
         if to_compare and step.training and torch.is_grad_enabled():
             to_compare = False
-            compared = compare_rewrites(step, *args, **kwargs)
+            compared = compare_rewrites(plain, *args, **kwargs)
             session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
         try:
             return compiled(*args, **kwargs)
