@@ -617,6 +617,20 @@ def optimizer_us(table: DurationTable, mesh: Mesh, pipeline: Pipeline, machine: 
     return total
 
 
+def state_bytes(table: DurationTable, mesh: Mesh, pipeline: Pipeline) -> float:
+    """Bytes one GPU keeps all step for its layers, embeddings left out: per parameter a BF16 weight, its FP8 copy and an
+    FP32 gradient; per parameter of its shard (ZeRO-1) an FP32 master weight and two BF16 moments."""
+    experts, rest = parameter_counts(table.model)
+    layers = table.model.layers / mesh.pipeline * pipeline.ways
+    total = 0.0
+    for parameters, replicas in (
+        (experts / mesh.expert, mesh.groups * pipeline.ways),
+        (rest, mesh.data * pipeline.ways),
+    ):
+        total += parameters * layers * (2.0 + 1.0 + 4.0 + 8.0 / replicas)
+    return total
+
+
 def gpu_hours_per_trillion_tokens(step_us: float, gpus: int, tokens: int) -> float:
     return gpus * step_us / 1e6 / 3600.0 / tokens * 1e12
 
