@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c.passes.assign_roles import AssignRoles
 from fp8c.passes.choose_saved import ChooseSaved
 from fp8c.passes.compress_saved import CompressSaved

@@ -72,6 +72,8 @@ class AssignRoles:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> PassResult:
+        for node in graph.nodes:
+            node.meta.pop(g.ROLE, None)
         flow = trace_flow(graph, ctx)
         uses = describe_uses(graph, ctx, flow)
         ctx.uses.clear()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fp8c import __version__, driver, partition
+from fp8c import __version__, driver
 from fp8c import graph as g
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import record_json
@@ -25,10 +25,11 @@ from fp8c.durations import DurationTable
 from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
 from fp8c.graph_durations import step_durations
 from fp8c.models import LoadedModel, Weights, check_step, load_model
+from fp8c.partition import Halves
 from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
-from fp8c.saved import SavedReport, saved_report
+from fp8c.saved import SavedReport, SavedTensor, saved_report
 from fp8c.specs.plan import PrecisionPlan, UsePlan
 from fp8c.tools import report, verify
 from fp8c.tools.ir_printing import Observer, Printing, write_reproducer
@@ -131,7 +132,10 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     session.want_baseline = request.baseline
     rewritten = capture(loaded, session, observer, request, progress)
     saved = saved_of(rewritten, rewritten.halves)
-    baseline = saved_of(rewritten, session.baseline) if session.baseline is not None else None
+    baseline = None
+    if session.baseline is not None:
+        with progress.stage("BF16 baseline: PyTorch's default min-cut"):
+            baseline = saved_of(rewritten, session.baseline.result())
     verified = None
     if request.verify:
         with progress.stage("verifying"):
@@ -216,10 +220,10 @@ def with_note(error: Exception, note: str) -> Exception:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def saved_of(rewritten: Rewritten, halves: partition.Halves) -> SavedReport:
+def saved_of(rewritten: Rewritten, saved: Halves | tuple[SavedTensor, ...]) -> SavedReport:
     heads = [u.use for u in rewritten.plan.uses.values() if "lm_head" in u.use.kinds]
     vocabulary = frozenset(u.n for u in heads if u.n is not None)
-    return saved_report(halves, vocabulary, lambda n: bool(rewritten.ctx.inputs.get(n.name)))
+    return saved_report(saved, vocabulary)
 
 
 def durations_of(rewritten: Rewritten, session: driver.Session, model: str) -> DurationTable | None:

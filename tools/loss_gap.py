@@ -111,7 +111,9 @@ def train(setup: Setup, variant: str, seed: int, show: Callable[[str], None]) ->
 
     corpus = example.read_corpus()
     generator = torch.Generator().manual_seed(seed)
-    first = {k: v.to(setup.device) for k, v in example.sample_batch(corpus, setup.batch, setup.length, generator).items()}
+    first = {
+        k: v.to(setup.device) for k, v in example.sample_batch(corpus, setup.batch, setup.length, generator).items()
+    }
     prepare(model, first)  # the same grouped experts on all sides
     step: Callable[..., Any] = model
     if variant == "spec":
@@ -133,7 +135,9 @@ def train(setup: Setup, variant: str, seed: int, show: Callable[[str], None]) ->
         model.update_router_biases()  # type: ignore[operator]
         losses.append(float(output.loss.detach()))
         if (i + 1) % 50 == 0:
-            show(f"seed {seed} {variant} step {i + 1} loss {losses[-1]:.4f} {(time.perf_counter() - started) / (i + 1):.2f} s/step")
+            show(
+                f"seed {seed} {variant} step {i + 1} loss {losses[-1]:.4f} {(time.perf_counter() - started) / (i + 1):.2f} s/step"
+            )
     return losses
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity
 from fp8c.models import StepModule
 from fp8c.prepare.check import Call, can_check, compare, recorded_calls
 from fp8c.prepare.hf import is_hf_experts, prepare_hf
-from fp8c.prepare.loops import Rewrite, rewrite_loops
+from fp8c.prepare.loops import Loop, Rewrite, original_class, rewrite_loops, rewritten_loops
 from fp8c.user_code import user_code
 
 
@@ -22,98 +24,131 @@ def prepare(module: nn.Module, example_inputs: Any = None) -> list[Diagnostic]:
     grouped GEMMs. Parameters, state_dict and results stay the same: only the code that computes them changes. A second
     call finds nothing to do.
 
-    example_inputs: one batch (dict, tuple or single argument); with it every rewrite is compared with the original
+    example_inputs: one batch (dict, tuple or single argument); with it every rewrite is compared with the original.
+                    Without, `compare_rewrites` can do so once there is a batch
     Returns: remarks, one per kind of change
     Raises:  DiagnosticError E0820 for a loop that can't be rewritten, E0821 for a rewrite that disagrees with the
              original; the module is then as before, except for transformers' setting. Exit code MODEL.
     """
     remarks = prepare_hf(module)
-    rewrites: dict[str, list[Rewrite]] = {}
+    rewrites: list[Rewrite] = []
     errors: dict[object, Diagnostic] = {}
-    for name, part in module.named_modules():
+    for part in module.modules():
         if is_hf_experts(part):
             continue
         found, wrong = rewrite_loops(part)
-        if found:
-            rewrites[name] = found
+        rewrites += found
         for error in wrong:
             errors.setdefault((error.span, error.message), error)
     if errors:
         raise DiagnosticError(errors.values(), ExitCode.MODEL)
     if not rewrites:
         return remarks
-    checked = _check(module, rewrites, example_inputs)
-    remarks += _remarks(rewrites, checked)
-    for group in rewrites.values():
-        for rewrite in group:
-            rewrite.install()
-    return remarks
+    for rewrite in rewrites:
+        rewrite.install()
+    changed = {rewrite.module for rewrite in rewrites}
+    if example_inputs is None:
+        return remarks + _remarks(module, changed, dict.fromkeys(changed, "there are no example inputs"))
+    step = module if isinstance(module, StepModule) else StepModule(module, lambda outputs, batch: outputs)
+    return remarks + _compared(module, changed, lambda: step.call(example_inputs))
 
 
-def _check(module: nn.Module, rewrites: dict[str, list[Rewrite]], example_inputs: Any) -> dict[object, str]:
-    """Compare one module of each kind with its original; how each kind was checked, by its functions' code.
+def needs_comparison(module: nn.Module) -> bool:
+    """Whether the model has rewritten loops that were not compared with their originals yet."""
+    return any(part not in _COMPARED and rewritten_loops(part) for part in module.modules())
 
-    Raises: DiagnosticError E0821 for every kind that disagrees.
+
+def compare_rewrites(module: nn.Module, *args: Any, **kwargs: Any) -> list[Diagnostic]:
+    """Compare rewritten loops with their originals on the arguments of one call of the model.
+
+    Returns: remarks that replace those of `prepare`;  Raises: DiagnosticError E0821, with all loops as they were written
     """
-    kinds: dict[object, str] = {}
-    for name, group in rewrites.items():
-        kinds.setdefault(_kind(group), name)
-    parts = {name: module.get_submodule(name) for name in kinds.values()}
-    is_meta = any(p.is_meta for p in module.parameters())
-    calls: dict[nn.Module, Call] = {}
-    if example_inputs is not None and not is_meta:
-        calls = _first_calls(module, list(parts.values()), example_inputs)
-    checked: dict[object, str] = {}
-    errors = []
-    for kind, name in kinds.items():
-        part, group = parts[name], rewrites[name]
-        if part not in calls:
-            reason = "it has no weights" if is_meta else "no example inputs" if example_inputs is None else "not called"
-            checked[kind] = f"not compared with the original: {reason}"
-            continue
-        if not can_check(part):
-            checked[kind] = "not compared with the original: too large for a copy in FP64"
-            continue
-        message = ""
-        try:
-            difference = compare(part, group, calls[part])
-            if difference.is_equal:
-                checked[kind] = f"same outputs and gradients within {max(difference.error, 2**-53):.0e}"
-                continue
-            message = (
-                f"the {difference.what} differs from the loop's by {difference.error:.1e} relative, "
-                f"expected at most {difference.bound:.1e}"
-            )
-        except Exception as error:  # noqa: BLE001 - the rewritten code runs the model's own operations
-            message = f"it fails with {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        errors.append(
-            Diagnostic(
-                "E0821",
-                f"the loop over experts rewritten to grouped GEMMs disagrees with the loop: {message}",
-                group[0].loops[0][0],
-                notes=(f"in {type(part).__name__} '{name}'; nothing was changed",),
-                help="choose every token's experts once, without drops: each entry of the routing decision must be "
-                "one of the experts' indices",
-            )
+    changed = {part for part in module.modules() if part not in _COMPARED and rewritten_loops(part)}
+    # Like a call, with hooks, but never a compiled one.
+    return _compared(module, changed, lambda: module._call_impl(*args, **kwargs))  # type: ignore[no-untyped-call]
+
+
+#: Modules whose rewritten loops agree with their originals, or can't be compared.
+_COMPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _compared(module: nn.Module, changed: set[nn.Module], run: Callable[[], object]) -> list[Diagnostic]:
+    """Compare one changed module of each kind with its original, on what it gets when the original model runs."""
+    reason = ""
+    if any(p.is_meta for p in module.parameters()):
+        reason = "it has no weights"
+    elif any(hasattr(p, "device_mesh") for p in module.parameters()):
+        reason = "its parameters are sharded"
+    if reason:
+        _COMPARED.update(changed)
+        return _remarks(module, changed, dict.fromkeys(changed, reason))
+    classes = {part: type(part) for part in changed}
+    kinds = {part: (classes[part], tuple((tuple(p.shape), p.dtype) for p in part.parameters())) for part in changed}
+    loops = {part: rewritten_loops(part) for part in changed}
+    try:
+        for part in changed:
+            part.__class__ = original_class(part)
+        calls = _first_calls(module, changed, run)
+        errors: list[Diagnostic] = []
+        results: dict[object, str] = {}
+        for name, part in module.named_modules():
+            if part in changed and kinds[part] not in results:
+                results[kinds[part]], error = _compared_one(name, part, classes[part], loops[part], calls.get(part))
+                errors += error
+        if errors:
+            classes = {part: original_class(part) for part in changed}
+            raise DiagnosticError(errors, ExitCode.MODEL)
+    finally:
+        for part, cls in classes.items():
+            part.__class__ = cls
+    _COMPARED.update(changed)
+    return _remarks(module, changed, {part: results[kinds[part]] for part in changed})
+
+
+def _compared_one(
+    name: str, part: nn.Module, rewritten: type[nn.Module], loops: tuple[Loop, ...], call: Call | None
+) -> tuple[str, list[Diagnostic]]:
+    """How one module compares: words for the remark, and an error when it disagrees."""
+    if call is None:
+        return "not called with the example inputs", []
+    if not can_check(part):
+        return "too large for a copy in FP64", []
+    try:
+        difference = compare(part, rewritten, call)
+        if difference.is_equal:
+            return f"{_SAME} within {max(difference.error, 2**-53):.0e}", []
+        message = (
+            f"the {difference.what} differs from the loop's by {difference.error:.1e} relative, "
+            f"expected at most {difference.bound:.1e}"
         )
-    if errors:
-        raise DiagnosticError(errors, ExitCode.MODEL)
-    return checked
+    except Exception as error:  # noqa: BLE001 - the rewritten code runs the model's own operations
+        message = f"it fails with {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return "", [
+        Diagnostic(
+            "E0821",
+            f"the loop over experts rewritten to grouped GEMMs disagrees with the loop: {message}",
+            loops[0].span,
+            notes=(f"in {type(part).__name__} '{name}'; nothing was changed",),
+            help="choose every token's experts once, without drops: each entry of the routing decision must be "
+            "one of the experts' indices",
+        )
+    ]
 
 
-def _first_calls(module: nn.Module, parts: list[nn.Module], example_inputs: Any) -> dict[nn.Module, Call]:
-    """The arguments each part gets in one forward of the unchanged model; its buffers stay as they were."""
+_SAME = "same outputs and gradients"
+
+
+def _first_calls(module: nn.Module, parts: set[nn.Module], run: Callable[[], object]) -> dict[nn.Module, Call]:
+    """The arguments each part gets in one forward of the model; its buffers stay as they were."""
     saved = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    file = type(module).__module__
     try:
         with (
-            recorded_calls(parts) as calls,
+            recorded_calls(list(parts)) as calls,
             torch.no_grad(),
             torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-            user_code("the forward pass on the example inputs", file),
+            user_code("the forward pass on the example inputs", type(module).__module__),
         ):
-            step = module if isinstance(module, StepModule) else StepModule(module, lambda outputs, batch: outputs)
-            step.call(example_inputs)
+            run()
     finally:
         for name, buffer in module.named_buffers():
             if name in saved:
@@ -121,32 +156,26 @@ def _first_calls(module: nn.Module, parts: list[nn.Module], example_inputs: Any)
     return calls
 
 
-def _kind(group: list[Rewrite]) -> object:
-    """Modules of one kind run the same code on the same kind of experts."""
-    first = group[0].module
-    shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in first.named_parameters())
-    return (type(first), tuple((r.method, r.function.__code__, r.loops) for r in group), shapes)
-
-
-def _remarks(rewrites: dict[str, list[Rewrite]], checked: dict[object, str]) -> list[Diagnostic]:
+def _remarks(module: nn.Module, changed: set[nn.Module], how: dict[nn.Module, str]) -> list[Diagnostic]:
     """One remark per loop in the source, however many modules run it."""
-    places: dict[tuple[Span, int, str], list[str]] = {}
-    for name, group in rewrites.items():
-        for rewrite in group:
-            for span, experts in rewrite.loops:
-                key = (span, experts, checked[_kind(group)])
-                places.setdefault(key, []).append(name or type(rewrite.module).__name__)
+    places: dict[tuple[Loop, str], list[str]] = {}
+    half = {p for p in changed if any(q.dtype not in (torch.bfloat16, torch.float64) for q in p.parameters())}
+    for name, part in module.named_modules():
+        if part in changed:
+            for loop in rewritten_loops(part):
+                places.setdefault((loop, how[part]), []).append(name or type(part).__name__)
+    notes = ("its parameters are not BF16: run the step under autocast",) if half else ()
     return [
         Diagnostic(
             "R0820",
-            f"this loop over {experts} experts runs as grouped GEMMs in "
+            f"this loop over {loop.experts} experts runs as grouped GEMMs in "
             + (f"{len(names)} modules" if len(names) > 1 else f"'{names[0]}'"),
-            span,
+            loop.span,
             Severity.REMARK,
-            notes=(how,),
+            notes=(words if words.startswith(_SAME) else f"not compared with the original: {words}", *notes),
         )
-        for (span, experts, how), names in places.items()
+        for (loop, words), names in places.items()
     ]
 
 
-__all__ = ["prepare"]
+__all__ = ["compare_rewrites", "needs_comparison", "prepare"]

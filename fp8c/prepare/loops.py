@@ -41,16 +41,20 @@ _FUTURE_FLAGS = functools.reduce(
 
 
 @dataclass(frozen=True)
-class Rewrite:
-    """One function of one module, rewritten.
+class Loop:
+    """A loop that became grouped GEMMs: where it stands, and over how many experts it ran."""
 
-    loops: place and number of experts of each loop that became grouped GEMMs
-    """
+    span: Span
+    experts: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One function of one module, rewritten."""
 
     module: nn.Module
     method: str
     function: types.FunctionType
-    loops: tuple[tuple[Span, int], ...]
 
     def install(self) -> None:
         # A subclass of the same name for this instance: its class and other instances stay untouched, and it is named,
@@ -62,19 +66,40 @@ def _subclass(base: type[nn.Module], method: str, function: types.FunctionType) 
     key = (base, method, function)
     if key not in _SUBCLASSES:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        _SUBCLASSES[key] = type(base.__name__, (base,), {method: function, **names})
+        _SUBCLASSES[key] = made = type(base.__name__, (base,), {method: function, **names})
+        _BASES[made] = base
     return _SUBCLASSES[key]
 
 
 #: Layers of a model share one class, as they did before.
 _SUBCLASSES: dict[object, type[nn.Module]] = {}
+_BASES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before its loops were rewritten."""
+    found = type(module)
+    while found in _BASES:
+        found = _BASES[found]
+    return found
+
+
+def rewritten_loops(module: nn.Module) -> tuple[Loop, ...]:
+    """The loops of a module that run as grouped GEMMs now."""
+    found: list[Loop] = []
+    cls = type(module)
+    while cls in _BASES:
+        for value in vars(cls).values():
+            found += getattr(value, _MARK, ())
+        cls = _BASES[cls]
+    return tuple(found)
 
 
 def is_rewritten(function: object) -> bool:
     return hasattr(function, _MARK)
 
 
-_MARK = "__fp8c_rewritten__"
+_MARK = "__fp8c_loops__"  # of a rewritten function: the loops it had
 
 
 @dataclass(frozen=True)
@@ -236,7 +261,7 @@ def _rewrite_function(module: nn.Module, source: Source) -> Rewrite | None:
     if not any(isinstance(node, ast.For) for node in _training_nodes(tree.body, self_name)):
         return None
     training = {id(node) for node in _training_nodes(tree.body, self_name)}
-    done: list[tuple[Span, int]] = []
+    done: list[Loop] = []
     lifted: dict[str, Lifted] = {}
     skipped: set[int] = set()
     while True:
@@ -251,10 +276,10 @@ def _rewrite_function(module: nn.Module, source: Source) -> Rewrite | None:
             continue
         _replace(tree, place, lifter)
         lifted.update(lifter.lifted)
-        done.append((span, lifter.experts))
+        done.append(Loop(span, lifter.experts))
     if not done:
         return None
-    return Rewrite(module, source.name, _compiled(source, tree, lifted), tuple(done))
+    return Rewrite(module, source.name, _compiled(source, tree, lifted, tuple(done)))
 
 
 def _loops(body: list[ast.stmt]) -> Iterator[_Place]:
@@ -695,7 +720,9 @@ class _Dropper(ast.NodeTransformer):
         return node
 
 
-def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) -> types.FunctionType:
+def _compiled(
+    source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted], loops: tuple[Loop, ...]
+) -> types.FunctionType:
     """Compile the tree as the function it came from: same globals, closure, defaults, file and lines."""
     original = source.function
     key = (original, ast.dump(tree), tuple(lifted.items()))
@@ -723,7 +750,7 @@ def _compiled(source: Source, tree: ast.FunctionDef, lifted: dict[str, Lifted]) 
     closure = tuple(cells[name] for name in inner.co_freevars)
     function = types.FunctionType(inner, original.__globals__, original.__name__, original.__defaults__, closure)
     function.__kwdefaults__ = original.__kwdefaults__
-    setattr(function, _MARK, True)
+    setattr(function, _MARK, loops)
     function.__qualname__, function.__module__ = original.__qualname__, original.__module__
     _COMPILED[key] = function
     return function

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fp8c
+from fp8c import driver
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, render
-from fp8c.prepare import prepare
+from fp8c.prepare import compare_rewrites, needs_comparison, prepare
 
 H, E, K, T = 32, 4, 2, 24
 
@@ -780,3 +782,41 @@ def test_a_model_without_weights_is_rewritten_and_says_it_was_not_compared() -> 
     (remark,) = prepare(module, x)
     assert remark.notes == ("not compared with the original: it has no weights",)
     assert module(x).shape == (T, H)
+
+
+def test_without_a_batch_the_comparison_waits_for_the_first_call() -> None:
+    module, x = Enumerated(), torch.randn(T, H)
+    (remark,) = prepare(module)
+    assert remark.notes[0] == "not compared with the original: there are no example inputs"
+    assert needs_comparison(module)
+    (remark,) = compare_rewrites(module, x)
+    assert remark.notes[0].startswith("same outputs and gradients")
+    assert not needs_comparison(module)
+
+
+def test_a_comparison_that_fails_late_brings_the_loop_back() -> None:
+    class Mixing(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0, keepdim=True))
+
+    module, x = Enumerated(Mixing), torch.randn(T, H)
+    want = module(x)
+    prepare(module)
+    with pytest.raises(DiagnosticError, match="E0821"):
+        compare_rewrites(module, x)
+    assert type(module) is Enumerated and torch.equal(module(x), want)
+
+
+def test_compile_compares_on_the_first_training_call() -> None:
+    torch.manual_seed(0)
+    module = Enumerated().bfloat16()
+    step = fp8c.compile(module, spec="bf16", target="cpu")
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    with torch.no_grad():
+        step(x)
+    assert needs_comparison(module)
+    step(x).float().square().mean().backward()
+    assert not needs_comparison(module)
+    (remark,) = [r for r in driver.session_of(step).remarks if r.code == "R0820"]
+    assert remark.notes[0].startswith("same outputs and gradients")
+    assert all(p.grad is not None for p in module.parameters())
