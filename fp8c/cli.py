@@ -544,6 +544,7 @@ def targets(name: str | None, as_json: bool) -> None:
 @click.option("--comm-sms", type=int, help="SMs that communication gets.")
 @click.option("--choose-sms", is_flag=True, help="Give communication the SMs with which a pair is shortest.")
 @click.option("--zipf", type=float, default=0.0, show_default=True, help="Exponent of expert popularity.")
+@click.option("--loads", type=click.Path(path_type=Path), help="JSON list of measured tokens per expert.")
 @click.option("--even", is_flag=True, help="Exactly even routing, without sampling noise.")
 @click.option("--overlap/--no-overlap", default=True, help="Let transfers run beside compute.")
 @click.option("--released", is_flag=True, help="Chunks without a partner run as fast as alone.")

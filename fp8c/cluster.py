@@ -41,6 +41,7 @@ class ClusterRun:
     """What to simulate besides the table of durations.
 
     zipf:       exponent of expert popularity; 0.0 is even routing with sampling noise, None exactly even
+    expert_loads: measured load per expert, in place of zipf; () for none
     patterns:   how many routings are drawn; layers and micro-batches take them in turn
     is_overlapping: False runs every chunk on one stream, forward and backward of a pair one after the other
     is_released: chunks that run alone get the SMs and the network their partner would have used (durations of the
@@ -53,6 +54,7 @@ class ClusterRun:
     machine: Machine
     comm_sms: int | None = None
     zipf: float | None = 0.0
+    expert_loads: tuple[float, ...] = ()
     patterns: int = 4
     seed: int = 0
     is_overlapping: bool = True
@@ -262,9 +264,11 @@ def draw_loads(table: DurationTable, mesh: Mesh, run: ClusterRun) -> Loads | Non
     if run.zipf is None or mesh.expert == 1:
         return None
     spec = routing_of(table.model, table.deployment, run.machine.gpus_per_node, run.zipf)
+    spec = replace(spec, popularity=run.expert_loads)
+    check_routing(spec)
     net = run.machine.network(run.comm_sms or table.measured.comm_sms)
     sizes = dispatch_bytes(table.model), combine_bytes(table.model)
-    even = balanced_traffic(replace(spec, zipf=0.0))
+    even = balanced_traffic(replace(spec, zipf=0.0, popularity=()))
     even_us = simulate_dispatch(net, even, sizes[0]).duration_us, simulate_combine(net, even, sizes[1]).duration_us
     rows = []
     for k in range(run.patterns):

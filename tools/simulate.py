@@ -24,7 +24,7 @@ from fp8c.cluster import (
     with_head,
 )
 from fp8c.cost_model import Machine, Operator, compute_stretch, estimate_us, hbm_bytes
-from fp8c.diagnostics import ExitCode, fail
+from fp8c.diagnostics import ExitCode, Span, fail
 from fp8c.durations import Deployment, DurationTable, load_durations
 from fp8c.overlap import PairReport, choose_comm_sms, schedule_pair, with_comm_sms
 from fp8c.pipeline_schedule import Pair
@@ -372,6 +372,7 @@ def inputs(
     released: bool = False,
     predict: bool = False,
     choose_sms: bool = False,
+    loads: Path | None = None,
     memory_gib: float | None = None,
     seed: int = 0,
     **_: object,
@@ -396,13 +397,23 @@ def inputs(
         gpus,
         machine,
         comm_sms=comm_sms,
-        zipf=None if even else zipf,
+        zipf=None if even and loads is None else zipf,
+        expert_loads=read_loads(loads) if loads is not None else (),
         seed=seed,
         is_overlapping=overlap,
         is_released=released,
         memory_budget_bytes=None if memory_gib is None else int(memory_gib * 2**30),
     )
     return table, run
+
+
+def read_loads(path: Path) -> tuple[float, ...]:
+    """Load per expert from a JSON list of numbers. Raises: E0924 for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(float(v) for v in values)
+    except (OSError, ValueError, TypeError) as error:
+        raise fail("E0924", f"cannot read expert loads: {error}", span=Span(str(path))) from error
 
 
 def with_deployment(table: DurationTable, **changes: int | str | None) -> DurationTable:
