@@ -169,6 +169,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0921": "The mesh does not divide the experts: every GPU of an expert-parallel group holds the same number.",
     "E0922": "A token cannot be sent to as many experts as top-k asks for on as many nodes as it may reach.",
     "E0923": "A communication channel needs at least one warp for each of its roles (send, forward, receive).",
+    "E0924": "The load per expert is no list of numbers, 0 or more and not all 0, one for each expert.",
     "E0930": "There is no cost sheet of this name. Cost sheets say how fast kernels get on a machine; a path to a "
     "`.toml` file works too.",
     "E0931": "The file is no cost sheet: it cannot be read, has another schema, is based on itself, or is a what- "
