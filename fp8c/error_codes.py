@@ -70,6 +70,15 @@ EXPLANATIONS: dict[str, str] = {
     "E0508": "A scale must not change inside the sum that a GEMM computes, except at group borders both operands share. "
     "Groups run along k (columns of x and w) for fprop, n (columns of dy, rows of w) for dgrad, tokens (rows of x "
     "and dy) for wgrad.",
+    "E0430": "The CUDA kernels are compiled on first use, and neither NVRTC (packages cuda-bindings and nvidia-cuda-nvrtc, "
+    "which torch's CUDA builds bring) nor nvcc was found, and the kernel cache does not hold this kernel. GEMMs run in "
+    "their portable form, slowly.",
+    "E0431": "The CUDA compiler rejected a kernel of fp8c. This is a bug in fp8c, or a compiler older than CUDA 12.8: "
+    "please report the message.",
+    "E0432": "A call of the CUDA driver failed while a kernel was loaded or started. A message about the driver's version "
+    "asks for a newer driver; an illegal address or instruction points at a bug in fp8c or at memory freed too early.",
+    "R0430": "A GEMM runs in its portable form instead of a tensor-core kernel, or an operand is copied before it, for the "
+    "reason given. The result is the same; it takes longer. Said once for each reason.",
     "E0520": "An fp8c operator got operands that do not fit it: rank, dtype, sizes, or scales of another group shape.",
     "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
     "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
@@ -160,6 +169,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0921": "The mesh does not divide the experts: every GPU of an expert-parallel group holds the same number.",
     "E0922": "A token cannot be sent to as many experts as top-k asks for on as many nodes as it may reach.",
     "E0923": "A communication channel needs at least one warp for each of its roles (send, forward, receive).",
+    "E0924": "The load per expert is no list of numbers, 0 or more and not all 0, one for each expert.",
     "E0930": "There is no cost sheet of this name. Cost sheets say how fast kernels get on a machine; a path to a "
     "`.toml` file works too.",
     "E0931": "The file is no cost sheet: it cannot be read, has another schema, is based on itself, or is a what- "

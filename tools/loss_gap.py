@@ -25,7 +25,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fp8c
