@@ -13,6 +13,7 @@ Sources: DeepSeek-V2 (arXiv:2405.04434) for the attention, DeepSeek-V3 (arXiv:24
 import argparse
 import sysconfig
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,6 +269,17 @@ def example_inputs(batch: int = 4, seq: int = 128) -> dict[str, Tensor]:
     return sample_batch(read_corpus(), batch, seq, torch.Generator().manual_seed(0))
 
 
+def batches(seed: int, batch: int = 4, length: int = 128) -> Iterator[dict[str, Tensor]]:
+    """Batches of real text without end, the same for the same seed."""
+    corpus, generator = read_corpus(), torch.Generator().manual_seed(seed)
+    while True:
+        yield sample_batch(corpus, batch, length, generator)
+
+
+def after_step(transformer: Transformer) -> None:
+    transformer.update_router_biases()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
@@ -280,18 +292,15 @@ def main() -> None:
     torch.manual_seed(args.seed)
     transformer = model()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    corpus, generator = read_corpus(), torch.Generator().manual_seed(args.seed)
-    print(
-        f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f} M parameters, {len(corpus) / 1e6:.1f} MB of text"
-    )
-    for step in range(args.steps):
+    print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f} M parameters")
+    for step, batch in zip(range(args.steps), batches(args.seed, args.batch, args.length)):
         start = time.perf_counter()
-        output = transformer(**sample_batch(corpus, args.batch, args.length, generator))
+        output = transformer(**batch)
         output.loss.backward()
         nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        transformer.update_router_biases()
+        after_step(transformer)
         print(f"step {step:4d}  loss {output.loss.item():.4f}  {time.perf_counter() - start:.2f} s")
 
 

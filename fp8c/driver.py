@@ -6,11 +6,13 @@ know them, and no global Inductor option is touched.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from torch._dynamo.backends.common import aot_autograd
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
+from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import TargetRecord, load_target
+from fp8c.baseline import Baseline
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
-from fp8c.partition import Halves, default_min_cut
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
@@ -57,7 +60,7 @@ class Session:
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
-    baseline: Halves | None = None
+    baseline: Baseline | None = None
 
     def fresh(self) -> Session:
         """The same settings for another model: nothing captured yet."""
@@ -71,7 +74,7 @@ class Session:
         """Dynamo's backend: differentiate, rewrite, lower."""
         names = capture.input_names(gm)
         if self.want_baseline:
-            self.baseline = capture_baseline(gm, example_inputs)
+            self.baseline = Baseline(gm, example_inputs)
         for done in capture.prepare_forward(gm):
             log.info("%s", done)
         device = _device(example_inputs)
@@ -99,6 +102,7 @@ class Session:
             num_fwd_outputs,
             self.resolve,
             target=self.target,
+            machine=load_machine(self.target.name) if self.target.name in machine_names() else None,
             observers=self.observers,
             verify_each=self.verify_each,
         )
@@ -116,30 +120,6 @@ class Session:
     ) -> Callable[..., Any]:
         rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
         return lowering.lower(rewritten, inputs, how, is_inference=True)
-
-
-def capture_baseline(gm: fx.GraphModule, example_inputs: list[Any]) -> Halves:
-    """The same step in BF16 as torch.compile would split it: Inductor's decompositions, PyTorch's default min-cut.
-
-    Attention stays one operator here too; nothing else of fp8c is applied.
-    """
-    from torch._inductor.decomposition import select_decomp_table
-
-    plain = copy.deepcopy(gm)
-    capture.keep_attention(plain)
-    plain.recompile()
-    found: list[Halves] = []
-
-    def split(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
-        found.append(default_min_cut(joint, inputs, num_fwd_outputs))
-        raise PlanningDone
-
-    backend = aot_autograd(fw_compiler=lambda g, _: g, partition_fn=split, decompositions=select_decomp_table())
-    try:
-        backend(plain, example_inputs)
-    except PlanningDone:
-        pass
-    return found[0]
 
 
 def _device(inputs: Sequence[Any]) -> str:
@@ -287,10 +267,23 @@ def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
     try:
-        compiled(batch)
+        with without_collection():
+            compiled(batch)
     except Exception as error:  # Dynamo wraps whatever a backend raises
         if not any(isinstance(e, PlanningDone) for e in causes(error)):
             raise explain_failure(error) from error
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """No cyclic garbage collection: a large capture only allocates, and each full collection walks millions of objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def causes(error: BaseException | None) -> list[BaseException]:

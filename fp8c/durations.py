@@ -95,6 +95,7 @@ class DurationTable:
     ops: tuple[OpDuration, ...]
     model: ModelShape
     deployment: Deployment
+    saved_bytes: tuple[tuple[str, int], ...] = ()  # per layer kind, what its forward leaves; () where not measured
 
     def layer(self, kind: str, phase: str) -> tuple[OpDuration, ...]:
         return tuple(op for op in self.ops if (op.layer, op.phase) == (kind, phase))
@@ -109,7 +110,7 @@ class DurationTable:
         """The same table as a document `load_durations` reads back."""
         ops = [{**asdict(op), "after": list(op.after)} for op in self.ops]
         parts = {key: asdict(getattr(self, key)) for key in ("measured", "model", "deployment")}
-        return {"schema": SCHEMA, "name": self.name, **parts, "op": ops}
+        return {"schema": SCHEMA, "name": self.name, **parts, "saved_bytes": dict(self.saved_bytes), "op": ops}
 
 
 def load_durations(path: Path) -> DurationTable:
@@ -152,9 +153,17 @@ def parse_durations(document: Mapping[str, Any], span: Span | None = None) -> Du
         tuple(ops),
         _record(ModelShape, document.get("model"), "[model]", span),
         _record(Deployment, document.get("deployment"), "[deployment]", span),
+        _saved(document.get("saved_bytes", {}), span),
     )
     _check_table(table, span)
     return table
+
+
+def _saved(value: Any, span: Span | None) -> tuple[tuple[str, int], ...]:
+    is_right = isinstance(value, dict) and all(type(size) is int and size >= 0 for size in value.values())
+    if not is_right:
+        raise fail("E0911", f"saved_bytes is {value!r}, expected bytes per kind of layer", span=span)
+    return tuple(sorted(value.items()))
 
 
 _NUMBERS = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple[str, ...]": tuple}

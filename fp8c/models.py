@@ -158,6 +158,17 @@ def load_model(
     return _load_python(reference, weights, seed, overrides, {"batch": batch, "seq": seq})
 
 
+def load_namespace(reference: str) -> ModuleType:
+    """The Python module behind a file or module reference, for the functions it defines beside its factory.
+
+    Raises: DiagnosticError E0801, E0810.
+    """
+    target = reference.partition(".py:")[0] + ".py" if ".py:" in reference else reference.partition(":")[0]
+    path = Path(target)
+    with _on_path(path.resolve().parent if path.is_file() else Path.cwd()):
+        return _import_file(path) if target.endswith(".py") else _import_name(target, reference)
+
+
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """`["num_hidden_layers=4", "hidden_act=gelu"]` as values: Python literals, and a bare word is a string."""
     values: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from fp8c.network import simulate_combine, simulate_dispatch
 from fp8c.routing import Traffic, balanced_traffic
 from fp8c.schedule import COMM, COMPUTE, Problem, Schedule, Slot, Task, lower_bound_us, make_problem, program_order
 from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
-from fp8c.workload import combine_bytes, dispatch_bytes, routing_of, saved_bytes
+from fp8c.workload import activation_bytes, combine_bytes, dispatch_bytes, routing_of
 
 FORWARD_PHASES, BACKWARD_PHASES = ("F",), ("B", "W")
 
@@ -39,7 +39,7 @@ def chunk_tasks(
         name = f"{prefix}{number}/"
         layer = layer_tasks(table, kind, name, previous, phases)
         if has_memory and kind in ("moe", "dense"):
-            layer = _with_memory(layer, saved_bytes(table.model, kind, table.measured.tokens), "F" in phases)
+            layer = _with_memory(layer, activation_bytes(table, kind), "F" in phases)
         tasks += layer
         for phase in ("F", "B"):
             if phase in phases:
@@ -296,6 +296,30 @@ def with_comm_sms(table: DurationTable, machine: Machine, comm_sms: int) -> Dura
     now = even_transfers_us(table, machine, comm_sms)
     ratio = CommTimes(now[0] / then[0], now[1] / then[1], 1.0)
     return replace(scaled_table(table, ratio, stretch), measured=replace(table.measured, comm_sms=comm_sms))
+
+
+SM_SHARES = (2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+def choose_comm_sms(
+    table: DurationTable,
+    machine: Machine,
+    forward_layers: Sequence[str],
+    backward_layers: Sequence[str],
+    shares: Iterable[int] = SM_SHARES,
+) -> tuple[PairReport, list[PairReport]]:
+    """Schedule the pair with every number of SMs for communication; the shortest wins, the fewest SMs on a tie.
+
+    Raises: E0950 when no number leaves SMs to both sides.
+    """
+    tried = [
+        schedule_pair(with_comm_sms(table, machine, share), forward_layers, backward_layers)
+        for share in shares
+        if 1 <= share < machine.sms
+    ]
+    if not tried:
+        raise fail("E0950", "no number of SMs was given to choose from")
+    return min(tried, key=lambda r: (round(r.schedule.makespan_us, 3), r.comm_sms)), tried
 
 
 def scaled_table(table: DurationTable, comm: CommTimes, compute: float = 1.0) -> DurationTable:

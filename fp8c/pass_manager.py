@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from torch import fx
 
 from fp8c import graph as g
+from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity
 from fp8c.formats import Format
 from fp8c.roles import OpUse
@@ -33,12 +34,14 @@ class SavedValue:
 class PassContext:
     """All a pass may know besides the graph.
 
+    machine: the cost model's view of the target; None where it has no cost sheet
     inputs:  name of every graph input by placeholder name: a parameter's or buffer's FQN, or "" for data
     trained: placeholders whose gradient the step returns
     """
 
     plan: PrecisionPlan | None = None
     target: Any = None
+    machine: Machine | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
     training: bool = True

@@ -16,6 +16,7 @@ from torch import fx
 
 from fp8c import capture, verifier
 from fp8c import graph as g
+from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode
 from fp8c.partition import Halves, partition, trained_inputs
 from fp8c.pass_manager import PassContext, PassManager, PassRecord
@@ -45,6 +46,7 @@ def rewrite_and_partition(
     resolve: Resolver,
     *,
     target: Any = None,
+    machine: Machine | None = None,
     observers: tuple[Observer, ...] = (),
     verify_each: bool = True,
 ) -> Rewritten:
@@ -57,6 +59,7 @@ def rewrite_and_partition(
         trained=trained_inputs(joint, num_fwd_outputs),
         num_fwd_outputs=num_fwd_outputs,
         target=target,
+        machine=machine,
     )
     manager = PassManager(verifier.INVARIANTS, verify_each, observers)
     held: set[str] = set()

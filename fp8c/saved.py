@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -38,7 +37,8 @@ class SavedTensor:
     path: str
     dtype: str
     size_bytes: int
-    is_logits: bool
+    last_dim: int | None = None
+    is_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,8 @@ class SavedReport:
         return dict(sorted(layers.items()))
 
 
-def saved_report(halves: Halves, vocabulary: frozenset[int], is_state: Callable[[fx.Node], bool]) -> SavedReport:
-    """Unique storages among the saved values. `vocabulary`: sizes of output heads, to know logits by.
-
-    `is_state`: whether a placeholder is a parameter or buffer; values computed from those alone are weights, and count
-    (a saved transposed or quantized copy of a weight is new memory), but a view of one does not.
-    """
+def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
+    """Unique storages among the saved values; which of them are logits is not known yet."""
     seen: set[fx.Node] = set()
     tensors = []
     for node in halves.saved():
@@ -78,7 +74,7 @@ def saved_report(halves: Halves, vocabulary: frozenset[int], is_state: Callable[
         seen.add(root)
         path = g.module_path(root)
         layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-        logits = any(isinstance(s, int) and s in vocabulary for s in val.shape[-1:])
+        last = val.shape[-1] if val.dim() else None
         tensors.append(
             SavedTensor(
                 node.name,
@@ -86,7 +82,13 @@ def saved_report(halves: Halves, vocabulary: frozenset[int], is_state: Callable[
                 path,
                 g.type_text(val),
                 g.size_bytes(val),
-                logits,
+                last if isinstance(last, int) else None,
             )
         )
-    return SavedReport(tuple(tensors))
+    return tuple(tensors)
+
+
+def saved_report(saved: Halves | tuple[SavedTensor, ...], vocabulary: frozenset[int]) -> SavedReport:
+    """The report of two halves, or of storages found before. `vocabulary`: widths of the output heads."""
+    tensors = saved_tensors(saved) if isinstance(saved, Halves) else saved
+    return SavedReport(tuple(replace(t, is_logits=t.last_dim in vocabulary) for t in tensors))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import graph as g
 from fp8c.diagnostics import Diagnostic
 from fp8c.formats import Format

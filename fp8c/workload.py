@@ -8,7 +8,7 @@ backward. It answers two things: durations where nothing was measured, and what 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fp8c.cost_model import Attention, Elementwise, Gemm, Machine, Operator, Quantize, Retile, estimate_us
 from fp8c.durations import PREVIOUS, Deployment, DurationTable, Measured, ModelShape, OpDuration
@@ -143,6 +143,28 @@ def saved_bytes(shape: ModelShape, kind: str, tokens: int) -> int:
         copies = shape.top_k + shape.shared_experts
         per_token += copies * (shape.hidden + 2 * shape.expert_ffn) * fp8
     return int(per_token * tokens)
+
+
+def activation_bytes(table: DurationTable, kind: str) -> int:
+    """What one layer's forward leaves: the table's own figure, else the recipe's for the model's sizes."""
+    if kind == "head":
+        return 0
+    return dict(table.saved_bytes).get(kind) or saved_bytes(table.model, kind, table.measured.tokens)
+
+
+def with_transfers(table: DurationTable, machine: Machine) -> DurationTable:
+    """The table with dispatch and combine around the experts, for a deployment that spreads them over GPUs; unchanged
+    where it has them or needs none. Times are the hop simulator's, slowed as beside GEMMs."""
+    has_them = any(op.on == COMM for op in table.ops)
+    if has_them or table.deployment.expert_parallel <= 1 or not table.layer("moe", "F"):
+        return table
+    traffic = balanced_traffic(routing_of(table.model, table.deployment, machine.gpus_per_node))
+    net = machine.network(table.measured.comm_sms)
+    dispatch = simulate_dispatch(net, traffic, dispatch_bytes(table.model)).duration_us * machine.comm_slowdown_dispatch
+    combine = simulate_combine(net, traffic, combine_bytes(table.model)).duration_us * machine.comm_slowdown_combine
+    ms = {op.key: op.ms for op in table.ops if op.layer == "moe"}
+    others = tuple(op for op in table.ops if op.layer != "moe")
+    return replace(table, ops=(*others, *_moe_rows(ms, dispatch / 1000.0, combine / 1000.0)))
 
 
 def dispatch_bytes(shape: ModelShape) -> float:

@@ -97,7 +97,7 @@ def add_pair(halves: Halves, node: fx.Node, planned: SavedValue, ctx: PassContex
     data._rename(f"{node.name}_q")
     scale._rename(f"{node.name}_s")
     for part in (data, scale):
-        ctx.saved[part.name] = SavedValue(part.name, planned.format, planned.why, planned.reason)
+        ctx.saved[part.name] = SavedValue(part.name, None, planned.why, planned.reason)
     return data, scale
 
 

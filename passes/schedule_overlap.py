@@ -59,7 +59,8 @@ class OverlapReport:
 
 @dataclass(frozen=True)
 class ScheduleOverlap:
-    """`machine` is the cost model's view of the target; with None, or without collectives, nothing is reordered."""
+    """`machine` is the context's where None. A graph without collectives, or a target without a cost sheet, stays as it
+    is."""
 
     name: ClassVar[str] = "schedule-overlap"
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -75,7 +76,7 @@ class ScheduleOverlap:
         """Reorder both halves in place; return the number of nodes moved."""
         moved = 0
         for half in (halves.forward, halves.backward):
-            machine = self.machine
+            machine = self.machine or ctx.machine
             if machine is None or not any(is_collective(n) for n in half.graph.nodes):
                 continue
             report = schedule_graph(
@@ -84,6 +85,7 @@ class ScheduleOverlap:
                 memory_budget_bytes=self.memory_budget_bytes,
                 limits=self.limits,
             )
+            agree(half.graph)
             if report.moved:
                 half.graph.lint()
                 half.recompile()

@@ -15,17 +15,21 @@ from typing import Any
 
 import torch
 
-from fp8c import __version__, driver, partition
+from fp8c import __version__, driver
 from fp8c import graph as g
+from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import record_json
 from fp8c.build import check_output, graph_file, json_bytes, spec_file, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
+from fp8c.durations import DurationTable
 from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
+from fp8c.graph_durations import step_durations
 from fp8c.models import LoadedModel, Weights, check_step, load_model
+from fp8c.partition import Halves
 from fp8c.pass_manager import PassRecord
 from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
-from fp8c.saved import SavedReport, saved_report
+from fp8c.saved import SavedReport, SavedTensor, saved_report
 from fp8c.specs.plan import PrecisionPlan, UsePlan
 from fp8c.tools import report, verify
 from fp8c.tools.ir_printing import Observer, Printing, write_reproducer
@@ -128,7 +132,10 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     session.want_baseline = request.baseline
     rewritten = capture(loaded, session, observer, request, progress)
     saved = saved_of(rewritten, rewritten.halves)
-    baseline = saved_of(rewritten, session.baseline) if session.baseline is not None else None
+    baseline = None
+    if session.baseline is not None:
+        with progress.stage("BF16 baseline: PyTorch's default min-cut"):
+            baseline = saved_of(rewritten, session.baseline.result())
     verified = None
     if request.verify:
         with progress.stage("verifying"):
@@ -213,10 +220,18 @@ def with_note(error: Exception, note: str) -> Exception:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def saved_of(rewritten: Rewritten, halves: partition.Halves) -> SavedReport:
+def saved_of(rewritten: Rewritten, saved: Halves | tuple[SavedTensor, ...]) -> SavedReport:
     heads = [u.use for u in rewritten.plan.uses.values() if "lm_head" in u.use.kinds]
     vocabulary = frozenset(u.n for u in heads if u.n is not None)
-    return saved_report(halves, vocabulary, lambda n: bool(rewritten.ctx.inputs.get(n.name)))
+    return saved_report(saved, vocabulary)
+
+
+def durations_of(rewritten: Rewritten, session: driver.Session, model: str) -> DurationTable | None:
+    """What `fp8c simulate` reads of a build; None for a target without a cost sheet, or a model without layers."""
+    if session.target.name not in machine_names():
+        return None
+    uses = rewritten.ctx.uses.values()
+    return step_durations(rewritten.halves, uses, load_machine(session.target.name), model)
 
 
 def partial_group_remarks(plan: PrecisionPlan) -> list[Diagnostic]:
@@ -269,6 +284,9 @@ def write(
     for name, graph in graphs.items():
         file, content = graph_file(name, g.graph_text(graph, name))
         files[file] = content
+    durations = durations_of(rewritten, session, request.model)
+    if durations is not None:
+        files["durations.json"] = json_bytes(durations.to_json())
     for file, text in session.spec.texts:
         files[spec_file(file)] = text.encode()
     manifest = {
