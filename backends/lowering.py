@@ -16,14 +16,18 @@ from torch import fx
 from fp8c.retrace import retrace
 
 Lowered = Callable[..., Any]
+LOWERINGS = ("reference", "inductor")
 
 
 def register_kernels(device: str) -> None:
     """Make the kernels for a device available: importing a backend registers them."""
-    import fp8c.backends.reference
+    import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
 
     if device == "cuda":
-        import fp8c.backends.aten  # noqa: F401  (attention by PyTorch's fused kernels; the portable form of the rest)
+        # Attention by PyTorch's fused kernels, and the portable form of the rest. The Hopper GEMMs (`fp8c.backends.cuda`)
+        # are switched on by importing them.
+        # TODO: import them here once `pytest -m gpu tests/backends/cuda` has passed on their present code.
+        import fp8c.backends.aten  # noqa: F401
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, *, is_inference: bool = False) -> Lowered:

@@ -219,6 +219,43 @@ def spec_lock(
     return int(ExitCode.OK)
 
 
+@spec.command("diff")
+@click.argument("old")
+@click.argument("new")
+@click.option("--model", required=True, metavar="MODEL", help="The model to resolve both specs on.")
+@with_model_options
+@as_json_option
+def spec_diff(
+    old: str,
+    new: str,
+    model: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    as_json: bool,
+) -> int:
+    """Say what NEW decides otherwise than OLD on a model, and by which rule; exit 1 when anything."""
+    from fp8c.specs.load import load
+
+    other = load(new)
+    request = model_request(model, old, target, overrides, batch, seq, weights)
+    from fp8c.tools.spec_command import diff_on_model, diff_plans, diff_text
+
+    results = diff_on_model(request, other)
+    for result in results:
+        if result.plan is None:
+            print_diagnostics(result.diagnostics)
+            return int(result.exit_code)
+    differences = diff_plans(results[0].plan, results[1].plan)  # type: ignore[arg-type]
+    if as_json:
+        print_json("fp8c.spec-diff/1", model=model, old=old, new=new, differences=[vars(d) for d in differences])
+    elif differences:
+        print(diff_text(differences))
+    return int(ExitCode.CHECK_FAILED if differences else ExitCode.OK)
+
+
 @spec.command("fmt")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--check", is_flag=True, help="Change nothing; exit 1 when a file would change.")
@@ -542,7 +579,9 @@ def targets(name: str | None, as_json: bool) -> None:
 @click.option("--schedule", help="1f1b, interleaved, zb, zbv, dualpipe or dualpipev.")
 @click.option("--sequences", type=int, help="Sequences of one optimizer step.")
 @click.option("--comm-sms", type=int, help="SMs that communication gets.")
+@click.option("--choose-sms", is_flag=True, help="Give communication the SMs with which a pair is shortest.")
 @click.option("--zipf", type=float, default=0.0, show_default=True, help="Exponent of expert popularity.")
+@click.option("--loads", type=click.Path(path_type=Path), help="JSON list of measured tokens per expert.")
 @click.option("--even", is_flag=True, help="Exactly even routing, without sampling noise.")
 @click.option("--overlap/--no-overlap", default=True, help="Let transfers run beside compute.")
 @click.option("--released", is_flag=True, help="Chunks without a partner run as fast as alone.")

@@ -41,6 +41,7 @@ class ClusterRun:
     """What to simulate besides the table of durations.
 
     zipf:       exponent of expert popularity; 0.0 is even routing with sampling noise, None exactly even
+    expert_loads: measured load per expert, in place of zipf; () for none
     patterns:   how many routings are drawn; layers and micro-batches take them in turn
     is_overlapping: False runs every chunk on one stream, forward and backward of a pair one after the other
     is_released: chunks that run alone get the SMs and the network their partner would have used (durations of the
@@ -53,6 +54,7 @@ class ClusterRun:
     machine: Machine
     comm_sms: int | None = None
     zipf: float | None = 0.0
+    expert_loads: tuple[float, ...] = ()
     patterns: int = 4
     seed: int = 0
     is_overlapping: bool = True
@@ -262,9 +264,11 @@ def draw_loads(table: DurationTable, mesh: Mesh, run: ClusterRun) -> Loads | Non
     if run.zipf is None or mesh.expert == 1:
         return None
     spec = routing_of(table.model, table.deployment, run.machine.gpus_per_node, run.zipf)
+    spec = replace(spec, popularity=run.expert_loads)
+    check_routing(spec)
     net = run.machine.network(run.comm_sms or table.measured.comm_sms)
     sizes = dispatch_bytes(table.model), combine_bytes(table.model)
-    even = balanced_traffic(replace(spec, zipf=0.0))
+    even = balanced_traffic(replace(spec, zipf=0.0, popularity=()))
     even_us = simulate_dispatch(net, even, sizes[0]).duration_us, simulate_combine(net, even, sizes[1]).duration_us
     rows = []
     for k in range(run.patterns):
@@ -614,6 +618,20 @@ def optimizer_us(table: DurationTable, mesh: Mesh, pipeline: Pipeline, machine: 
         share = (replicas - 1) / replicas
         total += held * share * (4.0 + 2.0) / nic
         total += held / replicas * 26.0 / (machine.hbm_tb_per_s * 1e6 * machine.hbm_usable)
+    return total
+
+
+def state_bytes(table: DurationTable, mesh: Mesh, pipeline: Pipeline) -> float:
+    """Bytes one GPU keeps all step for its layers, embeddings left out: per parameter a BF16 weight, its FP8 copy and an
+    FP32 gradient; per parameter of its shard (ZeRO-1) an FP32 master weight and two BF16 moments."""
+    experts, rest = parameter_counts(table.model)
+    layers = table.model.layers / mesh.pipeline * pipeline.ways
+    total = 0.0
+    for parameters, replicas in (
+        (experts / mesh.expert, mesh.groups * pipeline.ways),
+        (rest, mesh.data * pipeline.ways),
+    ):
+        total += parameters * layers * (2.0 + 1.0 + 4.0 + 8.0 / replicas)
     return total
 
 

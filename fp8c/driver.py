@@ -167,26 +167,36 @@ def compile(
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
-    from fp8c.prepare import needs_comparison, prepare
+    from fp8c.prepare import prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
     session.remarks += prepare(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
     attach(step, session, fullgraph=fullgraph, dynamic=dynamic)
-    if needs_comparison(model):
-        step._compiled_call_impl = compared_first(model, step, session)
     return step
 
 
 def attach(step: nn.Module, session: Session, **options: Any) -> None:
-    """Give a module its compiled call. A deep copy of it is compiled as well, never a BF16 model in disguise."""
+    """Give a module its compiled call. A deep copy of it is compiled as well, never a BF16 model in disguise.
+
+    Loops over experts that were rewritten without a batch are compared with their originals on the first training call.
+    """
+    from fp8c.prepare import compare_rewrites, needs_comparison
+
     call = step._call_impl
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
     compiled = torch.compile(call, backend=guarded(session), **options)
+    plain = copy.copy(step)  # what is compared must not be the compiled module
+    to_compare = needs_comparison(plain)
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal to_compare
+        if to_compare and step.training and torch.is_grad_enabled():
+            to_compare = False
+            compared = compare_rewrites(plain, *args, **kwargs)
+            session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
         try:
             return compiled(*args, **kwargs)
         except Exception as error:  # Dynamo wraps whatever a backend raises
@@ -206,23 +216,6 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     step._compiled_call_impl = run
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
-
-
-def compared_first(model: nn.Module, step: nn.Module, session: Session) -> Callable[..., Any]:
-    """Compare rewritten loops over experts with their originals on the first training call, then get out of the way."""
-    from fp8c.prepare import compare_rewrites
-
-    compiled = step._compiled_call_impl
-    assert compiled is not None
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if model.training and torch.is_grad_enabled():
-            compared = compare_rewrites(model, *args, **kwargs)
-            session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
-            step._compiled_call_impl = compiled
-        return compiled(*args, **kwargs)
-
-    return call
 
 
 def guarded(session: Session) -> Callable[..., Any]:

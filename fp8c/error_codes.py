@@ -70,6 +70,15 @@ EXPLANATIONS: dict[str, str] = {
     "E0508": "A scale must not change inside the sum that a GEMM computes, except at group borders both operands share. "
     "Groups run along k (columns of x and w) for fprop, n (columns of dy, rows of w) for dgrad, tokens (rows of x "
     "and dy) for wgrad.",
+    "E0430": "The CUDA kernels are compiled on first use, and neither NVRTC (packages cuda-bindings and nvidia-cuda-nvrtc, "
+    "which torch's CUDA builds bring) nor nvcc was found, and the kernel cache does not hold this kernel. GEMMs run in "
+    "their portable form, slowly.",
+    "E0431": "The CUDA compiler rejected a kernel of fp8c. This is a bug in fp8c, or a compiler older than CUDA 12.8: "
+    "please report the message.",
+    "E0432": "A call of the CUDA driver failed while a kernel was loaded or started. A message about the driver's version "
+    "asks for a newer driver; an illegal address or instruction points at a bug in fp8c or at memory freed too early.",
+    "R0430": "A GEMM runs in its portable form instead of a tensor-core kernel, or an operand is copied before it, for the "
+    "reason given. The result is the same; it takes longer. Said once for each reason.",
     "E0520": "An fp8c operator got operands that do not fit it: rank, dtype, sizes, or scales of another group shape.",
     "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
     "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
@@ -160,6 +169,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0921": "The mesh does not divide the experts: every GPU of an expert-parallel group holds the same number.",
     "E0922": "A token cannot be sent to as many experts as top-k asks for on as many nodes as it may reach.",
     "E0923": "A communication channel needs at least one warp for each of its roles (send, forward, receive).",
+    "E0924": "The load per expert is no list of numbers, 0 or more and not all 0, one for each expert.",
     "E0930": "There is no cost sheet of this name. Cost sheets say how fast kernels get on a machine; a path to a "
     "`.toml` file works too.",
     "E0931": "The file is no cost sheet: it cannot be read, has another schema, is based on itself, or is a what- "
@@ -193,4 +203,31 @@ EXPLANATIONS: dict[str, str] = {
     "they are. The note says how the result was compared with the loop's.",
     "R0822": "Experts of a transformers model use fp8c's implementation: the same grouped GEMMs as transformers' own "
     "'grouped_mm', which also stay grouped GEMMs with FP32 parameters under autocast.",
+    "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
+    "every value in front of it is recomputed as well, or must not be computed twice.",
+    "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
+    "passes/__init__.py, and on the command line it is the order given.",
+    "E0703": "A GEMM of the rewritten graph is not in the precision the plan decided. A pass skipped it or touched one it "
+    "should not have; this is a bug in a pass.",
+    "E0704": "A pass reported a number of rewrites that does not fit the graph: it changed something and said 0, or "
+    "changed nothing and said more. This is a bug in the pass.",
+    "E0705": "The graph breaks an invariant after a pass. The diagnostics below it say which, with the nodes around it. "
+    "This is a bug in the pass; print its input with --print-ir-before=PASS.",
+    "E0706": "A quantized value and its scale were separated: a consumer reads the scale of another value, or one that did"
+    " not take the same way (transposed, gathered, sent) as its data.",
+    "E0707": "An operator states another format than the value it reads was quantized in.",
+    "E0708": "The groups of a GEMM operand run across the axis it sums over, so its scales cannot be applied to partial "
+    "sums. wgrad needs 128x1 groups along tokens.",
+    "E0709": "An operator other than a scaled GEMM, a conversion or data movement reads FP8 data. FP8 is a storage format:"
+    " no arithmetic is done in it.",
+    "E0710": "The type an fp8c operator's operands give differs from the type noted for its result.",
+    "E0711": "A forward GEMM lost its dgrad or wgrad, or has one too many.",
+    "E0712": "A value crosses from forward to backward that choose-saved did not list.",
+    "E0830": "The captured backward does not hold exactly one dgrad and one wgrad for a forward GEMM that should have "
+    "them. A custom autograd.Function around a GEMM can do that.",
+    "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
+    "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
+    "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
+    "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
+    "another type. Options are spec, target and lowering.",
 }

@@ -83,6 +83,11 @@ def _portable_or_fail(name: str) -> Callable[..., Any]:
     return kernel
 
 
+def portable(name: str) -> Callable[..., Any]:
+    """The portable form of op `name`, for a kernel that can't take its operands. Calling it raises E0420 if there is none."""
+    return _portable_or_fail(name)
+
+
 # Kernels see the strides that the graph has: a GEMM operand may be a permuted view and must stay one.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 for _name, _schema in _SCHEMAS.items():

@@ -298,6 +298,30 @@ def with_comm_sms(table: DurationTable, machine: Machine, comm_sms: int) -> Dura
     return replace(scaled_table(table, ratio, stretch), measured=replace(table.measured, comm_sms=comm_sms))
 
 
+SM_SHARES = (2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+def choose_comm_sms(
+    table: DurationTable,
+    machine: Machine,
+    forward_layers: Sequence[str],
+    backward_layers: Sequence[str],
+    shares: Iterable[int] = SM_SHARES,
+) -> tuple[PairReport, list[PairReport]]:
+    """Schedule the pair with every number of SMs for communication; the shortest wins, the fewest SMs on a tie.
+
+    Raises: E0950 when no number leaves SMs to both sides.
+    """
+    tried = [
+        schedule_pair(with_comm_sms(table, machine, share), forward_layers, backward_layers)
+        for share in shares
+        if 1 <= share < machine.sms
+    ]
+    if not tried:
+        raise fail("E0950", "no number of SMs was given to choose from")
+    return min(tried, key=lambda r: (round(r.schedule.makespan_us, 3), r.comm_sms)), tried
+
+
 def scaled_table(table: DurationTable, comm: CommTimes, compute: float = 1.0) -> DurationTable:
     """Durations times the given factors; `comm.rows` stretches the operators that run on experts' rows (`mlp`)."""
 

@@ -19,7 +19,8 @@ Array = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class RoutingSpec:
     """`zipf` is the exponent of expert popularity: the expert of rank r is asked for in proportion to r ** -zipf; 0.0
-    is even. `sampled_tokens` of each rank's tokens are drawn and scaled up."""
+    is even. `popularity`, one number per expert in the order they lie on the GPUs, takes its place where it is given.
+    `sampled_tokens` of each rank's tokens are drawn and scaled up."""
 
     experts: int
     top_k: int
@@ -29,6 +30,7 @@ class RoutingSpec:
     nodes_per_token: int = 0  # 0: no limit
     zipf: float = 0.0
     sampled_tokens: int = 512
+    popularity: tuple[float, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -67,14 +69,18 @@ def sample_traffic(spec: RoutingSpec, seed: int) -> Traffic:
 
     A token scores every expert with log popularity plus Gumbel noise, so its top-1 follows the popularity exactly. With
     a node limit it keeps the nodes with the largest sum of their best top_k / nodes_per_token scores and takes its top
-    experts there (DeepSeek-V3, section 2.1.2). Popular experts are spread over GPUs at random.
-    Raises: E0921 when the mesh does not divide the experts, E0922 when top-k cannot be met.
+    experts there (DeepSeek-V3, section 2.1.2). With `zipf`, popular experts are spread over GPUs at random.
+    Raises: E0921 when the mesh does not divide the experts, E0922 when top-k cannot be met, E0924 wrong popularity.
     """
     check_routing(spec)
     rng = np.random.default_rng(seed)
     per_gpu = spec.experts // spec.ranks
-    popularity = np.arange(1, spec.experts + 1, dtype=np.float64) ** -spec.zipf
-    log_p = np.log(rng.permutation(popularity / popularity.sum()))
+    if spec.popularity:
+        asked = np.array(spec.popularity, dtype=np.float64)
+        asked = np.maximum(asked / asked.sum(), 1e-12)  # an expert nobody asked for may still be chosen, last of all
+    else:
+        asked = rng.permutation(np.arange(1, spec.experts + 1, dtype=np.float64) ** -spec.zipf)
+    log_p = np.log(asked)
     drawn = min(spec.tokens, spec.sampled_tokens)
     to_gpu = np.zeros((spec.ranks, spec.ranks))
     to_node = np.zeros((spec.ranks, spec.nodes))
@@ -124,6 +130,13 @@ def check_routing(spec: RoutingSpec) -> None:
             "E0921",
             f"{spec.experts} experts cannot be spread evenly over {spec.ranks} GPUs",
             help="choose an expert parallel size that divides the number of experts",
+        )
+    counts = spec.popularity
+    if counts and (len(counts) != spec.experts or not all(0.0 <= c < float("inf") for c in counts) or sum(counts) <= 0):
+        raise fail(
+            "E0924",
+            f"expected a load, 0 or more, for each of {spec.experts} experts, found {len(counts)} of sum {sum(counts):g}",
+            help="give a JSON list with one number per expert",
         )
     reach = spec.nodes_per_token or spec.nodes
     if spec.top_k > min(reach, spec.nodes) * (spec.experts // spec.nodes):

@@ -405,18 +405,19 @@ def _mark_batched_attention(flow: Flow, inputs: dict[fx.Node, frozenset[fx.Node]
     for anchor, op in flow.anchors.items():
         if op is not Op.BMM:
             continue
-        s_inputs = {i for i in inputs[anchor] if flow.anchors[i] is Op.BMM}
-        for scores in s_inputs:
-            if _passes_softmax(anchor, scores):
-                s.kinds[anchor].add("attention")
-                s.kinds[scores].add("attention")
+        scores = [i for i in inputs[anchor] if flow.anchors[i] is Op.BMM]
+        if scores and _reads_softmax(anchor, flow):
+            for use in (anchor, *scores):
+                s.kinds[use].add("attention")
 
 
-def _passes_softmax(node: fx.Node, stop: fx.Node) -> bool:
-    frontier, seen = list(node.all_input_nodes), set()
-    while frontier and len(seen) < 64:
+def _reads_softmax(node: fx.Node, flow: Flow) -> bool:
+    """Whether a softmax lies between the node and the anchors in front of it."""
+    frontier = list(node.all_input_nodes)
+    seen: set[fx.Node] = set()
+    while frontier:
         n = frontier.pop()
-        if n in seen or n is stop:
+        if n in seen or n in flow.anchors:
             continue
         seen.add(n)
         if g.is_call(n, {aten._softmax.default, aten._safe_softmax.default}):

@@ -18,6 +18,7 @@ from fp8c.specs.vocabulary import FormatValue, Integer, Type, Words, did_you_mea
 
 MAX_DIGITS = 9  # of an integer: more is no size of anything here, and Python refuses to read 4301 digits
 MAX_GROUP = 1 << 16
+MAX_DIAGNOSTICS = 100  # of one file: who reads more
 
 
 def check(source: Source) -> ast.File:
@@ -25,7 +26,7 @@ def check(source: Source) -> ast.File:
     checker = _Checker(source)
     file = checker.file(parse(source))
     if checker.diagnostics:
-        raise DiagnosticError(checker.diagnostics, ExitCode.SPEC)
+        raise DiagnosticError(checker.diagnostics[:MAX_DIAGNOSTICS], ExitCode.SPEC)
     return file
 
 
@@ -547,10 +548,9 @@ class _Checker:
         if cursor.piece is not None:
             start = cursor.at
             cursor.expect("retile")
-            group, text = self.group(cursor)
+            _, text = self.group(cursor)
             exact = cursor.accept("exact") if cursor.kind == "WORD" else False
             cursor.done()
-            del group
             fields.append(ast.Field(f"retile.{name}", (text, exact), cursor.since(start)))
         return fields
 

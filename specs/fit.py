@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fp8c.diagnostics import Diagnostic, Severity, Span
-from fp8c.formats import BF16, WHOLE, Format
+from fp8c.formats import BF16, WHOLE, Format, ScaleKind
 from fp8c.roles import OPERANDS, OpUse
 from fp8c.specs import ast
 from fp8c.specs.load import Spec
@@ -313,6 +313,17 @@ class GemmFit:
             )
         if not (kept.is_quantized and read.is_quantized):
             return
+        is_exact = retile is not None and isinstance(retile.decision.value, tuple) and retile.decision.value[1]
+        if is_exact and kept.element is read.element and read.scale is ScaleKind.FP32:
+            assert retile is not None
+            self.findings.report(
+                "E0501",
+                f"an exact retile cannot end in fp32 scales: wgrad.x of {{uses}} is {read.text}",
+                retile.field.span,
+                uses=keys,
+                related=(("wgrad.x comes from", wgrad.field.span),),
+                help=f"give wgrad.x the copy's scales: `{read.element.value} [{read.group_text}] scale pow2`",
+            )
         group = retile.decision.value[0] if retile and isinstance(retile.decision.value, tuple) else ""
         if kept.group != read.group and group != read.group_text:
             found = f"the copy is retiled to [{group}]" if group else f"the copy has [{kept.group_text}] groups"

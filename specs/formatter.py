@@ -124,7 +124,7 @@ def _print(items: tuple[_Item, ...], depth: int, lines: list[str]) -> None:
             lines.append(indent + item.text)
             continue
         tail = f"  {item.tail}" if item.tail else ""
-        pieces = _pieces(item.pieces, indent)
+        pieces = _pieces(item.pieces)
         if item.block is None:
             lines.extend(_wrapped(pieces, ";", indent))
             lines[-1] += tail
@@ -145,16 +145,15 @@ def _inline(item: _Statement, head: str) -> str:
     inside = ""
     for inner in item.block:
         assert isinstance(inner, _Statement)
-        pieces = _pieces(inner.pieces, "")
+        pieces = _pieces(inner.pieces)
         if len(pieces) > 1:
             return ""
         inside += pieces[0] + "; "
     return f"{head} {{ {inside}}}"
 
 
-def _pieces(pieces: tuple[Token, ...], indent: str) -> list[str]:
+def _pieces(pieces: tuple[Token, ...]) -> list[str]:
     """The pieces as text, one string for each line that a comment between them forces."""
-    del indent
     lines = [""]
     before: Token | None = None
     for token in pieces:

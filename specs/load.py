@@ -79,7 +79,9 @@ def load(spec: str | Path) -> Spec:
                 "E0603",
                 f"no spec is called `{name}`",
                 None,
-                help=did_you_mean(name, shipped()) or "write a path that ends in .fp8",
+                help=f"did you mean the file `{name}.fp8`?"
+                if Path(f"{name}.fp8").is_file()
+                else did_you_mean(name, shipped()) or "write a path that ends in .fp8",
             )
         return _Loader(STD).load(_std_source(name))
     path = Path(spec)
@@ -122,7 +124,12 @@ class _Unit:
 
     file: ast.File
     used: dict[str, _Unit]
-    sets: dict[str, tuple[ast.Selector, int]] = field(default_factory=dict)  # linked, with their depth
+    formats: dict[str, Format] = field(default_factory=dict)  # linked so far
+    sets: dict[str, tuple[ast.Selector, int]] = field(default_factory=dict)  # linked so far, with their depth
+
+    def __post_init__(self) -> None:
+        self.format_values = {f.name: f.value for f in self.file.formats}
+        self.set_selectors = {s.name: s.selector for s in self.file.sets}
 
 
 class _Loader:
@@ -265,29 +272,29 @@ class _Linker:
 
     def format(self, value: Format | ast.FormatRef) -> Format:
         """The format a reference stands for. A mistake gives FP32, so that checking can go on."""
-        unit, scope, seen = self.unit, "", set[tuple[int, str]]()
-        start = value
+        unit, start = self.unit, value
+        chain: dict[tuple[int, str], _Unit] = {}
         while isinstance(value, ast.FormatRef):
             alias, _, name = value.name.rpartition(".")
-            if alias:
-                if alias not in unit.used:
-                    help = did_you_mean(alias, unit.used)
-                    self.mistake("E0202", f"no used file is called `{alias}`", value.span, help)
-                    return Format(Element.FP32)
-                unit, scope = unit.used[alias], f"{alias}."
-            found = next((f.value for f in unit.file.formats if f.name == name), None)
+            scope = unit.used.get(alias) if alias else unit
+            if scope is None:
+                self.mistake("E0202", f"no used file is called `{alias}`", value.span, did_you_mean(alias, unit.used))
+                return Format(Element.FP32)
+            found = scope.formats.get(name, scope.format_values.get(name))
             if found is None:
-                known = {*(f"{scope}{f.name}" for f in unit.file.formats), *(() if scope else ELEMENTS)}
+                known = {f"{alias}.{n}" for n in scope.format_values} if alias else {*scope.format_values, *ELEMENTS}
                 self.mistake(
                     "E0202", f"no format is called `{value.name}`", value.span, did_you_mean(value.name, known)
                 )
                 return Format(Element.FP32)
-            if (id(unit), name) in seen:
+            if (id(scope), name) in chain:
                 assert isinstance(start, ast.FormatRef)
                 self.mistake("E0205", f"format `{start.name}` is defined by itself", start.span)
                 return Format(Element.FP32)
-            seen.add((id(unit), name))
-            value = found
+            chain[id(scope), name] = scope
+            unit, value = scope, found
+        for (_, name), scope in chain.items():
+            scope.formats[name] = value
         return value
 
     def field(self, field: ast.Field) -> ast.Field:
@@ -373,9 +380,9 @@ class _Linker:
             return ast.All(span), 1
         if local in unit.sets:
             return unit.sets[local]
-        found = next((s.selector for s in unit.file.sets if s.name == local), None)
+        found = unit.set_selectors.get(local)
         if found is None:
-            known = {f"{alias}.{s.name}" if alias else s.name for s in unit.file.sets}
+            known = {f"{alias}.{n}" if alias else n for n in unit.set_selectors}
             self.mistake("E0202", f"no set is called `@{name}`", span, did_you_mean(name, known))
             return ast.All(span), 1
         waiting = self.waiting

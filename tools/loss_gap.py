@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,10 +25,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fp8c
+from fp8c.tools.train_compare import Gap, MasterWeights, Settings, final_loss
 
 VARIANTS = ("bf16", "spec", "bf16-reversed")
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "moe_transformer.py"
@@ -76,31 +75,6 @@ def load_example() -> ModuleType:
     return module
 
 
-@dataclass
-class Masters:
-    """FP32 master weights of a BF16 model, and AdamW on them."""
-
-    model: nn.Module
-    lr: float
-
-    def __post_init__(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.masters = [p.detach().float().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1)
-
-    def step(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for master, p in zip(self.masters, self.parameters):
-            master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
-            p.grad = None
-        nn.utils.clip_grad_norm_([m for m in self.masters], 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            for master, p in zip(self.masters, self.parameters):
-                p.copy_(master)
-
-
 def train(setup: Setup, variant: str, seed: int, show: Callable[[str], None]) -> list[float]:
     """Losses of every step of one run."""
     example = load_example()
@@ -118,7 +92,8 @@ def train(setup: Setup, variant: str, seed: int, show: Callable[[str], None]) ->
     step: Callable[..., Any] = model
     if variant == "spec":
         step = fp8c.compile(model, spec=setup.spec, dynamic=False)
-    masters = Masters(model, setup.lr)
+    settings = Settings(str(EXAMPLE), setup.spec, setup.device, setup.steps, setup.lr, setup.warmup)
+    optimizer = MasterWeights(model, settings, lambda i: cosine(i, setup.steps))
     losses: list[float] = []
     started = time.perf_counter()
     for i in range(setup.steps):
@@ -131,7 +106,7 @@ def train(setup: Setup, variant: str, seed: int, show: Callable[[str], None]) ->
         else:
             output = step(**batch)
         output.loss.backward()
-        masters.step(setup.lr * min(1.0, (i + 1) / setup.warmup) * cosine(i, setup.steps))
+        optimizer.step(i)
         model.update_router_biases()  # type: ignore[operator]
         losses.append(float(output.loss.detach()))
         if (i + 1) % 50 == 0:
@@ -146,29 +121,10 @@ def cosine(i: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
 
 
-def last_fifth(losses: list[float]) -> float:
-    return statistics.fmean(losses[-max(1, len(losses) // 5) :])
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Relative gap against BF16 over seeds, in percent, with the standard error of the mean."""
-
-    mean_percent: float
-    error_percent: float
-    per_seed_percent: tuple[float, ...]
-
-    @property
-    def distinguishable(self) -> bool:
-        """More than two standard errors from zero."""
-        return abs(self.mean_percent) > 2 * self.error_percent
-
-
 def gap(runs: dict[tuple[str, int], float], variant: str) -> Gap:
+    """Relative gap of a variant against BF16, seed by seed."""
     seeds = sorted(s for v, s in runs if v == variant and ("bf16", s) in runs)
-    each = tuple(100 * (runs[variant, s] / runs["bf16", s] - 1) for s in seeds)
-    error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.inf
-    return Gap(statistics.fmean(each), error, each)
+    return Gap(tuple(runs[variant, s] / runs["bf16", s] - 1 for s in seeds))
 
 
 def read_runs(path: Path, setup: Setup) -> dict[tuple[str, int], float]:
@@ -181,13 +137,11 @@ def read_runs(path: Path, setup: Setup) -> dict[tuple[str, int], float]:
 def report(runs: dict[tuple[str, int], float]) -> str:
     lines = []
     for variant, name in (("spec", "spec against BF16"), ("bf16-reversed", "BF16 against itself, sums reversed")):
-        if not any(v == variant for v, _ in runs):
-            continue
-        g = gap(runs, variant)
-        verdict = "distinguishable from 0" if g.distinguishable else "not distinguishable from 0"
-        lines.append(
-            f"{name:36} {g.mean_percent:+.3f} % +- {g.error_percent:.3f} % over {len(g.per_seed_percent)} seeds, {verdict}"
-        )
+        found = gap(runs, variant)
+        if found.values:
+            far = abs(found.mean) > 2 * found.standard_error
+            verdict = "" if len(found.values) < 2 else f", {'' if far else 'not '}distinguishable from 0 (two errors)"
+            lines.append(f"{name:36} {found.text()}{verdict}")
     return "\n".join(lines)
 
 
@@ -212,7 +166,7 @@ def main(argv: Iterable[str] | None = None) -> None:
                 "setup": asdict(setup),
                 "variant": variant,
                 "seed": seed,
-                "last_fifth": last_fifth(losses),
+                "last_fifth": final_loss(losses),
                 "losses": [round(x, 5) for x in losses],
                 "torch": torch.__version__,
             }

@@ -15,12 +15,11 @@ from xml.sax.saxutils import escape
 from fp8c.cluster import ClusterRun, Mesh, StepResult, draw_loads, simulate_stream
 from fp8c.cost_model import Machine
 from fp8c.durations import DurationTable
-from fp8c.overlap import CHUNK_LIMITS, schedule_pair, with_comm_sms
+from fp8c.overlap import CHUNK_LIMITS, choose_comm_sms, schedule_pair
 from fp8c.schedule import COMM, COMPUTE, Schedule
 
 COLOURS = {"F": "#4c78a8", "B": "#e45756", "W": "#72b7b2", "axis": "#555555", "grid": "#dddddd"}
 LINES = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518")
-SM_SHARES = (2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 CHUNKS = (1, 2, 3, 4)
 
@@ -51,18 +50,10 @@ class SkewPoint:
 
 
 def share_curve(table: DurationTable, machine: Machine, layers: tuple[str, ...]) -> list[SharePoint]:
-    points = []
-    for comm_sms in SM_SHARES:
-        report = schedule_pair(with_comm_sms(table, machine, comm_sms), layers, layers)
-        points.append(
-            SharePoint(
-                comm_sms,
-                report.schedule.makespan_us / 1e3,
-                report.exposure.hidden_share,
-                report.schedule.gap,
-            )
-        )
-    return points
+    return [
+        SharePoint(r.comm_sms, r.schedule.makespan_us / 1e3, r.exposure.hidden_share, r.schedule.gap)
+        for r in choose_comm_sms(table, machine, layers, layers)[1]
+    ]
 
 
 def skew_curve(

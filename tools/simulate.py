@@ -19,13 +19,14 @@ from fp8c.cluster import (
     StepResult,
     gpu_hours_per_trillion_tokens,
     simulate_step,
+    state_bytes,
     tokens_per_step,
     with_head,
 )
 from fp8c.cost_model import Machine, Operator, compute_stretch, estimate_us, hbm_bytes
-from fp8c.diagnostics import ExitCode, fail
+from fp8c.diagnostics import ExitCode, Span, fail
 from fp8c.durations import Deployment, DurationTable, load_durations
-from fp8c.overlap import PairReport, schedule_pair, with_comm_sms
+from fp8c.overlap import PairReport, choose_comm_sms, schedule_pair, with_comm_sms
 from fp8c.pipeline_schedule import Pair
 from fp8c.workload import layer_work, predicted_table, with_transfers
 
@@ -74,6 +75,7 @@ class SimulationReport:
     comm_ms: float
     optimizer_ms: float
     activations_gib: float
+    state_gib: float
     tokens_per_s_per_gpu: float
     gpu_hours_per_trillion_tokens: float
     pair: PairFigures | None
@@ -138,6 +140,7 @@ def simulate(table: DurationTable, run: ClusterRun, *, trace: Path | None = None
         comm_ms=comm_us / 1e3,
         optimizer_ms=result.optimizer_us / 1e3,
         activations_gib=max(r.peak_activation_bytes for r in result.ranks) / 2**30,
+        state_gib=state_bytes(table, result.mesh, result.pipeline) / 2**30,
         tokens_per_s_per_gpu=tokens / (step_us / 1e6) / run.gpus,
         gpu_hours_per_trillion_tokens=gpu_hours_per_trillion_tokens(step_us, run.gpus, tokens),
         pair=pair,
@@ -211,7 +214,10 @@ def table_text(report: SimulationReport) -> str:
         ("  hidden", f"{report.hidden_share:.1%}"),
         ("  bubble", f"{report.bubble_share:.1%}"),
         ("  optimizer", f"{report.optimizer_ms / 1e3:.3f} s"),
-        ("activations, peak", f"{report.activations_gib:.1f} GiB"),
+        (
+            "memory, at most",
+            f"{report.activations_gib:.1f} GiB activations, {report.state_gib:.1f} GiB weights to moments",
+        ),
         ("tokens/s per GPU", f"{report.tokens_per_s_per_gpu:,.0f}"),
         ("GPU hours per 1T tokens", f"{report.gpu_hours_per_trillion_tokens:,.0f}"),
     ]
@@ -365,6 +371,8 @@ def inputs(
     overlap: bool = True,
     released: bool = False,
     predict: bool = False,
+    choose_sms: bool = False,
+    loads: Path | None = None,
     memory_gib: float | None = None,
     seed: int = 0,
     **_: object,
@@ -382,17 +390,30 @@ def inputs(
         table = with_transfers(table, machine)
     if predict:
         table = predicted_table(table.model, table.deployment, machine, comm_sms or table.measured.comm_sms)
+    if choose_sms:
+        layers = ("moe",) * max(1, min(4, table.model.layers // table.deployment.pipeline_parallel))
+        comm_sms = choose_comm_sms(table, machine, layers, layers)[0].comm_sms
     run = ClusterRun(
         gpus,
         machine,
         comm_sms=comm_sms,
-        zipf=None if even else zipf,
+        zipf=None if even and loads is None else zipf,
+        expert_loads=read_loads(loads) if loads is not None else (),
         seed=seed,
         is_overlapping=overlap,
         is_released=released,
         memory_budget_bytes=None if memory_gib is None else int(memory_gib * 2**30),
     )
     return table, run
+
+
+def read_loads(path: Path) -> tuple[float, ...]:
+    """Load per expert from a JSON list of numbers. Raises: E0924 for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(float(v) for v in values)
+    except (OSError, ValueError, TypeError) as error:
+        raise fail("E0924", f"cannot read expert loads: {error}", span=Span(str(path))) from error
 
 
 def with_deployment(table: DurationTable, **changes: int | str | None) -> DurationTable:

@@ -113,10 +113,13 @@ def reversed_order(batch: Any) -> Any:
 
 
 class MasterWeights:
-    """AdamW on FP32 copies of the parameters, which the model gets rounded after every step."""
+    """AdamW on FP32 copies of the parameters, which the model gets rounded after every step.
 
-    def __init__(self, module: nn.Module, settings: Settings) -> None:
-        self.settings = settings
+    schedule: factor of the learning rate by step number, on top of the linear warm-up
+    """
+
+    def __init__(self, module: nn.Module, settings: Settings, schedule: Callable[[int], float] = lambda _: 1.0) -> None:
+        self.settings, self.schedule = settings, schedule
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for p in self.parameters]
         self.adamw = torch.optim.AdamW(
@@ -126,9 +129,12 @@ class MasterWeights:
     @torch.no_grad()
     def step(self, number: int) -> None:
         for group in self.adamw.param_groups:
-            group["lr"] = self.settings.lr * min(1.0, (number + 1) / max(1, self.settings.warmup))
+            group["lr"] = (
+                self.settings.lr * self.schedule(number) * min(1.0, (number + 1) / max(1, self.settings.warmup))
+            )
         for master, parameter in zip(self.masters, self.parameters):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            # An expert without tokens has no gradient in a loop and a zero one in a grouped GEMM: the same step for both.
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         nn.utils.clip_grad_norm_(self.masters, self.settings.clip)
         self.adamw.step()

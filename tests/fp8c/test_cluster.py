@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 
 from fp8c.backends.costs import load_machine
-from fp8c.cluster import ClusterRun, StepResult, gpu_hours_per_trillion_tokens, make_mesh, simulate_step, with_head
+from fp8c.cluster import (
+    ClusterRun,
+    StepResult,
+    gpu_hours_per_trillion_tokens,
+    make_mesh,
+    simulate_step,
+    state_bytes,
+    with_head,
+)
 from fp8c.diagnostics import DiagnosticError
 from fp8c.durations import DurationTable, load_durations
-from fp8c.pipeline_schedule import SCHEDULES
+from fp8c.pipeline_schedule import SCHEDULES, make_pipeline
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "durations" / "deepseek_v3_h800.toml"
 H800 = load_machine("h800")
@@ -181,6 +189,18 @@ def test_meshes_that_do_not_fit_are_named(
 def test_the_paper_mesh_is_2_groups_of_64_with_120_micro_batches(table: DurationTable) -> None:
     mesh = make_mesh(table, 2048, 8)
     assert (mesh.pipeline, mesh.data, mesh.expert, mesh.groups, mesh.micro_batches) == (16, 128, 64, 2, 120)
+
+
+def test_deepseeks_memory_fits_an_h800(table: DurationTable) -> None:
+    """61 / 8 layers on a rank of DualPipe: 7 bytes a parameter, and 8 more of the shard: a quarter of the experts (2 groups
+    of 64 in each of 2 directions), a 256th of the rest."""
+    mesh = make_mesh(table, 2048, 8)
+    held = state_bytes(table, mesh, make_pipeline("dualpipe", 16, 120))
+    experts = 4 * 3 * 7168 * 2048
+    rest = 3 * 7168 * 2048 + 7168 * 256  # shared expert, router
+    rest += 7168 * 2112 + 1536 * 24576 + 512 * 32768 + 16384 * 7168  # latent attention
+    assert held == pytest.approx(61 / 8 * (experts * (7 + 8 / 4) + rest * (7 + 8 / 256)))
+    assert held / 1e9 < 80 - 44.2 * 1.074
 
 
 def test_the_head_is_added_once(table: DurationTable) -> None:

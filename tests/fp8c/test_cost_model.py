@@ -165,6 +165,12 @@ def test_wrong_sheets_are_named(tmp_path: Path, text: str, code: str) -> None:
     assert caught.value.exit_code == 5
 
 
+def test_a_wish_has_to_say_what_it_is() -> None:
+    with pytest.raises(DiagnosticError) as caught:
+        load_whatif("h800")
+    assert caught.value.diagnostics[0].code == "E0931"
+
+
 def test_a_sheet_based_on_itself_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(f'schema = "fp8c.costs/1"\nbase = "{path}"')

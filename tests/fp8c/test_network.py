@@ -92,6 +92,19 @@ def test_sampled_counts_add_up() -> None:
     assert (traffic.to_gpu.reshape(64, 8, 8).max(axis=2) <= traffic.to_node + 1e-9).all()
 
 
+def test_measured_loads_take_the_place_of_a_law() -> None:
+    """Expert 0 is asked for ten times as often: its GPU has the most rows, and the drawn loads follow the given ones."""
+    loads = (10.0, *[1.0] * 255)
+    spec = replace(V3, popularity=loads, nodes_per_token=0, top_k=1, sampled_tokens=2048)
+    rows = sample_traffic(spec, 1).rows
+    assert rows.argmax() == 0
+    assert rows[0] / rows[1:].mean() == pytest.approx(13 / 4, rel=0.1)
+    for wrong in ((1.0,) * 255, (-1.0, *[1.0] * 255), (0.0,) * 256):
+        with pytest.raises(DiagnosticError) as caught:
+            sample_traffic(replace(V3, popularity=wrong), 1)
+        assert caught.value.diagnostics[0].code == "E0924"
+
+
 def test_imbalance_grows_with_the_exponent() -> None:
     found = [sample_traffic(replace(V3, zipf=z), 1).imbalance for z in (0.0, 0.3, 0.6, 0.9)]
     assert found == sorted(found)

@@ -16,6 +16,7 @@ from fp8c.durations import DurationTable, load_durations, parse_durations
 from fp8c.overlap import (
     Exposure,
     choose_chunks,
+    choose_comm_sms,
     chunk_tasks,
     exposure,
     pair_problem,
@@ -149,6 +150,16 @@ def test_sm_share_stretches_compute_and_starves_transfers(table: DurationTable) 
         with pytest.raises(DiagnosticError) as caught:
             with_comm_sms(table, machine, share)
         assert caught.value.diagnostics[0].code == "E0951"
+
+
+def test_the_sm_share_with_the_shortest_pair_is_chosen(table: DurationTable) -> None:
+    best, tried = choose_comm_sms(table, load_machine("h800"), FOUR, FOUR, shares=(2, 4, 20, 48))
+    assert best.comm_sms == 4
+    assert best.schedule.makespan_us == min(r.schedule.makespan_us for r in tried)
+    assert [r.comm_sms for r in tried] == [2, 4, 20, 48]
+    with pytest.raises(DiagnosticError) as caught:
+        choose_comm_sms(table, load_machine("h800"), FOUR, FOUR, shares=(132, 0))
+    assert caught.value.diagnostics[0].code == "E0950"
 
 
 def test_layers_are_dealt_to_stages_in_order_and_evenly(table: DurationTable) -> None:

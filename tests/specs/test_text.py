@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from fp8c.diagnostics import DiagnosticError, ExitCode
+from fp8c.formats import BF16
 from fp8c.specs import parser
+from fp8c.specs.check import MAX_DIAGNOSTICS
 from fp8c.specs.load import load, load_file, loads
 
 
@@ -77,6 +79,13 @@ def test_doubling_sets_stay_small() -> None:
     chain = "".join(f"set s{i} = @s{i + 1} & @s{i + 1};\n" for i in range(40))
     spec = loads(f"version 1;\n{chain}set s40 = all;\nspec a {{ rule r for @s0 {{ precision = bf16; }} }}")
     assert spec.layers[0].rules[0].name == "r"
+
+
+def test_long_chains_of_formats_and_many_mistakes_stay_cheap() -> None:
+    chain = "".join(f"format f{i} = f{i + 1};\n" for i in range(3000))
+    spec = loads(f"version 1;\n{chain}format f3000 = bf16;\nspec a {{ combine {{ payload = f0; }} }}")
+    assert spec.layers[0].sections[0].fields[0].value == BF16
+    assert len(codes("version 1;\n" + "x;\n" * 5000)) == MAX_DIAGNOSTICS
 
 
 def test_chain_of_used_files_is_bounded(tmp_path: Path) -> None:

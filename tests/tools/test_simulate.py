@@ -99,6 +99,17 @@ def test_bad_input_is_named(
     assert code in capsys.readouterr().err
 
 
+def test_measured_loads_are_an_input(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loads = build / "loads.json"
+    loads.write_text(json.dumps([5.0] * 16 + [1.0] * 240))
+    even = simulated(build, capsys)
+    skewed = simulated(build, capsys, "--loads", str(loads))
+    assert skewed["step_ms"] > 1.2 * even["step_ms"]
+    loads.write_text("[1, 2]")
+    assert main(["simulate", str(build), "--gpus", "32", "--loads", str(loads)]) == 1
+    assert "E0924" in capsys.readouterr().err
+
+
 def test_a_build_without_durations_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(tmp_path)]) == 2
     assert "durations.json" in capsys.readouterr().err

@@ -11,12 +11,13 @@ import pytest
 from fp8c import cli
 from fp8c.backends.target import load_target
 from fp8c.diagnostics import ExitCode
+from fp8c.roles import OPERANDS
 from fp8c.specs.load import load, loads
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))
 import role_records
 
-from fp8c.tools.spec_command import check_on_uses
+from fp8c.tools.spec_command import Difference, check_on_uses, diff_plans, diff_text
 
 H200 = load_target("h200")
 MODEL = """
@@ -69,6 +70,43 @@ def test_gemms_that_do_not_exist_are_not_counted() -> None:
     assert sum(result.gemms.values()) == 3 * linears + tables
 
 
+def test_difference_names_the_uses_and_the_rule() -> None:
+    uses = role_records.deepseek(layers=2, dense=1)
+    base = load("deepseek_v3")
+    child = loads(
+        'version 1;\nuse "std:deepseek_v3" as ds;\nspec a extends ds {\n'
+        "  override rule head for kind(lm_head) { precision = fp32; }\n  override schedule { comm_sms = 24; }\n}",
+        "a.fp8",
+    )
+    old, new = (check_on_uses(spec, uses, H200, "m").plan for spec in (base, child))
+    assert old is not None and new is not None
+    assert diff_plans(old, old) == ()
+    found = {d.field: d for d in diff_plans(old, new)}
+    assert set(found) == {
+        "precision",
+        *(f"{g}.{o}" for g, names in OPERANDS.items() for o in names),
+        "schedule.comm_sms",
+    }
+    assert found["fprop.x"] == Difference("fprop.x", "bf16", "fp32", "head (a.fp8:4)", ("lm_head:linear",))
+    sms = found["schedule.comm_sms"]
+    assert (sms.old, sms.new, sms.uses) == ("20", "24", ("schedule",))
+    text = diff_text(diff_plans(new, old))
+    assert "fprop.x: fp32 -> bf16" in text and "lm_head:linear; keep_high (std:deepseek_v3:" in text
+
+
+def test_difference_of_scales_is_counted_over_uses() -> None:
+    """Transformer Engine rounds scales to powers of two by default, the paper does not: `diff` must show it."""
+    uses = role_records.deepseek(layers=4, dense=1)
+    old, new = (check_on_uses(load(n), uses, H200, "m").plan for n in ("deepseek_v3", "deepseek_v3_ue8m0"))
+    assert old is not None and new is not None
+    first = diff_plans(old, new)[0]
+    assert first.field in ("dgrad.w", "fprop.w") and (first.old, first.new) == (
+        "e4m3[128x128] fp32",
+        "e4m3[128x128] e8m0",
+    )
+    assert len(first.uses) == sum(u.is_gemm and not u.kinds & {"router", "lm_head"} for u in uses)
+
+
 @pytest.mark.slow
 def test_check_and_lock_on_a_model_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, lock = tmp_path / "m.py", tmp_path / "plan.lock.json"
@@ -82,3 +120,7 @@ def test_check_and_lock_on_a_model_file(tmp_path: Path, capsys: pytest.CaptureFi
     uses = json.loads(lock.read_text())["uses"]
     assert {u["path"] for u in uses.values()} == {"up", "down"}
     assert all(f["reason"]["file"] == "std:deepseek_v3" for u in uses.values() for f in u["fields"].values())
+    capsys.readouterr()
+    assert cli.main(["spec", "diff", "bf16", "bf16", "--model", str(model), "-t", "cpu"]) == ExitCode.OK
+    assert cli.main(["spec", "diff", "bf16", "mxfp8", "--model", str(model), "-t", "cpu"]) == ExitCode.CHECK_FAILED
+    assert "fprop.x: bf16 -> e4m3[1x32] e8m0\n    up and 1 more; gemm_mx (std:mxfp8:" in capsys.readouterr().out

@@ -1,0 +1,179 @@
+"""From a `GemmConfig` to machine code: NVRTC (or nvcc) behind a cache on disk. Needs no GPU.
+
+The cache is a folder of files named by a hash of everything that went into them: sources, options, compiler version,
+architecture. A file is a SHA-256 digest followed by the cubin; it is written beside and renamed into place under a lock,
+checked whenever it is read, and rebuilt when the check fails. Several processes may share it.
+
+Environment: FP8C_CACHE_DIR, the cache's folder instead of the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+from filelock import FileLock
+
+from fp8c.backends.cuda.config import GemmConfig
+from fp8c.diagnostics import ExitCode, fail
+
+ARCHITECTURE = "sm_90a"
+KERNEL_NAME = b"fp8c_gemm"
+SOURCES = ("gemm.cu", "ptx.cuh", "schedule.cuh")
+
+# register-usage-level 10: ptxas may use registers up to the limit instead of saving them for occupancy.
+OPTIONS = ("-std=c++17", "--ptxas-options=--register-usage-level=10")
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def cubin(config: GemmConfig, folder: Path | None = None) -> bytes:
+    """Machine code of one kernel, from the cache in `folder` (default: `cache_folder()`) or freshly compiled into it.
+
+    Raises: E0430 when neither NVRTC nor nvcc is installed, E0431 when the compiler rejects the kernel.
+    """
+    folder = folder or cache_folder()
+    path = folder / f"{_key(config)}.cubin"
+    code = _read_checked(path)
+    if code is not None:
+        return code
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        code = _read_checked(path)  # another process may have built it while this one waited
+        if code is None:
+            code = compile_cubin(config)
+            _write_checked(path, code)
+    return code
+
+
+def build_all(configs: Iterable[GemmConfig]) -> None:
+    """Fill the cache, one process a core: before a benchmark, or ahead of time on a machine without a GPU."""
+    # Not forked: the parent may hold a CUDA context.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(pool.map(cubin, configs))
+
+
+def cache_folder() -> Path:
+    if "FP8C_CACHE_DIR" in os.environ:
+        return Path(os.environ["FP8C_CACHE_DIR"])
+    from platformdirs import user_cache_path
+
+    return user_cache_path("fp8c") / "kernels"
+
+
+def has_compiler() -> bool:
+    return _compiler() is not None
+
+
+@cache
+def _compiler() -> tuple[str, str] | None:
+    """(name, version) of the compiler in use. Reading the version must stay cheap: it is part of every cache key."""
+    if find_spec("cuda") is not None and find_spec("cuda.bindings") is not None:
+        for package in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+            try:
+                return "nvrtc", metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return "nvcc", text.strip().splitlines()[-1]
+
+
+@cache
+def _source_texts() -> dict[str, str]:
+    here = Path(__file__).parent
+    return {name: (here / name).read_text() for name in SOURCES}
+
+
+def _key(config: GemmConfig) -> str:
+    parts = [str(_compiler()), ARCHITECTURE, *OPTIONS]
+    for name, text in sorted({**_source_texts(), **config.headers()}.items()):
+        parts += [name, text]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _read_checked(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _write_checked(path: Path, code: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    with os.fdopen(handle, "wb") as file:
+        file.write(hashlib.sha256(code).digest() + code)
+    os.replace(name, path)
+
+
+def compile_cubin(config: GemmConfig) -> bytes:
+    """Compile without the cache. Raises as `cubin` does."""
+    texts = _source_texts()
+    headers = {name: text for name, text in texts.items() if name != "gemm.cu"} | config.headers()
+    return compile_source(texts["gemm.cu"], headers)
+
+
+def compile_source(source: str, headers: dict[str, str]) -> bytes:
+    """Compile one CUDA source with the headers it includes. Raises as `cubin` does."""
+    compiler = _compiler()
+    if compiler is None:
+        raise fail(
+            "E0430",
+            "no compiler for the CUDA kernels: neither NVRTC nor nvcc was found",
+            help="pip install cuda-bindings nvidia-cuda-nvrtc, or fill the cache with fp8c.backends.cuda.build.cubin "
+            "where a compiler is",
+            exit_code=ExitCode.TARGET,
+        )
+    return _compile_nvrtc(source, headers) if compiler[0] == "nvrtc" else _compile_nvcc(source, headers)
+
+
+def _rejected(log: str) -> Exception:
+    return fail("E0431", f"the CUDA compiler rejected gemm.cu: {log.strip()}", exit_code=ExitCode.BUG)
+
+
+def _compile_nvrtc(source: str, headers: dict[str, str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    names = [name.encode() for name in headers]
+    texts = [text.encode() for text in headers.values()]
+    error, program = nvrtc.nvrtcCreateProgram(source.encode(), b"gemm.cu", len(names), texts, names)
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, error
+    options = [o.encode() for o in (f"--gpu-architecture={ARCHITECTURE}", *OPTIONS)]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise _rejected(log.decode(errors="replace"))
+    _, size = nvrtc.nvrtcGetCUBINSize(program)
+    code = b" " * size
+    nvrtc.nvrtcGetCUBIN(program, code)  # fills the bytes in place
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(code)
+
+
+def _compile_nvcc(source: str, headers: dict[str, str]) -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for header, text in {**headers, "gemm.cu": source}.items():
+            (folder / header).write_text(text)
+        target = f"-gencode=arch=compute_{ARCHITECTURE[3:]},code={ARCHITECTURE}"
+        command = ["nvcc", *OPTIONS, target, "-cubin", "-o", "gemm.cubin", "gemm.cu"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise _rejected(result.stderr)
+        return (folder / "gemm.cubin").read_bytes()

@@ -1,0 +1,668 @@
+// Block-scaled FP8 GEMM for Hopper (sm_90a):   out[M, N] (+)= sum over k of scale * A[M, k] * B[N, k]
+//
+// Legend: M, N rows of A and B, K reduction (both operands K-major), E experts; a k-block is 128 of K, the length of a
+//   scale group. One thread block makes one TILE_M x TILE_N tile of the output after another (persistent grid).
+//   Warpgroups 0 .. WARPGROUPS-1 consume, the last one produces; FP32 accumulators stay in registers.
+//
+// One k-block travels like this:
+//   producer thread --TMA--> stage of shared memory (A, B, 1x128 scales) --full[stage]-->
+//   each consumer warpgroup: for each wave (a 64 x WAVE_N part of its share)
+//       4 wgmma of k = 32 from zero -> `part` (14-bit tensor-core accumulator, so never longer than 128 of K)
+//       promotion: acc += scale * part, in FP32   <- while the other warpgroup's wgmma keep the tensor core busy
+//   --empty[stage]--> producer. Consumer warpgroups meet nowhere, so they drift apart and stay apart.
+//
+// Shared-memory bandwidth (128 B a clock) is what limits such a kernel, so each operand is read as seldom as possible:
+//   waves along N (WAVES_N > 1): A goes through registers once (ldmatrix) and serves all of them;
+//   waves along M (WAVES_M = 2): one column of B's 1x128 scales is read once and serves both waves.
+// docs/hopper_gemm.md has the arithmetic and what was measured.
+//
+// The policies are constants of config.cuh, which the host generates for each kernel (config.py) together with
+// wgmma.cuh, the one wgmma of shape 64 x WAVE_N x 32 that it uses.
+
+#include "config.cuh"
+#include "ptx.cuh"
+#include "schedule.cuh"
+#include "wgmma.cuh"
+
+__device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+
+constexpr int BLOCK_K = 128;
+constexpr int WAVES = WAVES_M * WAVES_N;
+constexpr bool A_IN_REGISTERS = WAVES_M == 1 && WAVE_N <= 128;
+constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
+constexpr int THREADS = 128 * (WARPGROUPS + 1);
+// setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.
+// Warps of the producer's warpgroup: one drives TMA, one walks the schedule, one fetches 128x128 scales, and with K groups
+// the rest repairs their edges. Several jobs for several warps, because each has few registers.
+constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0, REPAIR_WARPS = GROUPING == REDUCTION_GROUPS ? 2 - SCALE_WARPS : 0;
+constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, REPAIR_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
+constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS + REPAIR_WARPS;
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
+constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
+
+static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
+static_assert(WAVE_N % 8 == 0 && (WAVES + 1) * WAVE_N / 2 <= 192, "accumulators and one wave's result must fit into registers");
+
+// Shared memory: STAGES x A, x B, staging of the output, STAGES x scales of A, x scales of B, ring of tiles, barriers.
+constexpr int A_BYTES = TILE_M * BLOCK_K, B_BYTES = TILE_N * BLOCK_K;
+// The copy engine wants coordinates along rows of memory in multiples of 16 bytes. Rows of a group start anywhere, so
+// their scales are fetched from up to three rows earlier, in boxes of at most 256.
+constexpr int SCALE_A_BOXES = GROUPING == ROW_GROUPS && TILE_M == 256 ? 2 : 1;
+constexpr int SCALE_A_BOX = GROUPING != ROW_GROUPS ? TILE_M : TILE_M == 256 ? 160 : TILE_M + 4;
+constexpr int SCALE_A_BYTES = SCALES == PER_TENSOR ? 0 : SCALE_A_BOXES * SCALE_A_BOX * 4;
+static_assert(SCALE_A_BOX == SCALE_A_BOX_OF_HOST, "the host's map of A's scales has other boxes");
+constexpr int SCALE_A_STRIDE = (SCALE_A_BYTES + 127) / 128 * 128;
+constexpr int SCALE_B_BYTES = SCALES == PER_ROW ? TILE_N * 4 : 0;
+// TMA writes to multiples of 128 bytes; PER_BLOCK keeps up to two numbers for each wave.
+constexpr int SCALE_B_STRIDE = SCALES == PER_BLOCK ? 32 : (SCALE_B_BYTES + 127) / 128 * 128;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SCALE_A_BYTES + SCALE_B_BYTES;
+constexpr int OFFSET_B = STAGES * A_BYTES, OFFSET_STAGING = OFFSET_B + STAGES * B_BYTES;
+constexpr int OFFSET_SCALE_A = OFFSET_STAGING + CONSUMER_WARPS * STAGING_BYTES;
+constexpr int OFFSET_SCALE_B = OFFSET_SCALE_A + STAGES * SCALE_A_STRIDE;
+constexpr int OFFSET_TILES = OFFSET_SCALE_B + STAGES * SCALE_B_STRIDE;
+constexpr int TILE_SLOTS = 4;  // consumer warpgroups may be some tiles apart when K is short
+constexpr int OFFSET_STAGE_BARRIERS = OFFSET_TILES + TILE_SLOTS * sizeof(Tile);
+constexpr int OFFSET_TILE_BARRIERS = OFFSET_STAGE_BARRIERS + 2 * STAGES * 8;
+constexpr int OFFSET_LANDED_BARRIERS = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;  // one a stage, for tails
+constexpr int SHARED_BYTES = OFFSET_LANDED_BARRIERS + STAGES * 8;
+static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "config.py and the kernel disagree about shared memory");
+
+struct Arguments {
+    Problem problem;
+    const uint8 *a, *b;       // REDUCTION_GROUPS: what TMA can't reach
+    long long a_row, b_row;   // strides in bytes
+    const float* scale_a;  // PER_TENSOR
+    const float* scale_b;  // PER_TENSOR, PER_BLOCK
+    long long scale_b_group, scale_b_row, scale_b_col;  // strides of PER_BLOCK scales along E, N / 128, K / 128
+    void* out;
+    long long out_group, out_row;  // strides in elements
+    int out_aligned;               // TMA may write the output: address and strides are multiples of 16 bytes
+};
+
+template <int grouping>
+struct ScheduleOf;
+template <>
+struct ScheduleOf<DENSE> {
+    using type = DenseSchedule;
+};
+template <>
+struct ScheduleOf<ROW_GROUPS> {
+    using type = RowGroupSchedule;
+};
+template <>
+struct ScheduleOf<REDUCTION_GROUPS> {
+    using type = ReductionGroupSchedule<OUTPUT == FP32_ADD>;
+};
+using Schedule = ScheduleOf<GROUPING>::type;
+
+// Producer -------------------------------------------------------------------------------------------------------
+
+// K groups start and end anywhere. TMA can't start at a token that is no multiple of 16, so all k-blocks of such an expert
+// are copied by the repair warps; and the last k-block of any expert reads into the next one, which they clear.
+DEVICE bool needs_copy(const Tile& tile) { return GROUPING == REDUCTION_GROUPS && tile.k_begin % 16 != 0; }
+DEVICE bool needs_repair(const Tile& tile, int block) {
+    return GROUPING == REDUCTION_GROUPS && (tile.k_length - block * BLOCK_K < BLOCK_K || tile.k_begin % 16 != 0);
+}
+
+// Every tile takes whole rounds of the ring, the last one with idle stages if need be: the consumers' loop over a round is
+// unrolled, and with the stage known at compile time the addresses in it are constants.
+DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, STAGES) * STAGES; }
+
+using StageRing = Ring<STAGES>;
+using TileRing = Ring<TILE_SLOTS>;
+
+DEVICE uint32 tile_slot(uint32 shared, const TileRing& tiles) { return shared + OFFSET_TILES + tiles.slot() * sizeof(Tile); }
+
+DEVICE void send_tile(uint32 shared, TileRing& tiles, const Tile& tile) {
+    tiles.wait_empty();
+    const int4* words = reinterpret_cast<const int4*>(&tile);
+    store_shared4(tile_slot(shared, tiles), words[0]);
+    store_shared4(tile_slot(shared, tiles) + 16, words[1]);
+    barrier_arrive(tiles.full());
+    tiles.advance();
+}
+
+// The slot stays taken until release_tile, so a tile may be read again.
+DEVICE Tile read_tile(uint32 shared, const TileRing& tiles) {
+    const int4 x = load_shared4(tile_slot(shared, tiles)), y = load_shared4(tile_slot(shared, tiles) + 16);
+    return {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+}
+
+DEVICE void release_tile(TileRing& tiles) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(tiles.empty());
+    tiles.advance();
+}
+
+// One thread.
+DEVICE void schedule_tiles(const Problem& p, uint32 shared) {
+    Schedule schedule(p);
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    Tile tile;
+    while (schedule.next(tile)) send_tile(shared, tiles, tile);
+    tile.is_end = 1;
+    send_tile(shared, tiles, tile);
+}
+
+// One thread.
+DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_a, const TensorMap& map_b,
+                          const TensorMap& map_scale_a, const TensorMap& map_scale_b) {
+    StageRing stages(shared + OFFSET_STAGE_BARRIERS);
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    while (true) {
+        tiles.wait_full();
+        const Tile tile = read_tile(shared, tiles);
+        barrier_arrive(tiles.empty());
+        tiles.advance();
+        if (tile.is_end) return;
+        const int blocks = ceil_div(tile.k_length, BLOCK_K), padded = whole_rounds(blocks);
+        const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
+#pragma unroll 1
+        for (int block = 0; block < padded; ++block, stages.advance()) {
+            const uint32 s = stages.slot();
+            const int k = tile.k_begin + block * BLOCK_K;
+            stages.wait_empty();
+            if (block >= blocks) {
+                barrier_arrive(stages.full());
+                continue;
+            }
+            const uint32 arrived = needs_repair(tile, block) ? shared + OFFSET_LANDED_BARRIERS + s * 8 : stages.full();
+            // Rows and columns past the tensors' ends arrive as zeros.
+            barrier_arrive_expect(arrived, needs_copy(tile) ? SCALE_A_BYTES + SCALE_B_BYTES : STAGE_BYTES);
+            if (needs_copy(tile)) {
+            } else if constexpr (CLUSTER == 1) {
+                load_tile(shared + s * A_BYTES, map_a, arrived, k, tile.row);
+            } else {  // each block of the cluster fetches one half of A for both
+                const int half = cluster_rank() * (TILE_M / 2);
+                load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, arrived, k, tile.row + half);
+            }
+            if (!needs_copy(tile)) load_tile(shared + OFFSET_B + s * B_BYTES, map_b, arrived, k, row_b);
+            if constexpr (SCALES != PER_TENSOR)
+#pragma unroll
+                for (int i = 0; i < SCALE_A_BOXES; ++i)
+                    load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + i * SCALE_A_BOX * 4, map_scale_a, arrived,
+                              (tile.row & ~3) + i * SCALE_A_BOX, tile.scale_row + block);
+            if constexpr (SCALES == PER_ROW)
+                load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, arrived, tile.col,
+                          tile.scale_row + block);
+        }
+    }
+}
+
+// Clears bytes [valid, 128) of every row of a swizzled operand tile; `worker` of `workers` threads.
+DEVICE void clear_columns(uint32 tile, int rows, int valid, int worker, int workers) {
+#pragma unroll 1
+    for (int row = worker; row < rows; row += workers)
+#pragma unroll 1
+        for (int piece = valid / 16; piece < 8; ++piece) {
+            const uint32 address = tile + row * BLOCK_K + ((piece ^ (row & 7)) << 4);
+            int4 v = {0, 0, 0, 0};
+            if (piece * 16 < valid) {
+                v = load_shared4(address);
+                int* words = &v.x;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int kept = min(max(valid - piece * 16 - i * 4, 0), 4);  // bytes
+                    words[i] = kept == 4 ? words[i] : words[i] & ((1 << (8 * kept)) - 1);
+                }
+            }
+            store_shared4(address, v);
+        }
+}
+
+// Fills the swizzled operand tile of A or B from rows `row0` .. at any address: bytes [0, valid) of each row from column
+// `k`, the rest zero. Reads whole aligned words that hold at least one of these bytes.
+template <bool is_a>
+DEVICE void copy_columns(const Arguments& args, uint32 tile, int row0, int k, int valid, int worker, int workers) {
+    const int rows = min((is_a ? args.problem.m : args.problem.n) - row0, is_a ? TILE_M : TILE_N);
+#pragma unroll 1
+    for (int i = worker; i < (is_a ? TILE_M : TILE_N) * 8; i += workers) {
+        const int row = i / 8, piece = i % 8, count = row < rows ? min(valid - piece * 16, 16) : 0;  // bytes
+        const uint8* from = is_a ? args.a + (row0 + row) * args.a_row : args.b + (row0 + row) * args.b_row;
+        from += k + piece * 16;
+        const int shift = reinterpret_cast<uint64>(from) % 4;
+        const uint32* aligned = reinterpret_cast<const uint32*>(from - shift);
+        int v[4];
+        uint32 word = count > 0 ? __ldg(aligned) : 0;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const uint32 next = (w + 1) * 4 < count + shift ? __ldg(aligned + w + 1) : 0;
+            const int kept = min(max(count - w * 4, 0), 4);  // bytes
+            const uint32 joined = __funnelshift_r(word, next, shift * 8);
+            v[w] = kept == 4 ? joined : joined & ((1u << (8 * kept)) - 1);
+            word = next;
+        }
+        store_shared4(tile + row * BLOCK_K + ((piece ^ (row & 7)) << 4), {v[0], v[1], v[2], v[3]});
+    }
+}
+
+// The repair warps: between TMA and the consumers of an expert's last k-block they zero the tokens of the
+// next expert in both operands (in both, because zero times a NaN that lives there would be NaN).
+DEVICE void repair_k_groups(const Arguments& args, uint32 shared) {
+    constexpr int WORKERS = REPAIR_WARPS * 32;
+    const int worker = threadIdx.x - REPAIR_WARP * 32;
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    uint32 uses = 0;    // of stages before this tile
+    uint32 phases = 0;  // bit s: parity of stage s's next `landed`
+    while (true) {
+        tiles.wait_full();
+        const Tile tile = read_tile(shared, tiles);
+        release_tile(tiles);
+        if (tile.is_end) return;
+        const int blocks = ceil_div(tile.k_length, BLOCK_K);
+#pragma unroll 1
+        for (int block = needs_copy(tile) ? 0 : tile.k_length / BLOCK_K; block < blocks; ++block) {
+            const uint32 s = (uses + block) % STAGES;
+            barrier_wait(shared + OFFSET_LANDED_BARRIERS + s * 8, phases >> s & 1);
+            phases ^= 1u << s;
+            const int valid = min(tile.k_length - block * BLOCK_K, BLOCK_K);
+            if (needs_copy(tile)) {
+                const int k = tile.k_begin + block * BLOCK_K;
+                copy_columns<true>(args, shared + s * A_BYTES, tile.row, k, valid, worker, WORKERS);
+                copy_columns<false>(args, shared + OFFSET_B + s * B_BYTES, tile.col, k, valid, worker, WORKERS);
+            } else {
+                clear_columns(shared + s * A_BYTES, TILE_M, valid, worker, WORKERS);
+                clear_columns(shared + OFFSET_B + s * B_BYTES, TILE_N, valid, worker, WORKERS);
+            }
+            fence_async();
+            named_barrier(1, WORKERS);
+            if (worker == 0) barrier_arrive(shared + OFFSET_STAGE_BARRIERS + s * 8);
+        }
+        uses += whole_rounds(blocks);
+    }
+}
+
+// PER_BLOCK: a wave's columns lie in one 128x128 block of B or, when they straddle a multiple of 128, in two. Columns of
+// one segment, the largest common part of wave and block, always lie in the same.
+constexpr int SEGMENT = greatest_common_divisor(WAVE_N, 128);
+constexpr bool STRADDLES = SCALES == PER_BLOCK && SEGMENT != WAVE_N;
+static_assert(!STRADDLES || WAVE_N <= 128 + SEGMENT, "a wave may not touch three blocks");
+constexpr int BLOCKS_OF_WAVE = STRADDLES ? 2 : 1;
+
+// One warp: a lane fetches the scales of one k-block for all waves, 32 k-blocks at a time,
+// and hands them over stage by stage.
+DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
+    const Problem& p = args.problem;
+    const int lane = threadIdx.x % 32, last_row = ceil_div(p.n, 128) - 1;
+    StageRing stages(shared + OFFSET_STAGE_BARRIERS);
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    while (true) {
+        tiles.wait_full();
+        const Tile tile = read_tile(shared, tiles);
+        release_tile(tiles);
+        if (tile.is_end) return;
+        const int blocks = ceil_div(tile.k_length, BLOCK_K), padded = whole_rounds(blocks);
+        const float* scales = args.scale_b + tile.scale_row * args.scale_b_col;
+        if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
+        for (int first = 0; first < padded; first += 32) {
+            float values[WAVES_N][2];
+#pragma unroll
+            for (int w = 0; w < WAVES_N; ++w)
+#pragma unroll
+                for (int j = 0; j < BLOCKS_OF_WAVE; ++j) {
+                    const int row = min((tile.col + w * WAVE_N) / 128 + j, last_row);
+                    if (first + lane < blocks)
+                        values[w][j] = __ldg(scales + row * args.scale_b_row + (first + lane) * args.scale_b_col);
+                }
+            for (int i = 0; i < min(32, padded - first); ++i, stages.advance()) {
+                stages.wait_empty();
+                if (lane != i) continue;
+                const uint32 slot = shared + OFFSET_SCALE_B + stages.slot() * SCALE_B_STRIDE;
+#pragma unroll
+                for (int w = 0; w < WAVES_N; ++w)
+#pragma unroll
+                    for (int j = 0; j < BLOCKS_OF_WAVE; ++j) store_shared(slot + (w * BLOCKS_OF_WAVE + j) * 4, values[w][j]);
+                barrier_arrive(stages.full());
+            }
+            __syncwarp();
+        }
+    }
+}
+
+// Promotion ------------------------------------------------------------------------------------------------------
+
+// One thread's part of a 64 x WAVE_N wgmma result: element 4i + 2h + c is row (lane / 4) + 8h, column 8i + 2 (lane % 4) + c
+// of its warp's 16 rows.
+constexpr int PART = WAVE_N / 2;
+
+// Columns below `edge` lie in the wave's first block of B, the others in its second.
+DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
+                           const float (&b)[2], int edge) {
+    const float low0 = a[0] * b[0], low1 = a[1] * b[0];
+    const float high0 = STRADDLES ? a[0] * b[1] : 0, high1 = STRADDLES ? a[1] * b[1] : 0;
+#pragma unroll
+    for (int i = 0; i < WAVE_N / 8; ++i) {
+        const bool low = !STRADDLES || i * 8 / SEGMENT * SEGMENT < edge;
+        const float s0 = low ? low0 : high0, s1 = low ? low1 : high1;
+        acc[4 * i] += s0 * part[4 * i];
+        acc[4 * i + 1] += s0 * part[4 * i + 1];
+        acc[4 * i + 2] += s1 * part[4 * i + 2];
+        acc[4 * i + 3] += s1 * part[4 * i + 3];
+    }
+}
+
+DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
+                         const float2 (&b)[WAVE_N / 8]) {
+#pragma unroll
+    for (int i = 0; i < WAVE_N / 8; ++i) {
+        acc[4 * i] += a[0] * b[i].x * part[4 * i];
+        acc[4 * i + 1] += a[0] * b[i].y * part[4 * i + 1];
+        acc[4 * i + 2] += a[1] * b[i].x * part[4 * i + 2];
+        acc[4 * i + 3] += a[1] * b[i].y * part[4 * i + 3];
+    }
+}
+
+// Epilogue -------------------------------------------------------------------------------------------------------
+
+// A warp writes its 16 x WAVE_N result in chunks of 16 x CHUNK through its own staging memory, without waiting for any
+// other warp. Chunks of 128-byte rows are swizzled like TMA does it, others are dense.
+constexpr int OUT_BYTES = OUTPUT == BF16 ? 2 : 4;
+constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0;
+constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
+                      : OUTPUT == BF16 ? WAVE_N / (WAVE_N > 128 ? 2 : 1)
+                                       : greatest_common_divisor(WAVE_N, 16);
+constexpr int CHUNK_BYTES = 16 * CHUNK * OUT_BYTES, CHUNKS = WAVE_N / CHUNK;
+constexpr int BUFFERS = 2 * CHUNK_BYTES <= STAGING_BYTES && WAVES * CHUNKS % 2 == 0 ? 2 : 1;
+static_assert(BUFFERS * CHUNK_BYTES <= STAGING_BYTES);
+static_assert(WAVES * CHUNKS % BUFFERS == 0, "the next tile starts with the first buffer");
+static_assert(CHUNK == CHUNK_OF_HOST, "the host's output map has other boxes");
+
+DEVICE uint32 staged(uint32 buffer, int row, int byte) {
+    const int swizzled = OUT_SWIZZLED ? byte ^ ((row & 7) << 4) : byte;
+    return buffer + row * (CHUNK * OUT_BYTES) + swizzled;
+}
+
+DEVICE void stage_chunk(uint32 buffer, const float (&acc)[PART], int chunk, int lane) {
+    if constexpr (OUTPUT == BF16) {
+        const int row = lane % 16, half = lane / 16;
+#pragma unroll
+        for (int i = 0; i < CHUNK / 8; i += 2) {
+            const float* v = acc + 4 * (chunk * (CHUNK / 8) + i);
+            if (i + 1 < CHUNK / 8)
+                store_matrices4(staged(buffer, row, (i + half) * 16), pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
+                                pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+            else
+                store_matrices2(staged(buffer, row, i * 16), pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+        }
+    } else {
+        const int row = lane / 4, byte = lane % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < CHUNK / 8; ++i) {
+            const float* v = acc + 4 * (chunk * (CHUNK / 8) + i);
+            // Not as pairs: wanting the accumulators in adjacent registers makes ptxas spill in the main loop.
+            const uint32 upper = staged(buffer, row, i * 32 + byte), lower = staged(buffer, row + 8, i * 32 + byte);
+            store_shared(upper, v[0]), store_shared(upper + 4, v[1]);
+            store_shared(lower, v[2]), store_shared(lower + 4, v[3]);
+        }
+    }
+}
+
+// Copies a staged chunk with ordinary stores: for rows that end inside the 16 of a warp, and outputs TMA can't address.
+DEVICE void copy_chunk(const Arguments& args, uint32 buffer, const Tile& tile, int row0, int col0, int lane) {
+    constexpr int PIECES = CHUNK * OUT_BYTES / 16, PER_PIECE = 16 / OUT_BYTES;
+#pragma unroll 1
+    for (int i = lane; i < 16 * PIECES; i += 32) {
+        const int row = i / PIECES, piece = i % PIECES, col = col0 + piece * PER_PIECE;
+        if (row0 + row >= tile.row_end || col >= args.problem.n) continue;
+        const int4 v = load_shared4(staged(buffer, row, piece * 16));
+        const long long at = (GROUPING == REDUCTION_GROUPS ? tile.group * args.out_group : 0) + (row0 + row) * args.out_row + col;
+        const int count = min(PER_PIECE, args.problem.n - col);
+        if constexpr (OUTPUT == BF16) {
+            uint16* out = static_cast<uint16*>(args.out) + at;
+            if (args.out_aligned && count == PER_PIECE) {
+                *reinterpret_cast<int4*>(out) = v;
+            } else {
+                const int words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < PER_PIECE; ++e)
+                    if (e < count) out[e] = static_cast<uint16>(static_cast<uint32>(words[e / 2]) >> (e % 2 * 16));
+            }
+        } else {
+            float* out = static_cast<float*>(args.out) + at;
+            const int words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int e = 0; e < PER_PIECE; ++e)
+                if (e < count) {
+                    if constexpr (OUTPUT == FP32_ADD) add_global(out + e, __int_as_float(words[e]));
+                    else out[e] = __int_as_float(words[e]);
+                }
+        }
+    }
+}
+
+// Where wave w of a warpgroup lies in the tile.
+DEVICE constexpr int wave_row(int w) { return WAVES_M == 1 ? 0 : w * WARPGROUPS * 64; }
+DEVICE constexpr int wave_col(int w) { return WAVES_N == 1 ? 0 : w * WAVE_N; }
+
+// Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:
+// were this a loop that the compiler chose not to unroll, `acc` would be indexed at run time and move to local memory.
+// Each chunk is a group of stores, empty where TMA has nothing to write, so that chunks alternate between the buffers.
+template <int index>
+DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32 staging, const Tile& tile,
+                         const float (&acc)[WAVES][PART], int row0, int lane) {
+    if constexpr (index < WAVES * CHUNKS) {
+        constexpr int wave = index / CHUNKS, chunk = index % CHUNKS;
+        const int row = row0 + wave_row(wave), col = tile.col + wave_col(wave) + chunk * CHUNK;
+        if (row < tile.row_end && col < args.problem.n) {
+            const uint32 buffer = staging + index % BUFFERS * CHUNK_BYTES;
+            wait_stores_read<BUFFERS - 1>();
+            __syncwarp();
+            stage_chunk(buffer, acc[wave], chunk, lane);
+            fence_async();
+            __syncwarp();
+            // TMA clips at the tensor's last row, not at a group's.
+            if (!args.out_aligned || (tile.row_end - row < 16 && tile.row_end != args.problem.m)) {
+                copy_chunk(args, buffer, tile, row, col, lane);
+            } else if (lane == 0) {
+                if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, buffer, col, row, tile.group);
+                else store_tile(map_out, buffer, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+            }
+        }
+        commit_stores();
+        write_chunks<index + 1>(args, map_out, staging, tile, acc, row0, lane);
+    }
+}
+
+// Consumer -------------------------------------------------------------------------------------------------------
+
+// What one consumer warp needs to know about where its operands lie in stage 0, and its accumulators.
+struct Consumer {
+    uint64 a_descriptor, b_descriptor;
+    uint32 a_address[4];  // of its lane's row for ldmatrix, one for each step of 32 along K
+    uint32 scale_a, scale_b;
+    uint32 barriers;  // of the stages
+    int lane;
+    float acc[WAVES][PART];
+    uint32 a[4][4];  // A_IN_REGISTERS: this warpgroup's rows of A in the current k-block
+};
+
+// PTX wants the A fragment of wgmma as ldmatrix delivers it: lane l reads 16 bytes of row l % 16, bytes 0-15 of the step
+// (lanes 0-15) or 16-31 (the others).
+DEVICE void load_a(Consumer& c, uint32 s) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) load_matrices(c.a[k], c.a_address[k] + s * A_BYTES);
+}
+
+// In a cluster a stage is free when the consumers of both blocks are done with it, because both blocks write into it.
+DEVICE void release_stage(const Consumer& c, uint32 s) {
+    const uint32 empty = c.barriers + (STAGES + s) * 8;
+    if constexpr (CLUSTER == 1) {
+        if (c.lane == 0) barrier_arrive(empty);
+    } else {
+        if (c.lane < CLUSTER) barrier_arrive_remote(empty, c.lane);
+    }
+}
+
+// One k-block out of stage `s`, and the fragment of A of the next one, if there is one, out of stage `next`.
+template <bool last_of_tile_possible>
+DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool accumulate,
+                           const int (&edge)[WAVES_N]) {
+    float part[PART];
+    float2 b_columns[WAVE_N / 8];
+    float a_scale[2];
+#pragma unroll
+    for (int w = 0; w < WAVES; ++w) {
+        const int wm = WAVES_M == 1 ? 0 : w, wn = WAVES_N == 1 ? 0 : w;
+        if (SCALES != PER_TENSOR && (w == 0 || WAVES_M > 1)) {
+            const uint32 address = c.scale_a + s * SCALE_A_STRIDE + wave_row(wm) * 4;
+            a_scale[0] = load_shared(address), a_scale[1] = load_shared(address + 8 * 4);
+        }
+        float b_scale[2];
+        if constexpr (SCALES == PER_BLOCK)
+#pragma unroll
+            for (int j = 0; j < BLOCKS_OF_WAVE; ++j)
+                b_scale[j] = load_shared(c.scale_b + s * SCALE_B_STRIDE + (wn * BLOCKS_OF_WAVE + j) * 4);
+
+        float(&result)[PART] = PROMOTE ? part : c.acc[w];
+        pin(result);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const uint64 b_tile = c.b_descriptor + (s * B_BYTES + wave_col(wn) * BLOCK_K + k * 32) / 16;
+            if constexpr (A_IN_REGISTERS)
+                wgmma(result, c.a[k], b_tile, k > 0 || accumulate);
+            else
+                wgmma(result, c.a_descriptor + (s * A_BYTES + wave_row(wm) * BLOCK_K + k * 32) / 16, b_tile, k > 0 || accumulate);
+        }
+        wgmma_commit();
+        if (SCALES == PER_ROW && (w == 0 || WAVES_N > 1))
+#pragma unroll
+            for (int i = 0; i < WAVE_N / 8; ++i)
+                b_columns[i] = load_shared2(c.scale_b + s * SCALE_B_STRIDE + (wave_col(wn) + i * 8) * 4);
+        pin(result);
+        wgmma_wait();
+
+        if (w == WAVES - 1) {
+            __syncwarp();
+            release_stage(c, s);  // nothing of it is read below
+            // Before the promotion, so that the loads' latency hides behind it.
+            if (!last_of_tile_possible || has_next) {
+                barrier_wait(c.barriers + next * 8, next_phase);
+                if constexpr (A_IN_REGISTERS) load_a(c, next);
+            }
+        }
+        if constexpr (SCALES == PER_BLOCK) promote_blocks(c.acc[w], part, a_scale, b_scale, edge[wn]);
+        else if constexpr (SCALES == PER_ROW) promote_rows(c.acc[w], part, a_scale, b_columns);
+        else if constexpr (PROMOTE)
+#pragma unroll
+            for (int i = 0; i < PART; ++i) c.acc[w][i] += part[i];
+    }
+}
+
+DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_out) {
+    const uint32 warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
+    const int lane = threadIdx.x % 32, row0 = warpgroup * 64 + warp % 4 * 16;  // of this warp in the tile
+
+    Consumer c;
+    c.lane = lane;
+    c.barriers = shared + OFFSET_STAGE_BARRIERS;
+    c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
+    c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
+    const int a_row = row0 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) c.a_address[k] = shared + a_row * BLOCK_K + ((k * 2 + lane / 16 ^ (a_row & 7)) << 4);
+    const uint32 scale_a = shared + OFFSET_SCALE_A + (row0 + lane / 4) * 4;
+    c.scale_a = scale_a;
+    c.scale_b = shared + OFFSET_SCALE_B + (SCALES == PER_ROW ? lane % 4 * 8 : 0);
+
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    uint32 phase = 0;  // of the ring of stages
+    while (true) {
+        tiles.wait_full();
+        const Tile tile = read_tile(shared, tiles);
+        if (tile.is_end) break;
+        const int blocks = ceil_div(tile.k_length, BLOCK_K);
+        if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
+        int edge[WAVES_N];
+#pragma unroll
+        for (int w = 0; w < WAVES_N; ++w) edge[w] = 128 - (tile.col + wave_col(w)) % 128;
+#pragma unroll
+        for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+            for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+
+        if (blocks > 0) {
+            barrier_wait(c.barriers, phase);
+            if constexpr (A_IN_REGISTERS) load_a(c, 0);
+        }
+        int block = 0;
+        for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
+#pragma unroll UNROLL
+            for (int s = 0; s + 1 < STAGES; ++s)
+                multiply_block<false>(c, s, s + 1, phase, true, !PROMOTE && block + s > 0, edge);
+            multiply_block<true>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, !PROMOTE, edge);
+        }
+        if (block < blocks) {
+#pragma unroll 1
+            for (int s = 0; block < blocks; ++s, ++block)
+                multiply_block<true>(c, s, s + 1, phase, block + 1 < blocks, !PROMOTE && block > 0, edge);
+#pragma unroll 1
+            for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
+                barrier_wait(c.barriers + s * 8, phase);
+                __syncwarp();
+                release_stage(c, s);
+            }
+            phase ^= 1;
+        }
+
+        if constexpr (SCALES == PER_TENSOR) {
+            const float scale = __ldg(args.scale_a) * __ldg(args.scale_b);
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+                for (int i = 0; i < PART; ++i) c.acc[w][i] *= scale;
+        }
+        {  // Nothing that only the epilogue needs is held in registers during the main loop.
+            const Tile done = read_tile(shared, tiles);
+            release_tile(tiles);
+            const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
+            write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
+                            done.row + warp_again * 16, thread % 32);
+            __syncwarp();  // wgmma wants whole warps
+        }
+    }
+    wait_stores();
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+    fp8c_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+              const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_scale_b,
+              const __grid_constant__ TensorMap map_out, const __grid_constant__ Arguments args) {
+    extern __shared__ __align__(1024) uint8 memory[];
+    const uint32 shared = uniform(shared_address(memory));
+    const uint32 warp = uniform(threadIdx.x / 32);
+
+    if (threadIdx.x == 0) {
+        StageRing::init(shared + OFFSET_STAGE_BARRIERS, 1 + SCALE_WARPS, CONSUMER_WARPS * CLUSTER);
+        TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS);
+        for (int s = 0; s < STAGES; ++s) barrier_init(shared + OFFSET_LANDED_BARRIERS + s * 8, 1);
+        barrier_init_done();
+        prefetch_map(map_a);
+        prefetch_map(map_b);
+        prefetch_map(map_out);
+    }
+    CLUSTER == 1 ? __syncthreads() : cluster_sync();
+    launch_dependents();
+    wait_for_previous_grid();
+
+    if (warp >= CONSUMER_WARPS) {
+        lower_register_limit<PRODUCER_REGISTERS>();
+        if (warp == LOAD_WARP) {
+            if (threadIdx.x % 32 == 0) load_operands(args.problem, shared, map_a, map_b, map_scale_a, map_scale_b);
+        } else if (warp == SCHEDULE_WARP) {
+            if (threadIdx.x % 32 == 0) schedule_tiles(args.problem, shared);
+        } else if (SCALE_WARPS > 0 && warp == SCALE_WARP) {
+            fetch_block_scales(args, shared);
+        } else if (REPAIR_WARPS > 0) {
+            repair_k_groups(args, shared);
+        }
+    } else {
+        raise_register_limit<CONSUMER_REGISTERS>();
+        consume(args, shared, map_out);
+    }
+    // The other block may still write to this one's shared memory and barriers.
+    if constexpr (CLUSTER > 1) {
+        __syncwarp();
+        cluster_sync();
+    }
+}

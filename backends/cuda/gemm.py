@@ -1,0 +1,252 @@
+"""The scaled GEMMs of `fp8c.ops` on Hopper, by gemm.cu.
+
+What a kernel can't take goes to the portable form with a remark, once for each reason: another GPU, no compiler and no
+cached kernel, formats without an instance. Payloads are read where they are; one that the copy engine can't address
+(reduction not innermost, row stride no multiple of 16 bytes) is copied first, with a remark.
+
+Legend as in `fp8c.ops`: M, T, N, K sizes, E experts, `offs` int32 [E] cumulative ends, on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fp8c.backends.cuda import tiles
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
+from fp8c.backends.cuda.launch import TMA_ALIGNMENT_BYTES, launch, multiprocessors
+from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, render
+from fp8c.formats import WHOLE, Element, Format
+from fp8c.ops import portable, quantized_format
+
+_LOG = logging.getLogger(__name__)
+_HOPPER = (9, 0)
+_ROW, _BLOCK, _TENSOR = (1, BLOCK_K), (BLOCK_K, BLOCK_K), (WHOLE, WHOLE)
+_SCALES = {(_ROW, _BLOCK): Scales.PER_BLOCK, (_ROW, _ROW): Scales.PER_ROW, (_TENSOR, _TENSOR): Scales.PER_TENSOR}
+_TYPES = {Element.E4M3: "e4m3", Element.E5M2: "e5m2"}
+_OUTPUTS = {torch.bfloat16: Output.BF16, torch.float32: Output.FP32}
+
+
+class _Unsupported(Exception):
+    """This GEMM has no instance; the message is the rest of a remark."""
+
+
+def scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """a [M, K] @ b [N, K].T -> [M, N]; schema and meaning: `fp8c.ops`, `backends.reference.gemm`."""
+    try:
+        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
+        out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+        multiply(plan, a, a_scale, b, b_scale, out)
+        return out
+    except _Unsupported as reason:
+        _remark("fp8c::scaled_mm", str(reason))
+        return portable("scaled_mm")(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, out_dtype)  # type: ignore[no-any-return]
+
+
+def scaled_grouped_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Rows of a [T, K] by their expert's b [E, N, K] -> [T, N]; rows past offs[-1] are 0."""
+    try:
+        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.ROW_GROUPS, a.device)
+        out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+        multiply(plan, a, a_scale, b, b_scale, out, offs)
+        return out
+    except _Unsupported as reason:
+        _remark("fp8c::scaled_grouped_mm", str(reason))
+        arguments = (a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, out_dtype)
+        return portable("scaled_grouped_mm")(*arguments)  # type: ignore[no-any-return]
+
+
+def scaled_grouped_wgrad(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Each expert's tokens of a [N, T] and b [K, T] -> [E, N, K]; scales restart at each expert (`fp8c.ops`)."""
+    try:
+        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
+        out = a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+        multiply(plan, a, a_scale, b, b_scale, out, offs)
+        return out
+    except _Unsupported as reason:
+        _remark("fp8c::scaled_grouped_wgrad", str(reason))
+        arguments = (a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, out_dtype)
+        return portable("scaled_grouped_wgrad")(*arguments)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What formats and device allow, before sizes are known."""
+
+    scales: Scales
+    grouping: Grouping
+    promote: bool
+    a_type: str
+    b_type: str
+
+    @staticmethod
+    def of(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping, device: torch.device) -> _Plan:
+        plan = _plan(a_fmt, b_fmt, promote_every, grouping)
+        if _capability(device.index) != _HOPPER:
+            raise _Unsupported("the kernels are for compute capability 9.0")
+        return plan
+
+
+@cache
+def _plan(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping) -> _Plan:
+    left, right = quantized_format(a_fmt), quantized_format(b_fmt)
+    assert left.group is not None and right.group is not None
+    scales = _SCALES.get((left.group, right.group))
+    if scales is None:
+        raise _Unsupported(f"no instance for groups {left.group_text} by {right.group_text}")
+    # 0: promote only where a scale changes along K, which is every 128 unless the scales are per tensor.
+    if promote_every not in (0, BLOCK_K):
+        raise _Unsupported(f"no instance promotes every {promote_every} of K")
+    if grouping is Grouping.ROW_GROUPS and scales is Scales.PER_ROW:
+        raise _Unsupported("no instance for 1x128 scales of expert weights")
+    if grouping is not Grouping.DENSE and scales is Scales.PER_TENSOR:
+        raise _Unsupported("no instance for grouped GEMMs with one scale a tensor")
+    promote = promote_every != 0 or scales is not Scales.PER_TENSOR
+    return _Plan(scales, grouping, promote, _type_of(left), _type_of(right))
+
+
+def _type_of(fmt: Format) -> str:
+    if fmt.element not in _TYPES:
+        raise _Unsupported(f"no tensor core reads {fmt.element.value}")
+    return _TYPES[fmt.element]
+
+
+@cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+def multiply(
+    plan: _Plan, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, offs: Tensor | None = None
+) -> None:
+    """Write the product into `out`, whose dtype and shape are checked here."""
+    if out.dtype not in _OUTPUTS:
+        raise _Unsupported(f"no instance writes {out.dtype}")
+    run(plan, a, a_scale, b, b_scale, out, _OUTPUTS[out.dtype], offs)
+
+
+def add_product(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    accumulator: Tensor,
+    offs: Tensor | None = None,
+) -> None:
+    """accumulator += a @ b.T (of each expert, when `offs` is given): a weight gradient into an FP32 buffer.
+
+    Shapes: a [N, T], b [K, T]; accumulator f32 [N, K], or [E, N, K] with `offs`. Each element is added to exactly once,
+            so the result does not depend on the order in which tiles run.
+    Raises: ValueError where there is no kernel; the caller adds the operator's result itself then.
+    """
+    grouping = Grouping.DENSE if offs is None else Grouping.REDUCTION_GROUPS
+    try:
+        plan = _Plan.of(a_fmt, b_fmt, BLOCK_K, grouping, a.device)
+        run(plan, a, a_scale, b, b_scale, accumulator, Output.FP32_ADD, offs)
+    except _Unsupported as reason:
+        raise ValueError(str(reason)) from None
+
+
+def run(
+    plan: _Plan,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    out: Tensor,
+    output: Output,
+    offs: Tensor | None,
+) -> None:
+    if out.numel() == 0:
+        return
+    if a.shape[-1] == 0:
+        if output is not Output.FP32_ADD:
+            out.zero_()
+        return
+    groups = 1 if offs is None else offs.shape[0]
+    shape = tiles.Shape(a.shape[0], b.shape[-2], a.shape[1], groups, multiprocessors(a.device.index))
+    config = tiles.choose(shape, plan.scales, plan.grouping, output, plan.promote, plan.a_type, plan.b_type)
+    a, b = _addressable(a), _addressable(b)
+    a_scale, b_scale = a_scale.float(), b_scale.float()  # E8M0 is read as the FP32 it stands for
+    if plan.scales is not Scales.PER_TENSOR:
+        a_scale = _rows_innermost(a_scale)
+    if plan.scales is Scales.PER_ROW:
+        b_scale = _rows_innermost(b_scale)
+    if offs is not None and (offs.dtype is not torch.int32 or not offs.is_contiguous()):
+        offs = offs.to(torch.int32).contiguous()
+    try:
+        launch(config, a, a_scale, b, b_scale, out, offs)
+    except DiagnosticError as error:
+        if error.diagnostics[0].code == "E0430":
+            raise _Unsupported(error.diagnostics[0].message) from None
+        raise
+
+
+def choose_config(plan: _Plan, a: Tensor, b: Tensor, output: Output, offs: Tensor | None) -> GemmConfig:
+    """The instance `run` takes, for reports."""
+    groups = 1 if offs is None else offs.shape[0]
+    shape = tiles.Shape(a.shape[0], b.shape[-2], a.shape[1], groups, multiprocessors(a.device.index))
+    return tiles.choose(shape, plan.scales, plan.grouping, output, plan.promote, plan.a_type, plan.b_type)
+
+
+def _addressable(data: Tensor) -> Tensor:
+    """The payload itself when TMA can address it, else a copy with padded rows."""
+    strides = data.stride()
+    rows_merge = data.dim() == 2 or strides[0] == data.shape[1] * strides[1] or data.shape[0] == 1
+    is_strided = strides[-1] == 1 and strides[-2] % TMA_ALIGNMENT_BYTES == 0 and strides[-2] >= data.shape[-1]
+    if is_strided and rows_merge and data.data_ptr() % TMA_ALIGNMENT_BYTES == 0:
+        return data
+    _remark("a GEMM operand", f"the copy engine can't address strides {strides}: copied")
+    *leading, k = data.shape
+    padded = data.new_empty((*leading, -(-k // TMA_ALIGNMENT_BYTES) * TMA_ALIGNMENT_BYTES))
+    return padded[..., :k].copy_(data)
+
+
+def _rows_innermost(scale: Tensor) -> Tensor:
+    """1x128 scales [rows, K / 128] stored with rows innermost and padded to a multiple of 4."""
+    is_laid_out = (scale.stride(0) == 1 or scale.shape[0] == 1) and scale.stride(1) % 4 == 0 and scale.stride(1) > 0
+    if is_laid_out and scale.stride(1) >= scale.shape[0] and scale.data_ptr() % TMA_ALIGNMENT_BYTES == 0:
+        return scale
+    rows, cols = scale.shape
+    stored = scale.new_empty((cols, -(-rows // 4) * 4))[:, :rows]
+    return stored.copy_(scale.t()).t()
+
+
+@cache
+def _remark(subject: str, reason: str) -> None:
+    _LOG.warning("%s", render(Diagnostic("R0430", f"{subject}: {reason}", severity=Severity.REMARK)))

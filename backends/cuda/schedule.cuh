@@ -1,0 +1,137 @@
+// Which output tile comes next. One class per grouping; one thread walks the list and sends each tile to all
+// others through a small ring in shared memory, so that consumers spend no registers on it.
+//
+// Legend: M rows of A, N rows of B, K reduction; a tile is TILE_M x TILE_N of the output; E groups (experts).
+#pragma once
+
+#include "config.cuh"
+#include "ptx.cuh"
+
+constexpr int TILE_M = 64 * WARPGROUPS * WAVES_M, TILE_N = WAVE_N * WAVES_N;
+
+struct Problem {
+    int m, n, k;             // of one group's output and reduction; M-grouped: m is all rows, K-grouped: k is all tokens
+    int groups;              // E; 1 when dense
+    const int* group_ends;   // [E] cumulative ends, int32, on the device; not read when dense
+};
+
+struct alignas(16) Tile {
+    int group;        // expert, 0 when dense
+    int row;          // first row of the tile in A (M-grouped: counted over all experts)
+    int row_end;      // rows from here on belong to the next group
+    int col;          // first row of the tile in B, within the group
+    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first token)
+    int k_length;     // 0: the tile is all zeros
+    int scale_row;    // first row of the 1x128 scales along K
+    int is_end;       // no tile: the list is at its end
+};
+
+// A ring of slots in shared memory with a barrier for each direction; it serves operands and tiles alike.
+template <int slots>
+struct Ring {
+    uint32 barriers;
+    uint32 uses = 0;  // so far, by this warp
+
+    DEVICE explicit Ring(uint32 barriers) : barriers(barriers) {}
+    DEVICE uint32 slot() const { return uses % slots; }
+    DEVICE uint32 full() const { return barriers + slot() * 8; }
+    DEVICE uint32 empty() const { return barriers + (slots + slot()) * 8; }
+    DEVICE void wait_full() const { barrier_wait(full(), uses / slots & 1); }
+    DEVICE void wait_empty() const { barrier_wait(empty(), ~(uses / slots) & 1); }
+    DEVICE void advance() { ++uses; }
+    static DEVICE void init(uint32 barriers, uint32 writers, uint32 readers) {
+        for (int i = 0; i < slots; ++i) {
+            barrier_init(barriers + i * 8, writers);
+            barrier_init(barriers + (slots + i) * 8, readers);
+        }
+    }
+};
+
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The two blocks of a cluster take neighbouring column tiles (one of them none, where their number is odd), so that they
+// share the rows of A. Schedules count such pairs.
+DEVICE int first_index() { return blockIdx.x / CLUSTER; }
+DEVICE int index_step() { return grid_blocks_again() / CLUSTER; }
+DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * CLUSTER); }
+DEVICE int first_column(int column_group) {
+    return (column_group * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0)) * TILE_N;
+}
+
+// Walk the grid of row_tiles x col_tiles in bands of `height_limit` row tiles: the tiles that run at one time then share few
+// rows and columns, so most operand reads hit L2.
+template <int height_limit>
+DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
+    const uint32 band = index / (height_limit * col_tiles);
+    const uint32 height = min(height_limit, row_tiles - band * height_limit);
+    const uint32 rest = index - band * height_limit * col_tiles;
+    return {static_cast<int>(band * height_limit + rest % height), static_cast<int>(rest / height)};
+}
+
+class DenseSchedule {
+    const Problem& p;
+    int index;
+
+  public:
+    DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(first_index()) {}
+    DEVICE bool next(Tile& tile) {
+        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
+        if (index >= row_tiles * col_tiles) return false;
+        const int2 at = banded<BAND>(index, row_tiles, col_tiles);
+        tile = {0, at.x * TILE_M, p.m, first_column(at.y), 0, p.k, 0, 0};
+        index += index_step();
+        return true;
+    }
+};
+
+// Rows [ends[e-1], ends[e]) of A meet expert e's matrix B. Rows past the last end form one more group whose reduction
+// is empty: their output is zero.
+class RowGroupSchedule {
+    const Problem& p;
+    int index;  // of the next tile, counted from the current group's first
+    int group = -1, begin = 0, end = 0;
+
+  public:
+    DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
+    DEVICE bool next(Tile& tile) {
+        const int col_tiles = column_groups(p.n);
+#pragma unroll 1
+        for (int tiles = ceil_div(end - begin, TILE_M) * col_tiles; index >= tiles;) {
+            index -= tiles;
+            if (++group > p.groups) return false;
+            begin = end;
+            end = group < p.groups ? min(max(__ldg(p.group_ends + group), begin), p.m) : p.m;
+            tiles = ceil_div(end - begin, TILE_M) * col_tiles;
+        }
+        const int2 at = banded<BAND>(index, ceil_div(end - begin, TILE_M), col_tiles);
+        tile = {group, begin + at.x * TILE_M, end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0, 0};
+        index += index_step();
+        return true;
+    }
+};
+
+// Tokens [ends[e-1], ends[e]) of K are the reduction of expert e's own M x N output. 1x128 scales restart there:
+// token t has scale row begin / 128 + e + (t - begin) / 128. `skip_empty`: an expert without tokens has no tiles.
+template <bool skip_empty>
+class ReductionGroupSchedule {
+    const Problem& p;
+    int index;  // of the next tile, counted from the current group's first
+    int group = -1, begin = 0, end = 0;
+
+  public:
+    DEVICE explicit ReductionGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
+    DEVICE bool next(Tile& tile) {
+        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
+#pragma unroll 1
+        while (group < 0 || (skip_empty && begin == end) || index >= row_tiles * col_tiles) {
+            if (group >= 0 && !(skip_empty && begin == end)) index -= row_tiles * col_tiles;
+            if (++group >= p.groups) return false;
+            begin = end;
+            end = min(max(__ldg(p.group_ends + group), begin), p.k);
+        }
+        const int2 at = banded<BAND>(index, row_tiles, col_tiles);
+        tile = {group, at.x * TILE_M, p.m, first_column(at.y), begin, end - begin, begin / 128 + group, 0};
+        index += index_step();
+        return true;
+    }
+};

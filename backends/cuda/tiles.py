@@ -1,0 +1,121 @@
+"""Which instance of the kernel serves a GEMM: a cost rule over the tile shapes. No torch here.
+
+The rule counts tensor-core clocks of a k-block, the latency of a lone warpgroup, the epilogue, and how full the last wave
+of tiles is. Its constants are fits to an H200 (docs/hopper_gemm.md); they rank shapes, they don't predict times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, two_row_waves
+
+_CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one after the other in one warpgroup
+_EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
+_TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
+_L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
+_CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
+
+_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes as the kernel sees them: rows of A, rows of B, reduction; `groups` experts share m (m-grouped) or k (k-grouped)."""
+
+    m: int
+    n: int
+    k: int
+    groups: int
+    multiprocessors: int
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    shape: Shape,
+    scales: Scales,
+    grouping: Grouping,
+    output: Output,
+    promote: bool = True,
+    a_type: str = "e4m3",
+    b_type: str = "e4m3",
+) -> GemmConfig:
+    """The instance with the least estimated clocks."""
+    configs = candidates(scales, grouping, output, promote, a_type, b_type)
+    best = min(configs, key=lambda config: estimated_clocks(config, shape))
+    return _clustered(best, shape)
+
+
+def candidates(
+    scales: Scales, grouping: Grouping, output: Output, promote: bool = True, a_type: str = "e4m3", b_type: str = "e4m3"
+) -> Iterator[GemmConfig]:
+    """All tile shapes, without clusters."""
+
+    def columns(warpgroups: int, wave_n: int, waves_n: int = 1) -> GemmConfig:
+        return GemmConfig(
+            scales,
+            grouping,
+            output,
+            warpgroups=warpgroups,
+            waves_n=waves_n,
+            wave_n=wave_n,
+            promote=promote,
+            unroll=scales is not Scales.PER_ROW,
+            a_type=a_type,
+            b_type=b_type,
+        )
+
+    # Groups of rows end anywhere, and half a tile of 128 rows is a smaller loss than half a tile of 256.
+    if grouping is not Grouping.ROW_GROUPS:
+        yield replace(two_row_waves(scales, grouping, output, promote=promote), a_type=a_type, b_type=b_type)
+    if scales is not Scales.PER_ROW:  # there, B's scales would be read anew for each wave
+        if output is Output.BF16:  # FP32 stores cost the registers that this one lacks
+            yield columns(2, 128, waves_n=2)
+        yield columns(2, 64, waves_n=3)
+    for wave_n in _WIDTHS:
+        yield columns(2, wave_n)
+        yield columns(1, wave_n)
+
+
+def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
+    row_tiles, col_tiles, k = _tiles(config, shape)
+    tiles = row_tiles * col_tiles
+    waves = math.ceil(tiles / shape.multiprocessors)
+    rounds = math.ceil(math.ceil(k / BLOCK_K) / config.stages)
+    tensor = config.tile_m * config.tile_n / 32 / _utilisation(config)
+    traffic = (config.tile_m + config.tile_n) * BLOCK_K / _L2_BYTES_PER_CLOCK * min(1.0, tiles / shape.multiprocessors)
+    block = max(tensor, traffic, _CLOCKS_PER_BLOCK_AT_LEAST)
+    epilogue = config.tile_m * config.tile_n * config.output.element_bytes / _EPILOGUE_BYTES_PER_CLOCK
+    idle_stages = rounds * config.stages - math.ceil(k / BLOCK_K)
+    return waves * (math.ceil(k / BLOCK_K) * block + idle_stages * 40 + epilogue + _TILE_CLOCKS)
+
+
+def _tiles(config: GemmConfig, shape: Shape) -> tuple[float, int, float]:
+    """Expected tiles along rows (of all groups), along columns, and the reduction of one tile."""
+    col_tiles = math.ceil(shape.n / config.tile_n)
+    match config.grouping:
+        case Grouping.DENSE:
+            return math.ceil(shape.m / config.tile_m), col_tiles, shape.k
+        case Grouping.ROW_GROUPS:  # the last tile of a group is on average half full
+            return shape.m / config.tile_m + 0.5 * shape.groups, col_tiles, shape.k
+        case Grouping.REDUCTION_GROUPS:
+            return math.ceil(shape.m / config.tile_m) * shape.groups, col_tiles, shape.k / max(shape.groups, 1)
+
+
+def _utilisation(config: GemmConfig) -> float:
+    """Share of the tensor core's rate in the main loop, fitted."""
+    if config.warpgroups == 1:
+        return 0.35  # nobody multiplies while the one warpgroup promotes
+    share = 0.85 if config.waves_m == 2 else 0.70 + 0.10 * min(config.tile_n, 192) / 192
+    return share * ((0.75 if config.waves_m == 2 else 0.65) if config.scales is Scales.PER_ROW else 1.0)
+
+
+def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
+    row_tiles, col_tiles, _ = _tiles(config, shape)
+    is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
+    if not is_large or col_tiles % 2 or shape.multiprocessors % 2:
+        return config
+    return replace(config, cluster=2)

@@ -1,0 +1,77 @@
+"""`torch.compile(model, backend="fp8c", options={"spec": ...})`: the graph rewrite alone.
+
+    step = torch.compile(model, backend="fp8c", options={"spec": "deepseek_v3", "target": "h200"})
+    layer.forward = torch.compile(layer.forward, backend="fp8c")            layer by layer, as under FSDP2
+
+Limits, against `fp8c.compile`: the model is not prepared. Dynamo hands over graphs, so what has to happen to the module
+before capture can't: loop-written experts stay loops (graph breaks), Hugging Face's experts keep their own
+implementation, there are no FP8 weights kept between steps and no FP32 gradient accumulators. A graph may be a part of a
+model, so a rule that matches nothing in it is no error, nor is a count `expect`s. Diagnostics come wrapped in Dynamo's
+BackendCompilerFailed; the text is the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from fp8c.backends.lowering import LOWERINGS
+from fp8c.diagnostics import ExitCode, fail
+from fp8c.driver import Session, new_session
+
+#: What `options` may hold, with the types it takes.
+OPTIONS: dict[str, tuple[type, ...]] = {"spec": (str,), "target": (str,), "lowering": (str,)}
+DEFAULT_SPEC = "deepseek_v3"
+
+_sessions: dict[tuple[tuple[str, Any], ...], Session] = {}
+
+
+def backend(
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None, **others: Any
+) -> Callable[..., Any]:
+    """The entry point `torch_dynamo_backends: fp8c`.
+
+    options: `spec` (a name or a file), `target` (a machine; the one at hand by default), `lowering` ("reference" or
+             "inductor")
+    Raises:  DiagnosticError E0850 (usage) for an option it does not know or of another type; those of the spec and target
+    """
+    return session_for(check_options({**(options or {}), **others}))(gm, example_inputs)
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, or E0850 with the nearest name. Nothing is ignored: a misspelt spec would train another recipe."""
+    for name, value in options.items():
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.5)
+            raise fail(
+                "E0850",
+                f"backend fp8c has no option '{name}'",
+                help=f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(OPTIONS)}",
+                exit_code=ExitCode.USAGE,
+            )
+        if not isinstance(value, OPTIONS[name]):
+            expected = " or ".join(t.__name__ for t in OPTIONS[name])
+            raise fail(
+                "E0850",
+                f"option '{name}' of backend fp8c is {value!r}, expected {expected}",
+                exit_code=ExitCode.USAGE,
+            )
+    if options.get("lowering", LOWERINGS[0]) not in LOWERINGS:
+        raise fail(
+            "E0850",
+            f"option 'lowering' of backend fp8c is {options['lowering']!r}, expected {' or '.join(map(repr, LOWERINGS))}",
+            exit_code=ExitCode.USAGE,
+        )
+    return dict(options)
+
+
+def session_for(options: Mapping[str, Any]) -> Session:
+    """One session per set of options: the spec is loaded once however many graphs come."""
+    key = tuple(sorted(options.items()))
+    if key not in _sessions:
+        given = dict(options)
+        _sessions[key] = new_session(given.pop("spec", DEFAULT_SPEC), given.pop("target", None), partial=True, **given)
+    return _sessions[key]

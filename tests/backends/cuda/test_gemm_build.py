@@ -1,0 +1,176 @@
+"""Compiling the Hopper GEMMs without a GPU: registers, spills, instructions, the kernel cache and the tile rule."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fp8c.backends.cuda import build, tiles
+from fp8c.backends.cuda.config import SHARED_LIMIT_BYTES, GemmConfig, Grouping, Output, Scales, two_row_waves
+from fp8c.diagnostics import DiagnosticError
+
+NVCC, CUOBJDUMP = shutil.which("nvcc"), shutil.which("cuobjdump")
+needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="neither NVRTC nor nvcc is installed")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+FPROP = two_row_waves(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16, cluster=2)
+WGRAD = two_row_waves(Scales.PER_ROW, Grouping.REDUCTION_GROUPS, Output.FP32_ADD)
+SHAPES = [
+    (4096, 7168, 2048),
+    (4096, 2112, 7168),
+    (4096, 576, 7168),
+    (1, 4096, 7168),
+    (64, 2112, 7168),
+    (128, 7168, 2048),
+]
+
+
+def policies() -> list[tuple[Scales, Grouping, Output]]:
+    dense = [(s, Grouping.DENSE, o) for s in Scales for o in Output]
+    rows = [(Scales.PER_BLOCK, Grouping.ROW_GROUPS, o) for o in (Output.BF16, Output.FP32)]
+    return (
+        dense + rows + [(s, Grouping.REDUCTION_GROUPS, o) for s in (Scales.PER_BLOCK, Scales.PER_ROW) for o in Output]
+    )
+
+
+def all_configs() -> list[GemmConfig]:
+    """Every instance the rule can choose, with and without clusters where it makes them."""
+    configs: list[GemmConfig] = []
+    for policy in policies():
+        for config in tiles.candidates(*policy):
+            configs.append(config)
+            if config.waves_m == 2:
+                configs.append(replace(config, cluster=2))
+    return configs
+
+
+def assembler_report(config: GemmConfig) -> tuple[str, str]:
+    """(ptxas -v, SASS or "" without cuobjdump) of one instance."""
+    sources = {name: (Path(build.__file__).parent / name).read_text() for name in build.SOURCES} | config.headers()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in sources.items():
+            (Path(folder) / name).write_text(text)
+        target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v"]
+        command = ["nvcc", *build.OPTIONS, *target, "-o", "gemm.cubin", "gemm.cu"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert result.returncode == 0, f"{config}\n{result.stderr}"
+        sass = ""
+        if CUOBJDUMP is not None:
+            dump = [CUOBJDUMP, "-sass", "gemm.cubin"]
+            sass = subprocess.run(dump, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return result.stderr, sass
+
+
+def check_assembler_report(config: GemmConfig) -> None:
+    report, sass = assembler_report(config)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, f"{config}\n{report}"
+    registers = int(re.findall(r"Used (\d+) registers", report)[0])
+    assert registers * config.threads <= 65536
+    assert "C75" not in report, report  # wgmma serialised, setmaxnreg ignored
+    if not sass:
+        return
+    shape = rf"QGMMA\.64x{config.wave_n}x32\.F32\.E4M3\.E4M3"
+    per_block = 4 * config.waves_m * config.waves_n
+    assert len(re.findall(shape, sass)) >= per_block, config
+    assert not re.search(r"\b(LDL|STL)\b", sass), config
+    assert "UTMALDG.2D" in sass and "UTMA" in sass.replace("UTMALDG", ""), config
+    if config.cluster == 2:
+        assert "UTMALDG.2D.MULTICAST" in sass, config
+
+
+@needs_nvcc
+@pytest.mark.parametrize("config", [FPROP, WGRAD], ids=["fprop", "wgrad"])
+def test_main_instances_use_the_tensor_core_and_spill_nothing(config: GemmConfig) -> None:
+    check_assembler_report(config)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_every_instance_uses_the_tensor_core_and_spills_nothing() -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(check_assembler_report, all_configs()))
+
+
+def test_every_instance_fits_into_shared_memory() -> None:
+    for config in all_configs():
+        assert config.shared_bytes <= SHARED_LIMIT_BYTES
+        assert config.stages >= 3, config
+
+
+@needs_compiler
+def test_cache_builds_once_and_rebuilds_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[GemmConfig] = []
+
+    def compile_cubin(config: GemmConfig) -> bytes:
+        calls.append(config)
+        return b"machine code"
+
+    monkeypatch.setattr(build, "compile_cubin", compile_cubin)
+    assert build.cubin(FPROP, tmp_path) == b"machine code"
+    assert build.cubin(FPROP, tmp_path) == b"machine code"
+    assert len(calls) == 1
+    (path,) = tmp_path.glob("*.cubin")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert build.cubin(FPROP, tmp_path) == b"machine code"
+    assert len(calls) == 2
+    path.write_bytes(b"")
+    assert build.cubin(FPROP, tmp_path) == b"machine code"
+    assert len(calls) == 3
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_cache_key_changes_with_everything_that_changes_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {build._key(c) for c in (FPROP, WGRAD, replace(FPROP, cluster=1), replace(FPROP, b_type="e5m2"))}
+    monkeypatch.setattr(build, "_compiler", lambda: ("nvrtc", "another version"))
+    keys.add(build._key(FPROP))
+    monkeypatch.setattr(build, "OPTIONS", (*build.OPTIONS, "-lineinfo"))
+    keys.add(build._key(FPROP))
+    assert len(keys) == 6
+
+
+@needs_compiler
+def test_two_processes_share_the_cache(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib; from fp8c.backends.cuda import build; from tests.backends.cuda.test_gemm_build import FPROP;"
+        "print(len(build.cubin(FPROP, pathlib.Path(sys.argv[1]))))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    sizes = {p.communicate()[0] for p in processes}
+    assert len(sizes) == 1 and int(sizes.pop()) > 10_000
+    assert len(list(tmp_path.glob("*.cubin"))) == 1
+
+
+def test_without_compiler_or_cache_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_compiler", lambda: None)
+    with pytest.raises(DiagnosticError, match="E0430.*\n.*pip install cuda-bindings"):
+        build.cubin(FPROP, tmp_path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rule_keeps_the_last_wave_full_and_short_rows_narrow(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    config = tiles.choose(tiles.Shape(m, n, k, 1, 132), Scales.PER_BLOCK, Grouping.DENSE, Output.BF16)
+    count = -(-m // config.tile_m) * -(-n // config.tile_n)
+    waves = -(-count // 132)
+    assert config.warpgroups == (1 if m <= 64 else config.warpgroups)
+    if m <= 128:  # reading the weights is what takes time: all multiprocessors must read
+        assert waves == 1 and count >= 60
+    else:
+        assert m * n / (waves * 132 * config.tile_m * config.tile_n) > 0.7
+
+
+def test_rule_takes_clusters_only_for_even_columns() -> None:
+    for m, n, k in SHAPES:
+        config = tiles.choose(tiles.Shape(m, n, k, 1, 132), Scales.PER_BLOCK, Grouping.DENSE, Output.BF16)
+        assert config.cluster == 1 or -(-n // config.tile_n) % 2 == 0

@@ -1,0 +1,143 @@
+"""The tile schedules of schedule.cuh, compiled for the CPU: every tile of every group comes exactly once."""
+
+import itertools
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fp8c.backends.cuda import config as gemm_config
+from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales
+
+SOURCES = Path(gemm_config.__file__).parent
+
+# What schedule.cuh needs of CUDA, for one block at a time.
+HOST_PTX = """
+#pragma once
+#include <algorithm>
+using uint32 = unsigned int; using uint64 = unsigned long long;
+#define DEVICE inline
+using std::max; using std::min;
+inline uint32 min(int a, uint32 b) { return std::min<uint32>(a, b); }
+struct Index { int x; };
+inline Index blockIdx, gridDim;
+inline int cluster_rank() { return blockIdx.x % CLUSTER; }
+inline uint32 grid_blocks_again() { return gridDim.x; }
+inline int __ldg(const int* p) { return *p; }
+struct int2 { int x, y; };
+inline void barrier_wait(uint32, uint32) {}
+inline void barrier_init(uint32, uint32) {}
+"""
+
+PROGRAM = """
+#include "config.cuh"
+#include "schedule.cuh"
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length scale_row
+int main(int count, char** arguments) {
+    std::vector<int> x;
+    for (int i = 1; i < count; ++i) x.push_back(std::atoi(arguments[i]));
+    gridDim.x = x[0];
+    const Problem p = {x[1], x[2], x[3], count - 5, x.data() + 4};
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+        SCHEDULE schedule(p);
+        Tile t;
+        while (schedule.next(t))
+            std::printf("%d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, t.scale_row);
+    }
+}
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+def compiled(folder: Path, config: GemmConfig, schedule: str) -> Path:
+    for name, text in config.headers().items():
+        (folder / name).write_text(text)
+    (folder / "ptx.cuh").write_text('#include "config.cuh"\n' + HOST_PTX)
+    (folder / "schedule.cuh").write_text((SOURCES / "schedule.cuh").read_text())
+    (folder / "main.cpp").write_text(f"#define SCHEDULE {schedule}\n{PROGRAM}")
+    subprocess.run(
+        ["g++", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "main.cpp", "-o", "main"], cwd=folder, check=True
+    )
+    return folder / "main"
+
+
+def tiles_of(program: Path, *arguments: int) -> list[tuple[int, ...]]:
+    result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
+    return [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+
+
+def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) -> GemmConfig:
+    return GemmConfig(
+        Scales.PER_BLOCK, grouping, output, waves_m=2, waves_n=1, band=3, staging_bytes=2048, cluster=cluster
+    )
+
+
+def columns(n: int, config: GemmConfig) -> list[int]:
+    """First columns of all tiles; a cluster's second block may get one past the end."""
+    step = config.tile_n * config.cluster
+    return [c * step + r * config.tile_n for c in range(-(-n // step)) for r in range(config.cluster)]
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
+    config = config_of(Grouping.DENSE, cluster)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    for m, n, blocks in ((1, 1, 2), (4096, 2112, 132), (700, 130, 6), (256 * 7, 128 * 5, 8)):
+        found = tiles_of(program, blocks, m, n, 512)
+        rows = range(0, m, config.tile_m)
+        expected = [(0, row, m, col, 0, 512, 0) for row in rows for col in columns(n, config)]
+        assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, cluster: int) -> None:
+    config = config_of(Grouping.ROW_GROUPS, cluster)
+    program = compiled(tmp_path, config, "RowGroupSchedule")
+    rng = random.Random(cluster)
+    for _ in range(20):
+        sizes = [rng.choice((0, 0, 1, 17, 255, 256, 257, 900)) for _ in range(rng.randint(1, 6))]
+        past_end = rng.choice((0, 40))
+        ends = list(itertools.accumulate(sizes))
+        m, n, k = ends[-1] + past_end, 300, 640
+        found = tiles_of(program, rng.choice((2, 6, 132)), m, n, k, *ends)
+        expected = [
+            (group, row, end, col, 0, k if group < len(sizes) else 0, 0)
+            for group, (start, end) in enumerate(zip([0, *ends], [*ends, m]))
+            for row in range(start, end, config.tile_m)
+            for col in columns(n, config)
+        ]
+        assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize(("output", "skips_empty"), [(Output.BF16, False), (Output.FP32_ADD, True)])
+def test_reduction_groups_restart_their_scales(tmp_path: Path, output: Output, skips_empty: bool) -> None:
+    config = config_of(Grouping.REDUCTION_GROUPS, 2, output)
+    program = compiled(tmp_path, config, f"ReductionGroupSchedule<{str(skips_empty).lower()}>")
+    rng = random.Random(skips_empty)
+    for _ in range(20):
+        sizes = [rng.choice((0, 0, 1, 17, 127, 128, 129, 900)) for _ in range(rng.randint(1, 6))]
+        ends = list(itertools.accumulate(sizes))
+        m, n = 513, 300
+        found = tiles_of(program, rng.choice((2, 6, 132)), m, n, ends[-1], *ends)
+        expected = [
+            (group, row, m, col, start, end - start, start // 128 + group)
+            for group, (start, end) in enumerate(zip([0, *ends], ends))
+            if not (skips_empty and start == end)
+            for row in range(0, m, config.tile_m)
+            for col in columns(n, config)
+        ]
+        assert sorted(found) == sorted(expected)
+
+
+def test_blocks_of_a_cluster_share_rows(tmp_path: Path) -> None:
+    config = config_of(Grouping.DENSE, 2)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    found = tiles_of(program, 2, 2000, 1000, 128)
+    first, second = found[: len(found) // 2], found[len(found) // 2 :]
+    assert [(t[1], t[3] + config.tile_n) for t in first] == [(t[1], t[3]) for t in second]

@@ -1,0 +1,1 @@
+"""Benchmarks on the machine's GPU: `python -m fp8c.tools.bench gemm --help`."""

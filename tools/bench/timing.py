@@ -1,0 +1,81 @@
+"""Timing of contenders in turn, in one process, through CUDA graphs.
+
+A GPU at its power limit runs a kernel up to a fifth slower or faster depending on what ran before it. So each contender is
+timed twice: sustained (median over `seconds` of back-to-back runs, after a warm-up) and burst (20 ms after `idle_seconds`
+of rest), and only figures of one process are compared. Graphs keep launch overhead out of short kernels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARMUP_SECONDS = 0.03
+BURST_SECONDS = 0.02
+GRAPH_MICROSECONDS = 2000  # of work in one graph, so that its replay hides the next one's launch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call."""
+
+    sustained_us: float
+    burst_us: float
+
+
+def time_in_turn(
+    contenders: dict[str, Callable[[], object]], expected_us: float, seconds: float, idle_seconds: float
+) -> dict[str, Timing]:
+    """Time every contender that can be captured; one that fails is named on stderr and left out."""
+    calls = max(1, round(GRAPH_MICROSECONDS / expected_us))
+    graphs = {}
+    for name, call in contenders.items():
+        try:
+            graphs[name] = _capture(call, calls)
+        except Exception as error:
+            print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            torch.cuda.synchronize()
+    sustained = {}
+    for name, graph in graphs.items():
+        _median_us(graph, calls, WARMUP_SECONDS)
+        sustained[name] = _median_us(graph, calls, seconds)
+    burst = {}
+    for name, graph in graphs.items():
+        torch.cuda.synchronize()
+        time.sleep(idle_seconds)
+        burst[name] = _median_us(graph, calls, BURST_SECONDS)
+    return {name: Timing(sustained[name], burst[name]) for name in graphs}
+
+
+def _capture(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _median_us(graph: torch.cuda.CUDAGraph, calls: int, seconds: float) -> float:
+    batch = 8
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(batch + 1)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        events[-1].synchronize()
+        times += [x.elapsed_time(y) * 1e3 / calls for x, y in zip(events, events[1:])]
+    return statistics.median(times)
