@@ -46,7 +46,7 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     from torch._inductor.decomposition import select_decomp_table
 
     decomposed = retrace(gm, select_decomp_table())
-    return compile_fx_inner(decomposed, inputs, is_inference=is_inference)  # type: ignore[no-any-return, arg-type]
+    return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 
 
 def choose_lowering(device: str) -> str:

@@ -34,7 +34,7 @@ class Baseline:
         self._step = (copy.deepcopy(gm), example_inputs)
         self._pipe: int | None = None
         self._child = 0
-        if hasattr(os, "fork") and (os.cpu_count() or 1) > 1 and not torch.cuda.is_initialized():
+        if hasattr(os, "fork") and (os.cpu_count() or 1) > 1 and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._fork()
 
     def _fork(self) -> None:

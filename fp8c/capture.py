@@ -122,14 +122,15 @@ def move_router_weights(gm: fx.GraphModule) -> int:
             continue
         product, weight = match
         hidden = product.args[0]
+        assert isinstance(hidden, fx.Node) and callable(product.target)
         dtype = hidden.meta["example_value"].dtype
         out_dtype = node.meta["example_value"].dtype
         with gm.graph.inserting_before(node):
-            scaled = gm.graph.call_function(operator.mul, (hidden, weight))
-            scaled = gm.graph.call_method("to", (scaled, dtype))
+            wide = gm.graph.call_function(operator.mul, (hidden, weight))
+            scaled = gm.graph.call_method("to", (wide, dtype))
             new = gm.graph.call_function(product.target, (scaled, *product.args[1:]), dict(product.kwargs))
             out = gm.graph.call_method("to", (new, out_dtype)) if out_dtype != dtype else new
-        for made in (scaled.args[0], scaled, new, out):
+        for made in (wide, scaled, new, out):
             _copy_meta(made, product)
         node.replace_all_uses_with(out)
         for dead in (node, *_dead_chain(node, product)):

@@ -26,12 +26,13 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
-from fp8c.backends.target import TargetRecord, load_target
+from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
+from fp8c.target_record import TargetRecord
 from fp8c.user_code import is_model_file, short_path
 
 log = logging.getLogger("fp8c")
@@ -89,7 +90,7 @@ class Session:
             decompositions={},
             keep_inference_input_mutations=True,
         )
-        return backend(gm, example_inputs)  # type: ignore[no-any-return]
+        return backend(gm, example_inputs)
 
     def _partition(
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, names: tuple[str, ...], **_: Any

@@ -154,7 +154,12 @@ def behind_transposes(node: fx.Node, *, casts: bool = False) -> tuple[fx.Node, b
 def fake_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Run an operator on the fake values of its node arguments."""
     nodes: list[fx.Node] = []
-    fx.map_arg((args, kwargs or {}), lambda n: nodes.append(n) or n)
+
+    def collect(node: fx.Node) -> fx.Node:
+        nodes.append(node)
+        return node
+
+    fx.map_arg((args, kwargs or {}), collect)
     mode = next((value(n).fake_mode for n in nodes if hasattr(n.meta.get("val"), "fake_mode")), None)
     real_args, real_kwargs = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
     if mode is None:
@@ -221,7 +226,8 @@ def gradients(graph: fx.Graph) -> set[fx.Node]:
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
-    return next(iter(reversed(graph.nodes)))
+    last: fx.Node = next(iter(reversed(graph.nodes)))
+    return last
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -275,9 +281,9 @@ def type_text(val: Any) -> str:
 
 def target_text(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
-        name = target.name().replace("::", ".")
+        name = str(target.name()).replace("::", ".")  # type: ignore[no-untyped-call]
         return name.removesuffix(".default")
-    return getattr(target, "__name__", str(target))
+    return str(getattr(target, "__name__", target))
 
 
 def node_text(node: fx.Node, *, provenance: bool = True) -> str:

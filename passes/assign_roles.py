@@ -462,10 +462,9 @@ def _reaches(gemm: fx.Node, target: object, flow: Flow) -> bool:
 
 def _mark_heads(graph: fx.Graph, gemms: list[fx.Node], flow: Flow, s: Structure) -> None:
     """Output heads: the last GEMM before a loss over classes, or one as wide as an embedding is long."""
-    vocabularies = {
-        g.value(n.args[0]).shape[0] for n in g.calls(graph, {aten.embedding.default}) if not g.is_backward(n)
-    }
-    tables = {g.behind_transposes(n.args[0], casts=True)[0] for n in g.calls(graph, {aten.embedding.default})}  # type: ignore[arg-type]
+    sources = [n.args[0] for n in g.calls(graph, {aten.embedding.default}) if not g.is_backward(n)]
+    vocabularies = {g.value(t).shape[0] for t in sources if isinstance(t, fx.Node)}
+    tables = {g.behind_transposes(t, casts=True)[0] for t in sources if isinstance(t, fx.Node)}
     for gemm in gemms:
         if flow.anchors[gemm] is not Op.LINEAR or "router" in s.kinds[gemm] or flow.downstream.get(gemm):
             continue

@@ -57,14 +57,13 @@ def compress(halves: Halves, node: fx.Node, planned: SavedValue, ctx: PassContex
     old = next((n for n in halves.backward.graph.find_nodes(op="placeholder") if n.name == node.name), None)
     if old is None:
         return
-    pair = existing_pair(halves, node, planned.format)
-    if pair is None:
-        pair = add_pair(halves, node, planned, ctx)
-        inputs = replace_crossing(halves, node, old, pair)
+    existing = existing_pair(halves, node, planned.format)
+    if existing is None:
+        inputs = replace_crossing(halves, node, old, add_pair(halves, node, planned, ctx))
         shape_chain: list[fx.Node] = []
     else:
-        pair_nodes, shape_chain = pair
-        inputs = read_existing(halves, node, pair_nodes)
+        pair, shape_chain = existing
+        inputs = read_existing(halves, node, pair)
     insert_dequantize(halves.backward.graph, old, inputs, planned.format, shape_chain, node)
     halves.backward.graph.erase_node(old)
 
@@ -161,7 +160,9 @@ def insert_dequantize(
 
 def _undo(graph: fx.Graph, step: fx.Node, new: fx.Node, like: fx.Node) -> fx.Node:
     """The inverse of one reshape, applied to `new`."""
-    before = g.value(step.args[0])
+    source = step.args[0]
+    assert isinstance(source, fx.Node)
+    before = g.value(source)
     if step.target is aten.transpose.int:
         return g.emit(graph, aten.transpose.int, new, *step.args[1:3], like=like)
     if step.target is aten.t.default:

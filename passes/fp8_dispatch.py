@@ -182,8 +182,10 @@ def is_row_gather(node: fx.Node) -> bool:
         indices = node.args[1]
         assert isinstance(indices, (list, tuple))
         only = indices[0] if len(indices) == 1 else None
-        return isinstance(only, fx.Node) and g.value(only).dim() == 1 and g.value(node.args[0]).dim() == 2
-    return g.is_call(node, {aten.index_select.default}) and node.args[1] == 0
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return isinstance(only, fx.Node) and g.value(only).dim() == 1 and g.value(source).dim() == 2
+    return g.is_call(node, {aten.index_select.default}) and bool(node.args[1] == 0)
 
 
 def is_all_to_all(node: fx.Node) -> bool:

@@ -80,7 +80,7 @@ def test_a_model_of_the_callers_shares_its_parameters(folder: Path) -> None:
     own = load_model("tiny.py")
     step = load("build", own.module, loss=own.loss)
     call(step, own.example_inputs).backward()
-    assert step.module is own.module and own.module.head.weight.grad is not None
+    assert step.module is own.module and own.module.head.weight.grad is not None  # type: ignore[union-attr]
     with pytest.raises(DiagnosticError, match="(?s)E0613.*pass the function as loss="):
         load("build", own.module)
 

@@ -107,7 +107,7 @@ def train(setup: Setup, variant: str, seed: int, show: Callable[[str], None]) ->
             output = step(**batch)
         output.loss.backward()
         optimizer.step(i)
-        model.update_router_biases()  # type: ignore[operator]
+        model.update_router_biases()
         losses.append(float(output.loss.detach()))
         if (i + 1) % 50 == 0:
             show(

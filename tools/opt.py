@@ -24,7 +24,6 @@ from fp8c.diagnostics import ExitCode, fail
 from fp8c.partition import Halves, partition, trained_inputs
 from fp8c.pass_manager import Pass, PassContext, PassManager, PassRecord
 from fp8c.passes import HALF_PASSES, JOINT_PASSES, ROLES
-from fp8c.passes.compress_saved import CompressSaved
 from fp8c.specs.load import Spec, load
 from fp8c.specs.resolve import resolve
 from fp8c.target_record import TargetRecord
@@ -85,7 +84,7 @@ def capture_joint(call: Any, *args: Any, dynamic: bool | None = False, **kwargs:
     torch._dynamo.reset()
     compiled = torch.compile(call, backend=driver.guarded(session), fullgraph=True, dynamic=dynamic)
     try:
-        compiled(*args, **kwargs)
+        compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
     except Exception as error:  # Dynamo wraps whatever a backend raises
         if not found:
             raise driver.explain_failure(error) from error
@@ -100,7 +99,7 @@ def capture_joint(call: Any, *args: Any, dynamic: bool | None = False, **kwargs:
 
 
 def find_pass(name: str) -> Pass:
-    """A pass on the joint graph by name. Raises: DiagnosticError E0720 for an unknown one."""
+    """A pass on the joint graph by name. Raises: DiagnosticError E0701 for an unknown one."""
     check_pass(name)
     return next(item for item in (ROLES, *JOINT_PASSES) if item.name == name)
 
@@ -117,7 +116,7 @@ def run_passes(
     """Run the named passes in the order given, verified one by one. The step's own graph is not changed.
 
     partial: the graph may be a part of a model, so a rule that matches nothing in it is no error
-    Raises:  DiagnosticError: an unknown pass (E0720), a missing requirement (E0702), whatever a pass finds
+    Raises:  DiagnosticError: an unknown pass (E0701), a missing requirement (E0702), whatever a pass finds
     """
     loaded = spec if isinstance(spec, Spec) else load(spec)
     record = target if isinstance(target, TargetRecord) else load_target(target)
@@ -138,7 +137,7 @@ def run_passes(
         elif name in halves_names:
             if result.halves is None:
                 raise fail("E0702", f"pass '{name}' requires the two halves", help=f"run {PARTITION} first")
-            changed = CompressSaved().run(result.halves, ctx)
+            changed = next(p for p in HALF_PASSES if p.name == name).run(result.halves, ctx)
             pipeline.verify_halves(result.halves, ctx)
             result.changed.append((name, changed))
         else:

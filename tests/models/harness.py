@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fp8c
 from fp8c import driver, pipeline, verifier
@@ -137,13 +137,16 @@ def quantized_from(gemm: Any) -> list[Any]:
     """Placeholders that the operands of a backward GEMM are quantized from directly, through views."""
     found = []
     for operand in (gemm.args[0], gemm.args[2]):
+        assert isinstance(operand, fx.Node)
         node = g.strip(operand, g.VIEWS)
         while node.op == "call_function" and node.target not in (torch.ops.fp8c.quantize.default,):
             if not node.all_input_nodes:
                 break
             node = node.all_input_nodes[0]
         if node.op == "call_function":
-            source = g.strip(node.args[0], g.VIEWS)
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            source = g.strip(value, g.VIEWS)
             if source.op == "placeholder" and not str(source.target).startswith(("tangents", "primals")):
                 found.append(source)
     return found

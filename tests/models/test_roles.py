@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
@@ -120,20 +121,21 @@ def test_roles_of(name: str) -> None:
 def rename(module: nn.Module) -> None:
     """Give every submodule and parameter inside a name that says nothing; attributes the code reads stay as aliases."""
     for parent in list(module.modules()):
+        names: dict[str, str] = {}
         for kind, store in (("m", parent._modules), ("p", parent._parameters)):
             for number, (name, value) in enumerate(list(store.items())):
                 if name.isdigit() or value is None:
                     continue
                 del store[name]
                 store[f"{kind}{number}"] = value  # type: ignore[assignment]
-                object.__setattr__(parent, "fp8c_test_names", getattr(parent, "fp8c_test_names", {}) | {name: f"{kind}{number}"})
-        if hasattr(parent, "fp8c_test_names"):
-            parent.__class__ = aliased(type(parent), parent.fp8c_test_names)
+                names[name] = f"{kind}{number}"
+        if names:
+            parent.__class__ = aliased(type(parent), names)
 
 
 def aliased(cls: type, names: dict[str, str]) -> type:
     """A subclass under another name, whose properties lead from the old names to the new ones."""
-    properties = {old: property(lambda self, new=new: getattr(self, new)) for old, new in names.items()}
+    properties = {old: property(operator.attrgetter(new)) for old, new in names.items()}
     return type(f"Renamed{abs(hash((cls.__name__, *names.items()))) % 1000}", (cls,), properties)
 
 

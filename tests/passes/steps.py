@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ class Function(nn.Module):
         self.function = function
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def forward(self, *data: Tensor) -> Any:
         return self.function(*data, **dict(self.named_parameters()))

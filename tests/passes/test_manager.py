@@ -158,4 +158,4 @@ def test_observers_see_every_pass_before_and_after() -> None:
 def test_an_unknown_pass_suggests_a_name() -> None:
     with pytest.raises(DiagnosticError) as caught:
         opt.run_passes(linear(), passes=["insert-quantise"])
-    assert codes(caught) == ["E0720"] and "insert-quantize" in caught.value.diagnostics[0].help
+    assert codes(caught) == ["E0701"] and "insert-quantize" in caught.value.diagnostics[0].help

@@ -83,7 +83,11 @@ def test_insert_quantize(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_insert_quantize_with_a_bias_and_a_weight_stored_kn() -> None:
-    module = Function(lambda x, b, w: torch.addmm(b, x, w), b=random(128, dtype=torch.float32), w=random(384, 128, dtype=torch.float32))
+    module = Function(
+        lambda x, b, w: torch.addmm(b, x, w),
+        b=random(128, dtype=torch.float32),
+        w=random(384, 128, dtype=torch.float32),
+    )
     x, dy = data(256, 384, dtype=torch.float32), random(256, 128, dtype=torch.float32)
     result = rewritten(module, (x,), "insert-quantize")
     by_name = dict(zip(result.ctx.inputs.values(), joint_inputs(module, (x,), dy)))
