@@ -15,8 +15,10 @@ Source:   DeepSeek-V3 (arXiv:2412.19437), section 3.2.1.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,7 +28,7 @@ from torch import fx
 
 from fp8c import graph as g
 from fp8c.cost_model import Machine
-from fp8c.diagnostics import Diagnostic
+from fp8c.diagnostics import Diagnostic, fail
 from fp8c.graph_costs import WAIT, group_of, is_collective, node_us, stream_of
 from fp8c.overlap import Exposure, exposure
 from fp8c.partition import Halves
@@ -295,21 +297,51 @@ def order_digest(graph: fx.Graph) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def agree(graph: fx.Graph) -> None:
+def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
     """Compare the order of collectives over all ranks of the default process group, where one is set up.
 
-    Raises: E0757 when ranks differ, E0755 when their orders would wait for each other.
+    Orders are exchanged through the group's key-value store, not by a collective: a rank that never compiles this graph
+    is reported after `patience_s` instead of hanging the others.
+    Raises: E0757 when ranks differ or one is missing, with E0755 where their orders would wait for each other.
     """
-    distributed = torch.distributed
+    distributed: Any = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
     if distributed.get_backend() == "fake":
         return
-    ranks = tuple(range(distributed.get_world_size()))
     mine = [(n.name, group_of(n)) for n in graph.nodes if is_collective(n)]
-    gathered: list[list[tuple[str, str]]] = [[] for _ in ranks]
-    distributed.all_gather_object(gathered, mine)
-    raise_if(disagreements(gathered))
+    store = distributed.distributed_c10d._get_default_store()
+    orders = exchange_orders(store, mine, distributed.get_rank(), distributed.get_world_size(), patience_s)
+    raise_if(disagreements(orders))
+
+
+_exchanges = 0  # how many graphs this process has compared; ranks compile their graphs in one order
+
+
+def exchange_orders(
+    store: Any, mine: list[tuple[str, str]], rank: int, ranks: int, patience_s: float, number: int | None = None
+) -> list[list[tuple[str, str]]]:
+    """Every rank's order of (collective, group), by rank. `number` tells exchanges apart; counted up where None.
+
+    Raises: E0757 when a rank has not written its order in time.
+    """
+    global _exchanges
+    if number is None:
+        number, _exchanges = _exchanges, _exchanges + 1
+    keys = [f"fp8c/collective-order/{number}/{r}" for r in range(ranks)]
+    store.set(keys[rank], json.dumps(mine))
+    found: list[list[tuple[str, str]]] = []
+    for other, key in enumerate(keys):
+        try:
+            store.wait([key], datetime.timedelta(seconds=patience_s))
+        except RuntimeError as error:  # DistStoreError, a RuntimeError, when time is up
+            raise fail(
+                "E0757",
+                f"rank {other} has not compiled graph {number} within {patience_s:g} s, so its order is unknown",
+                help="all ranks have to compile the same graphs; look for a recompilation on one of them",
+            ) from error
+        found.append([(name, group) for name, group in json.loads(store.get(key))])
+    return found
 
 
 def disagreements(orders: list[list[tuple[str, str]]]) -> list[Diagnostic]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_warps_follow_load_and_none_is_left_out() -> None:
     "change,code",
     [({"experts": 250}, "E0921"), ({"top_k": 9, "nodes_per_token": 1, "experts": 64}, "E0922")],
 )
-def test_routings_that_cannot_be_are_named(change: dict[str, int], code: str) -> None:
+def test_routings_that_cannot_be_are_named(change: dict[str, Any], code: str) -> None:
     with pytest.raises(DiagnosticError) as caught:
         sample_traffic(replace(V3, **change), 0)
     assert caught.value.diagnostics[0].code == code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from fp8c.passes.schedule_overlap import (
     agree,
     collective_calls,
     disagreements,
+    exchange_orders,
     order_digest,
     order_only,
     pair_graphs,
@@ -261,6 +263,24 @@ def test_ranks_that_differ_are_named() -> None:
     assert found[0].code == "E0757"
     assert "call 0: a2a_1 and a2a_2" in found[0].message
     assert {d.code for d in found[1:]} == {"E0755"}
+
+
+def test_ranks_compare_orders_without_a_collective() -> None:
+    """Four ranks as threads over one store; a rank that never comes is named instead of waited for."""
+    orders = [[("a", "0"), ("b", "0")]] * 3 + [[("b", "0"), ("a", "0")]]
+    store = hash_store()
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(exchange_orders, store, orders[r], r, 4, 30.0, 0) for r in range(4)]
+        assert all(job.result() == orders for job in jobs)
+    with pytest.raises(DiagnosticError) as caught:
+        exchange_orders(store, orders[0], 0, 2, 0.2, 1)
+    assert caught.value.diagnostics[0].code == "E0757"
+    assert "rank 1" in caught.value.diagnostics[0].message
+
+
+def hash_store() -> Any:
+    distributed: Any = dist
+    return distributed.HashStore()
 
 
 def test_an_all_to_alls_bytes_follow_the_group(group: Any) -> None:

@@ -118,7 +118,7 @@ def test_fp32_parameters_under_autocast_stay_grouped_gemms_in_bf16(zoo: ModuleTy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("name", ["qwen3_moe", "example"])
 def test_dynamic_lengths_share_one_graph_through_aot_autograd(zoo: ModuleType, name: str) -> None:
     loaded: LoadedModel = zoo.load(name)
     step = loaded.step()

@@ -1,5 +1,7 @@
 """A gated MLP language model: the smallest step that has every kind of decision but experts."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,3 +43,11 @@ def example_inputs(batch: int = 2, seq: int = 64) -> dict[str, Tensor]:
 
 def loss(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(outputs.flatten(0, 1).float(), batch["labels"].flatten())
+
+
+def batches(seed: int) -> Iterator[dict[str, Tensor]]:
+    """Counting modulo 256 from random starts: learned within a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        tokens = (torch.randint(256, (4, 1), generator=generator) + torch.arange(33)) % 256
+        yield {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].contiguous()}
