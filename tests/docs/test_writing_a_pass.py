@@ -11,8 +11,8 @@ from types import ModuleType
 
 from fp8c.pass_manager import PassManager
 from fp8c.tools import opt
-from tests.golden.test_golden import make_model
 from tests.golden.test_golden import load as load_golden
+from tests.golden.test_golden import make_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "writing_a_pass.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

@@ -85,11 +85,15 @@ def count_executed(run: Callable[[], Any]) -> Counter[str]:
 def check(outcome: Outcome, *, depth: int = 8, recomputed: int = 0) -> None:
     """What holds for every model; `recomputed`: how many FP8 GEMMs may run twice."""
     check_counts(outcome, recomputed)
-    assert set(outcome.grads_fp8) == set(outcome.grads_bf16)
+    assert set(outcome.grads_fp8) >= set(outcome.grads_bf16)
+    for name in set(outcome.grads_fp8) - set(outcome.grads_bf16):
+        # An expert of a loop that no token chose: the loop leaves None, a grouped GEMM gives zeros.
+        assert ".experts." in name and not outcome.grads_fp8[name].any(), name
     bound = 2 * math.sqrt(depth) * 2**-4
     assert abs(outcome.loss_fp8 - outcome.loss_bf16) <= bound * abs(outcome.loss_bf16)
     for name, grad in outcome.grads_fp8.items():
-        assert grad.dtype == outcome.grads_bf16[name].dtype and grad.shape == outcome.grads_bf16[name].shape
+        parameter = dict(outcome.plain.named_parameters())[name]
+        assert grad.dtype == parameter.dtype and grad.shape == parameter.shape
         assert grad.isfinite().all(), name
     check_saved(outcome)
 

@@ -20,7 +20,10 @@ FP8_GEMMS = {
 }
 
 
-@pytest.mark.parametrize("name", hf.CONFIGS)
+QUICK = ("deepseek_v3", "qwen2_moe", "gpt_oss")  # between them: MLA, shared experts and their gate, biases, [E, K, N]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in hf.CONFIGS])
 def test_model_trains_in_fp8(name: str) -> None:
     outcome = train_both(hf.build(name), hf.loss)
     check(outcome, depth=14)

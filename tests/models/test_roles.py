@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -103,7 +104,11 @@ def row(use: OpUse) -> tuple[str, str, str]:
     return use.op.value, " ".join(sorted(use.kinds)), " ".join(sorted(use.roles))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+def some_slow(names: Iterable[str], *quick: str) -> list[Any]:
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", some_slow(LAYERS, "deepseek_v3", "qwen2_moe", "gpt_oss"))
 def test_roles_of(name: str) -> None:
     uses = uses_of(hf.build(name))
     expected = dict(ENDS)
@@ -139,7 +144,7 @@ def aliased(cls: type, names: dict[str, str]) -> type:
     return type(f"Renamed{abs(hash((cls.__name__, *names.items()))) % 1000}", (cls,), properties)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", some_slow(["llama", "qwen2_moe", "deepseek_v3", "gpt_oss"], "deepseek_v3"))
 def test_names_decide_nothing(name: str) -> None:
     """Module and parameter names and class names changed: kinds, roles, sizes and order stay."""
     plain, renamed = hf.build(name), hf.build(name)
