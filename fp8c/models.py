@@ -417,7 +417,9 @@ def _load_hf(
     else:
         meta = weights == "meta"
         module = build("meta" if meta else "cpu")
-    ids = torch.randint(config.get_text_config().vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        config.get_text_config().vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed)
+    )
     inputs: dict[str, Tensor] = {"input_ids": ids, "labels": ids.clone()}
     return LoadedModel(
         module.train(),
