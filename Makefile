@@ -1,5 +1,6 @@
 # make run   set up, compile the example to the FP8 recipe, train it beside BF16, say where the report lies
-# make test  set up, run the whole suite (tests that need a GPU say so and are skipped)
+# make test  set up, run the suite (tests that need a GPU say so and are skipped)
+# make test-slow   the tests that take longer: fuzzing, every model, every kernel instance
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,10 +9,10 @@ STEPS ?= 40
 BIN := $(VENV)/bin
 READY := $(VENV)/.fp8c-ready
 
-.PHONY: run test setup
+.PHONY: run test test-slow setup
 
 # One thread: the example's operators are too small to gain from two, and lose much on a busy machine.
-run test: export OMP_NUM_THREADS ?= 1
+run test test-slow: export OMP_NUM_THREADS ?= 1
 
 run: $(READY)
 	$(BIN)/fp8c compile examples/moe_transformer.py --spec deepseek_v3 --target cpu -o build/ --verify
@@ -19,7 +20,10 @@ run: $(READY)
 	@echo "report: $(CURDIR)/build/report.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 setup: $(READY)
 
