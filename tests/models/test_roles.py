@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -138,9 +137,16 @@ def rename(module: nn.Module) -> None:
             parent.__class__ = aliased(type(parent), names)
 
 
+def alias_of(name: str) -> property:
+    def read(self: nn.Module) -> Any:  # Dynamo follows a function, not operator.attrgetter
+        return getattr(self, name)
+
+    return property(read)
+
+
 def aliased(cls: type, names: dict[str, str]) -> type:
     """A subclass under another name, whose properties lead from the old names to the new ones."""
-    properties = {old: property(operator.attrgetter(new)) for old, new in names.items()}
+    properties = {old: alias_of(new) for old, new in names.items()}
     return type(f"Renamed{abs(hash((cls.__name__, *names.items()))) % 1000}", (cls,), properties)
 
 
