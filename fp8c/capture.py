@@ -74,13 +74,12 @@ def keep_attention(gm: fx.GraphModule) -> int:
         given = dict(zip(names, node.args)) | dict(node.kwargs)
         if given.get("dropout_p", 0.0) != 0.0 or not _has_rank_4(given):
             continue
+        out_dtype = node.meta["example_value"].dtype
         with gm.graph.inserting_before(node):
             pair = gm.graph.call_function(
                 torch.ops.fp8c.attention.default,
                 (
-                    given["query"],
-                    given["key"],
-                    given["value"],
+                    *(_as_dtype(given[name], out_dtype) for name in ("query", "key", "value")),
                     given.get("attn_mask"),
                     given.get("is_causal", False),
                     given.get("scale"),
@@ -94,6 +93,15 @@ def keep_attention(gm: fx.GraphModule) -> int:
         gm.graph.erase_node(node)
         changed += 1
     return changed
+
+
+def _as_dtype(value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The value in attention's output dtype: autocast casts the inputs of PyTorch's attention, not those of ours."""
+    if value.meta["example_value"].dtype == dtype:
+        return value
+    cast = value.graph.call_method("to", (value, dtype))
+    _copy_meta(cast, value)
+    return cast
 
 
 def _has_rank_4(given: dict[str, Any]) -> bool:

@@ -206,17 +206,24 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
                 raise
             raise explained from error
 
+    def plain() -> nn.Module:
+        own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__")
+        model = type(step).__new__(type(step))
+        model.__dict__.update({key: item for key, item in step.__dict__.items() if key not in own})
+        return model
+
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
-        plain = copy.copy(step)
-        for key in ("fp8c_session", "__deepcopy__"):
-            del plain.__dict__[key]
-        other = copy.deepcopy(plain, memo)
+        other = copy.deepcopy(plain(), memo)
         attach(other, session.fresh(), **options)
         return other
+
+    def reduce(protocol: Any) -> Any:  # pickled is the model; compile it again after loading
+        return plain().__reduce_ex__(protocol)
 
     step._compiled_call_impl = run
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
+    step.__dict__["__reduce_ex__"] = reduce
 
 
 def guarded(session: Session) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -183,6 +184,16 @@ def test_a_deep_copy_is_compiled_too() -> None:
         for parameter in other.parameters():
             parameter.zero_()
     assert torch.equal(step(ids()), loss)
+
+
+def test_a_pickled_step_is_the_model() -> None:
+    step = compiled(Mlp())
+    step(features())
+    other = pickle.loads(pickle.dumps(step))
+    assert type(other) is Mlp and all(torch.equal(a, b) for a, b in zip(step.parameters(), other.parameters()))
+    with pytest.raises(TypeError, match="was not returned by fp8c.compile"):
+        driver.session_of(other)
+    assert torch.equal(compiled(other)(features()), step(features()))
 
 
 def test_gradients_accumulate_over_micro_batches() -> None:

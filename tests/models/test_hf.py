@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from tests.models import hf
 from tests.models.harness import check, train_both
@@ -21,6 +23,25 @@ FP8_GEMMS = {
 
 
 QUICK = ("deepseek_v3", "qwen2_moe", "gpt_oss")  # between them: MLA, shared experts and their gate, biases, [E, K, N]
+
+
+def autocast_loss(model: nn.Module) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return hf.loss(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("llama", marks=pytest.mark.slow)])
+def test_fp32_parameters_under_autocast(name: str) -> None:
+    """Rotary embedding leaves queries and keys in FP32; attention under autocast takes them in BF16."""
+    outcome = train_both(hf.build(name, torch.float32), autocast_loss)
+    check(outcome, depth=14)
+    assert outcome.counts["fprop"]["fp8"] == FP8_GEMMS[name][0]
+
+
+@pytest.mark.slow
+def test_router_logits_of_a_cold_model() -> None:
+    outcome = train_both(hf.build("mixtral", output_router_logits=True), hf.loss)
+    check(outcome, depth=14)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in hf.CONFIGS])
