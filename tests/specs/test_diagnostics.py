@@ -138,6 +138,7 @@ EXAMPLES_IN_TESTS = {
     "E0104": "test_text.py",
     "E0406": "test_targets.py",
     "E0408": "test_targets.py",
+    "E0502": "../passes/test_choose_saved.py",
     "E0604": "test_text.py",
     "E0605": "test_importers.py",
 }

@@ -1,0 +1,36 @@
+"""choose-saved: what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp8c.diagnostics import DiagnosticError
+from fp8c.driver import capture_step, new_session
+from fp8c.models import load_model
+from fp8c.specs.load import loads
+
+SPEC = """version 1;
+use "std:bf16" as b;
+spec t extends b {
+  rule again for op(attention) { recompute out; }
+}
+"""
+
+
+def test_a_value_that_may_neither_be_kept_nor_computed_again_is_named() -> None:
+    """Attention is never run twice, so a rule that forbids keeping its output leaves backward without it: E0502."""
+    small = {
+        "num_hidden_layers": 1,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    }
+    loaded = load_model("hf:llama", overrides=small, weights="meta", batch=1, seq=16)
+    with pytest.raises(DiagnosticError) as raised:
+        capture_step(loaded.step(), loaded.example_inputs, new_session(loads(SPEC), "cpu"))
+    (found,) = raised.value.diagnostics
+    assert found.code == "E0502"
+    assert found.message.startswith("backward needs %") and "recompute" in found.message
+    assert found.span is not None and "o_proj" in found.span.text
