@@ -6,6 +6,7 @@ carries `meta["val"]` (a fake tensor), and the forward's `seq_nr` joins a forwar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 import re
@@ -110,11 +111,16 @@ _FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?P<t
 
 def source_span(node: fx.Node) -> Span | None:
     """The model's source line behind a node: the innermost frame that is neither torch's nor fp8c's own."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = list(_FRAME.finditer(trace))
-    for frame in reversed(frames):
+    found = _model_frame(node.meta.get("stack_trace") or "")
+    return Span(short_path(found[0]), found[1], text=found[2]) if found else None
+
+
+@functools.lru_cache(maxsize=65536)
+def _model_frame(trace: str) -> tuple[str, int, str] | None:
+    """(file, line, text); nodes of one model line share their trace, and a large model has ten thousands of nodes."""
+    for frame in reversed(list(_FRAME.finditer(trace))):
         if is_model_file(frame["file"]):
-            return Span(short_path(frame["file"]), int(frame["line"]), text=frame["text"].strip())
+            return frame["file"], int(frame["line"]), frame["text"].strip()
     return None
 
 
