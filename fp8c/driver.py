@@ -188,7 +188,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
     compiled = torch.compile(call, backend=guarded(session), **options)
-    plain = copy.copy(step)  # what is compared must not be the compiled module
+    plain = uncompiled(step)  # what is compared must not be the compiled module
     to_compare = needs_comparison(plain)
 
     @functools.wraps(call)
@@ -206,24 +206,27 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
                 raise
             raise explained from error
 
-    def plain() -> nn.Module:
-        own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__")
-        model = type(step).__new__(type(step))
-        model.__dict__.update({key: item for key, item in step.__dict__.items() if key not in own})
-        return model
-
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
-        other = copy.deepcopy(plain(), memo)
+        other = copy.deepcopy(uncompiled(step), memo)
         attach(other, session.fresh(), **options)
         return other
 
     def reduce(protocol: Any) -> Any:  # pickled is the model; compile it again after loading
-        return plain().__reduce_ex__(protocol)
+        return uncompiled(step).__reduce_ex__(protocol)
 
     step._compiled_call_impl = run
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
     step.__dict__["__reduce_ex__"] = reduce
+
+
+def uncompiled(step: nn.Module) -> nn.Module:
+    """The model behind a compiled module: the same parameters, buffers and submodules, PyTorch's own call."""
+    own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__")
+    cls = type(step)
+    model: nn.Module = cls.__new__(cls)
+    model.__dict__.update({key: item for key, item in step.__dict__.items() if key not in own})
+    return model
 
 
 def guarded(session: Session) -> Callable[..., Any]:
