@@ -334,7 +334,7 @@ def _cut_component(component: nx.DiGraph, sinks: set[fx.Node], policy: Policy) -
 
 def _unreachable(component: nx.DiGraph, sinks: set[fx.Node], policy: Policy) -> DiagnosticError:
     """A value backward needs may neither be kept nor be computed again."""
-    stuck = [n for n in component if n in sinks and save_cost_bytes(n, policy) is None] or list(component)[:1]
+    stuck = sorted(n for n in component if n in sinks and save_cost_bytes(n, policy) is None) or sorted(component)
     return fail(
         "E0502",
         f"backward needs %{stuck[0].name}, which the spec says to recompute, but nothing it comes from may be kept",

@@ -33,4 +33,4 @@ def test_a_value_that_may_neither_be_kept_nor_computed_again_is_named() -> None:
     (found,) = raised.value.diagnostics
     assert found.code == "E0502"
     assert found.message.startswith("backward needs %") and "recompute" in found.message
-    assert found.span is not None and "o_proj" in found.span.text
+    assert found.span is not None and "attention" in found.span.text
