@@ -177,9 +177,8 @@ def _chain(
     part.output(env[node])
     names = " ".join(n.meta["fp8c_name"] for n in weights)
     key = f"{names} {g.structural_hash(part)}"
-    return Chain(
-        key, tuple(places[n] for n in weights), fx.GraphModule(gm, part), tuple(int(r.args[1]) for r in results)
-    )  # type: ignore[arg-type]
+    reads = tuple(r.args[1] for r in results)
+    return Chain(key, tuple(places[n] for n in weights), fx.GraphModule(gm, part), reads)  # type: ignore[arg-type]
 
 
 def run_with_kept(run: Callable[..., Any], chains: Sequence[Chain], store: WeightStore) -> Callable[..., Any]:
