@@ -1,0 +1,6 @@
+"""What is kept between steps, and in which precision: optimizer states, master weights, moving averages."""
+
+from fp8c.optim.adamw import AdamW
+from fp8c.optim.state_types import StateTypes, state_types
+
+__all__ = ["AdamW", "StateTypes", "state_types"]
