@@ -17,12 +17,14 @@ pickle: load checkpoints of your own only.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,8 @@ def save(
             raise fail("E1130", f"cannot write {partial}: {error.strerror}", exit_code=ExitCode.USAGE) from error
     _barrier()
     tensors, record = state_of(module, optimizer, ema)
-    dcp.save(tensors, checkpoint_id=partial, no_dist=world == 1)
+    with _single_process_is_meant(world):
+        dcp.save(tensors, checkpoint_id=partial, no_dist=world == 1)
     _write(partial / f"rank-{rank}.json", {"random": random_state(), "others": {k: pack(_state(v)) for k, v in others.items()}})
     _barrier()
     if rank == 0:
@@ -119,7 +122,8 @@ def load(
         optimizer.init_state()
     tensors, own = state_of(module, optimizer, ema)
     check_fits(path, record, own, tensors, other_spec)
-    dcp.load(tensors, checkpoint_id=path, no_dist=world == 1)
+    with _single_process_is_meant(world):
+        dcp.load(tensors, checkpoint_id=path, no_dist=world == 1)
     apply_record(record, optimizer, ema)
     if world != record["world"]:
         text = f"the checkpoint is of {record['world']} ranks, this run has {world}: it goes on, but not bit for bit"
@@ -330,6 +334,15 @@ def _rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+@contextlib.contextmanager
+def _single_process_is_meant(world: int) -> Iterator[None]:
+    """torch.distributed.checkpoint warns that one process may be a mistake."""
+    with warnings.catch_warnings():
+        if world == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _barrier() -> None:
     if _rank_and_world()[1] > 1:
         dist.barrier()
@@ -352,5 +365,6 @@ def model_tensors(path: str | Path, source: str = "model") -> dict[str, Tensor]:
     tensors = {
         name.removeprefix(prefix): torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names
     }
-    dcp.load({source: tensors}, checkpoint_id=found, no_dist=True)
+    with _single_process_is_meant(1):
+        dcp.load({source: tensors}, checkpoint_id=found, no_dist=True)
     return tensors

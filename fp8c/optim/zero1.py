@@ -20,6 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 BUCKET_BYTES = 64 << 20
 
+# torch 2.13 renamed both and warns of the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass
 class Part:
@@ -111,7 +115,7 @@ class Zero1:
         for rank in range(self.world):
             pieces = [self.slice(part.param, grad, rank) for part, grad in zip(parts, grads)]
             torch._foreach_copy_(self.views(parts, sent[rank], rank), pieces)
-        dist.reduce_scatter_tensor(mine, sent.view(-1), group=self.mesh.get_group())
+        reduce_scatter(mine, sent.view(-1), group=self.mesh.get_group())
         return self.views(parts, mine, self.rank)
 
     def outbox(self, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
@@ -125,7 +129,7 @@ class Zero1:
     def publish(self, parts: Sequence[Part], flat: Tensor) -> None:
         """Every rank's slices into every rank's parameters."""
         received = torch.empty(self.world, flat.numel(), dtype=flat.dtype, device=flat.device)
-        dist.all_gather_into_tensor(received.view(-1), flat, group=self.mesh.get_group())
+        all_gather(received.view(-1), flat, group=self.mesh.get_group())
         for rank in range(self.world):
             into = [self.slice(part.param, part.param.detach(), rank) for part in parts]
             torch._foreach_copy_(into, self.views(parts, received[rank], rank))
