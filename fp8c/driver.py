@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo import external_utils
 from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.device_mesh import DeviceMesh
 
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
@@ -29,6 +30,9 @@ from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
+from fp8c.distributed import agree_on, explaining_lost_ranks, watch_gradients
+from fp8c.graph import portable_hash
+from fp8c.graph_costs import is_collective
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
@@ -111,16 +115,25 @@ class Session:
         self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
         if self.plan_only:
             raise PlanningDone
+        if communicates(joint.graph):
+            halves = rewritten.halves
+            hashes = (portable_hash(half.graph) for half in (halves.forward, halves.backward))
+            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()})
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        return lowering.lower(gm, inputs, how)
+        lowered = lowering.lower(gm, inputs, how)
+        return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
 
     def _infer(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
     ) -> Callable[..., Any]:
         rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
         return lowering.lower(rewritten, inputs, how, is_inference=True)
+
+
+def communicates(graph: fx.Graph) -> bool:
+    return any(is_collective(node) for node in graph.nodes)
 
 
 def _device(inputs: Sequence[Any]) -> str:
@@ -156,6 +169,7 @@ def compile(
     fullgraph: bool = True,
     dynamic: bool | None = None,
     lowering: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
 
@@ -165,14 +179,20 @@ def compile(
 
     fullgraph: fail on a graph break (the line is named) instead of compiling the pieces
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
+    mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
+               (docs/expert_parallel.md)
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
-    from fp8c.prepare import prepare
+    from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
-    session.remarks += prepare(model)
+    if mesh is not None:
+        agree_on({"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__})
+    session.remarks += prepare(model, mesh=mesh)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
+    if mesh is not None:
+        watch_gradients(step, expert_mesh(mesh))
     attach(step, session, fullgraph=fullgraph, dynamic=dynamic)
     return step
 
@@ -199,7 +219,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
             compared = compare_rewrites(plain, *args, **kwargs)
             session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
         try:
-            return compiled(*args, **kwargs)
+            with capturing_sizes():
+                return compiled(*args, **kwargs)
         except Exception as error:  # Dynamo wraps whatever a backend raises
             explained = explain_failure(error)
             if explained is error:
@@ -278,11 +299,17 @@ def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
     try:
-        with without_collection():
+        with without_collection(), capturing_sizes():
             compiled(batch)
     except Exception as error:  # Dynamo wraps whatever a backend raises
         if not any(isinstance(e, PlanningDone) for e in causes(error)):
             raise explain_failure(error) from error
+
+
+def capturing_sizes() -> contextlib.AbstractContextManager[Any]:
+    """Numbers read from tensors become sizes of the graph: how many rows each rank sends."""
+    patched: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(capture_scalar_outputs=True)
+    return patched
 
 
 @contextlib.contextmanager

@@ -11,6 +11,10 @@ body over these kinds and writes each statement once more, over the rows of all 
             continue
         y[token] += expert(x[token]) * w[token, slot]   y = total(expert_of_all(self.experts, rows, x[token]) * ..., y)
 
+With expert parallelism a row's token and its expert are on different ranks. Positions, and what is indexed by them, are
+computed at the token's home; everything else where the expert is. `sent` stands where a value leaves home, `total`
+brings it back (`fp8c.grouped`).
+
 It never guesses: a construct it doesn't know raises `CannotLift` at that construct.
 """
 
@@ -109,7 +113,7 @@ class Where:
 
     def element(self, k: int, text: str = "") -> PerRow:
         axes: tuple[int, ...] | None = self.mask.axes if self.mask.flat else (k,)
-        return PerRow(text or f"{self.mask.positions}[{k}]", self.mask.rows, axes, is_position=True)
+        return PerRow(text or f"{self.mask.positions}[{k}]", self.mask.rows, axes, is_position=True, at_home=True)
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,21 @@ class Table:
 
 @dataclass(frozen=True)
 class PerRow:
-    """One value per selected row. A position (of the decision's `axes`) may index an output to add to."""
+    """One value per selected row. A position (of the decision's `axes`) may index an output to add to.
+
+    at_home: it is on the rank of the row's token; otherwise on that of its expert
+    """
 
     text: str
     rows: str
     axes: tuple[int, ...] | None = None
     is_position: bool = False
+    at_home: bool = False
+
+    @property
+    def away(self) -> str:
+        """Its text where the experts are."""
+        return f"{GROUPED}.sent({self.text}, {self.rows})" if self.at_home else self.text
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,8 @@ class Lifter:
 
     experts:   how many there are
     resolve:   the object an expression on `self` stands for, or None
+    owner:     the name of `self`
+    tables:    what the loop indexes by the expert: lists of modules or parameters, and tensors
     one_hots:  one-hot masks defined in front of the loop
     tensor_of: the tensor behind a list of counts, as text
     """
@@ -233,6 +248,8 @@ class Lifter:
     tensor_of: Callable[[ast.expr], str]
     counts: ast.expr | None = None  # rows per expert, where the loop runs through sorted rows
     prefix: str = ""
+    owner: str = "self"
+    tables: list[Any] = field(default_factory=list)
     env: dict[str, Value] = field(default_factory=dict)
     out: list[ast.stmt] = field(default_factory=list)
     lifted: dict[str, Lifted] = field(default_factory=dict)  # functions the new code calls, by name
@@ -312,7 +329,9 @@ class Lifter:
             case PerRow() | Same():
                 self.emit(f"{', '.join(names)} = {found.text}")
                 for name in names:
-                    self.env[name] = Same(name) if isinstance(found, Same) else PerRow(name, found.rows)
+                    self.env[name] = (
+                        Same(name) if isinstance(found, Same) else PerRow(name, found.rows, at_home=found.at_home)
+                    )
             case _:
                 raise CannotLift(value, f"{_words(found)} can't be unpacked")
 
@@ -340,7 +359,7 @@ class Lifter:
                     "add to the output with `y[token] += ...` or `y.index_add_(0, token, ...)`",
                 )
         rows = self.rows_of(node, at, found)
-        self.emit(f"{name} = {GROUPED}.assigned({found.text}, {rows}, {axes}, {name})")
+        self.emit(f"{name} = {GROUPED}.assigned({found.away}, {rows}, {axes}, {name})")
         self.accumulations.append(Accumulation(name, self.out[-1], nested=True))
 
     def add_to(self, node: ast.stmt, target: ast.expr, at: Value, added: Value) -> None:
@@ -367,14 +386,15 @@ class Lifter:
             case _:
                 raise CannotLift(node, f"'{name}' is indexed by {_words(at)}, expected positions of selected rows")
         rows = self.rows_of(node, at, added)
-        self.emit(f"{name} += {GROUPED}.total({added.text}, {rows}, {axes}, {name})")
+        self.emit(f"{name} += {GROUPED}.total({added.away}, {rows}, {axes}, {name})")
         self.accumulations.append(Accumulation(name, self.out[-1], nested=self.depth > 0))
 
     def index_put(self, node: ast.stmt, name: str, at: Value, added: PerRow) -> None:
         """Positions computed from the rows' own: the general form, whose order of summation is the device's."""
         self.rows_of(node, at, added)
         index = self.index_texts(node, at)
-        self.emit(f"{name}.index_put_(({', '.join(index)},), {added.text}.to({name}.dtype), accumulate=True)")
+        values = added.text if added.at_home else f"{GROUPED}.returned({added.text}, {added.rows})"
+        self.emit(f"{name}.index_put_(({', '.join(index)},), {values}.to({name}.dtype), accumulate=True)")
         self.accumulations.append(Accumulation(name, self.out[-1], nested=True))
 
     def method_statement(
@@ -388,7 +408,8 @@ class Lifter:
                 if self.varies(target) or not isinstance(found, PerRow):
                     raise CannotLift(node, f"{_words(found)} is appended, expected a value per selected row")
                 # One entry for all experts where the loop appended one each: concatenated they are the same.
-                self.emit(f"{ast.unparse(target)}.append({found.text})")
+                text = found.text if found.at_home else f"{GROUPED}.returned({found.text}, {found.rows})"
+                self.emit(f"{ast.unparse(target)}.append({text})")
             case "index_put_", [ast.Tuple([at]) | ast.List([at]), value], [
                 ast.keyword("accumulate", ast.Constant(True))
             ]:
@@ -548,13 +569,14 @@ class Lifter:
                 if isinstance(at, PerRow | Mask):
                     rows = at.rows
                     tail = ", None" if keepdim else ""
-                    return PerRow(f"{text}[{', '.join(self.index_texts(node, at))}, {rows}.expert{tail}]", rows)
+                    found = f"{text}[{', '.join(self.index_texts(node, at))}, {rows}.expert{tail}]"
+                    return PerRow(found, rows, at_home=True)
             case PerRow(text, rows):
                 first = index.elts[0] if isinstance(index, ast.Tuple) else index
                 keeps_rows = isinstance(first, ast.Slice) and first.lower is first.upper is first.step is None
                 keeps_rows |= isinstance(first, ast.Constant) and first.value is ...
                 if keeps_rows and not self.varies(index):
-                    return PerRow(f"{text}[{_index_text(index)}]", rows)
+                    return PerRow(f"{text}[{_index_text(index)}]", rows, at_home=base.at_home)
         raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
 
     def subscript_same(self, node: ast.Subscript, value: ast.expr, text: str, index: ast.expr) -> Value:
@@ -567,13 +589,14 @@ class Lifter:
         match found:
             case [Index() as i]:
                 if isinstance(owner, nn.ModuleList | nn.ParameterList):
-                    return self.from_list(node, text, tuple(owner))
+                    return self.from_list(node, text, owner)
                 if text in self.one_hots:
                     return self.one_hot_mask(node, self.one_hots[text], 0)
                 if i.boxed:
                     raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
                 if isinstance(owner, Tensor) and owner.shape[0] != self.experts:
                     raise CannotLift(node, f"'{text}' has {owner.shape[0]} entries, expected {self.experts} experts")
+                self.tables.append(owner)
                 return Slice(text)
             case [*_, Index()] if all(isinstance(f, Same) for f in found[:-1]):
                 whole = [f.text for f in found[:-1] if isinstance(f, Same)]
@@ -584,10 +607,12 @@ class Lifter:
             case [*_, Several((Index(), Same("keepdim")))]:
                 return Column(text, keepdim=True)
             case [Run()]:
-                return PerRow(text, self.counted(node, text))
+                return PerRow(text, self.counted(node, text), at_home=True)
         rows = self.rows_of(node, *found)
+        if any(isinstance(f, PerRow) and not f.at_home for f in _flat(found)):
+            raise CannotLift(node, f"`{ast.unparse(node)}` is indexed by what an expert computed")
         texts = [t for item in found for t in self.index_texts(node, item, rows)]
-        return PerRow(f"{text}[{', '.join(texts)}]", rows)
+        return PerRow(f"{text}[{', '.join(texts)}]", rows, at_home=True)
 
     def index_slice(self, node: ast.Slice) -> Value:
         """`start:end` of running bounds, or `i:i + 1`: the slices that depend on the expert."""
@@ -601,7 +626,9 @@ class Lifter:
                 return Several((Index(), Same("keepdim")))
         raise CannotLift(node, f"the slice `{_index_text(node)}` has no known meaning for all experts at once")
 
-    def from_list(self, node: ast.AST, text: str, objects: tuple[Any, ...]) -> Value:
+    def from_list(self, node: ast.AST, text: str, owner: nn.ModuleList | nn.ParameterList) -> Value:
+        objects = tuple(owner)
+        self.tables.append(owner)
         if len(objects) != self.experts:
             raise CannotLift(node, f"'{text}' has {len(objects)} entries, expected {self.experts} experts")
         if any(o is None for o in objects):
@@ -620,6 +647,7 @@ class Lifter:
             except Exception:  # noqa: BLE001 - a key that needs more than the index
                 objects = ()
             if len(objects) == len(owner):
+                self.tables.append(owner)
                 return Expert(f"[{', '.join(f'{text}[{key!r}]' for key in keys)}]", objects)
         raise CannotLift(node, f"the keys of '{text}' are not a function of the expert's index alone")
 
@@ -637,7 +665,7 @@ class Lifter:
         match left, op, right:
             case PerRow(), ast.MatMult(), Slice(text, transposed):
                 weight = f"{text}.transpose(-2, -1)" if transposed else text
-                return PerRow(f"{GROUPED}.matmul({left.text}, {weight}, {left.rows})", left.rows)
+                return PerRow(f"{GROUPED}.matmul({left.away}, {weight}, {left.rows})", left.rows)
             case Bound(), ast.Add(), _:
                 self.count(node, node.right)
                 return Bound()
@@ -720,10 +748,11 @@ class Lifter:
         if not all(isinstance(o, nn.Module) for o in expert.objects):
             raise CannotLift(node, f"`{ast.unparse(node.func)}` is not a module: its code can't be lifted")
         rows = self.rows_of(node, *values)
-        texts = [v.text for v in args if isinstance(v, PerRow | Same)]
+        texts = [v.away if isinstance(v, PerRow) else v.text for v in args if isinstance(v, PerRow | Same)]
         if type(expert.objects[0]).forward is nn.Linear.forward and len(values) == 1:
             return PerRow(f"{GROUPED}.linear({texts[0]}, {expert.list_text}, {rows})", rows)
-        texts += [f"{name}={v.text}" for name, v in keywords if isinstance(v, PerRow | Same)]
+        for name, v in keywords:
+            texts.append(f"{name}={v.away if isinstance(v, PerRow) else v.text if isinstance(v, Same) else ''}")
         return PerRow(f"{self.lifted_name(node, expert)}({', '.join([expert.list_text, rows, *texts])})", rows)
 
     def lifted_name(self, node: ast.AST, expert: Expert) -> str:
@@ -820,12 +849,12 @@ class Lifter:
                 weight = weight if transposed else f"{weight}.transpose(-2, -1)"
                 match rest:
                     case [] | [Same("None")]:
-                        return PerRow(f"{GROUPED}.matmul({x.text}, {weight}, {x.rows})", x.rows)
+                        return PerRow(f"{GROUPED}.matmul({x.away}, {weight}, {x.rows})", x.rows)
                     case [Slice(bias)]:
-                        return PerRow(f"{GROUPED}.matmul({x.text}, {weight}, {x.rows}, {bias})", x.rows)
+                        return PerRow(f"{GROUPED}.matmul({x.away}, {weight}, {x.rows}, {bias})", x.rows)
             case "matmul" | "mm", [PerRow() as x, Slice(weight, transposed)]:
                 weight = f"{weight}.transpose(-2, -1)" if transposed else weight
-                return PerRow(f"{GROUPED}.matmul({x.text}, {weight}, {x.rows})", x.rows)
+                return PerRow(f"{GROUPED}.matmul({x.away}, {weight}, {x.rows})", x.rows)
         if not any(isinstance(v, PerRow | Several) for v in values):
             raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
         keywords = [k.arg for k in node.keywords]
@@ -852,7 +881,7 @@ class Lifter:
         self.selects = True
         if decision not in self.routes:
             name = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
-            self.emit(f"{name} = {GROUPED}.route({decision}, {self.experts})")
+            self.emit(f"{name} = {GROUPED}.route({decision}, {self.experts}, {self.ranks})")
             self.routes[decision] = name
         return self.routes[decision]
 
@@ -876,8 +905,13 @@ class Lifter:
         self.selects = True
         if key not in self.routes:
             self.routes[key] = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
-            self.emit(f"{self.routes[key]} = {GROUPED}.counted({counts}, {like})")
+            self.emit(f"{self.routes[key]} = {GROUPED}.counted({counts}, {like}, {self.ranks})")
         return self.routes[key]
+
+    @property
+    def ranks(self) -> str:
+        """Who owns the experts: expert parallelism gives the module this attribute."""
+        return f"getattr({self.owner}, 'fp8c_ranks', None)"
 
     def rows_of(self, node: ast.AST, *values: Value) -> str:
         """The one selection that all per-row values belong to."""
@@ -891,18 +925,21 @@ class Lifter:
     def per_row(self, node: ast.AST, values: Sequence[Value], text: Callable[[Sequence[str]], str]) -> Value:
         """A row-wise operation on per-row values, values of the row's expert, and values the same for all."""
         rows = self.rows_of(node, *values)
-        return PerRow(text([self.value_text(node, value, rows) for value in values]), rows)
+        at_home = all(v.at_home if isinstance(v, PerRow) else isinstance(v, Same | Index) for v in _flat(values))
+        return PerRow(text([self.value_text(node, value, rows, at_home) for value in values]), rows, at_home=at_home)
 
-    def value_text(self, node: ast.AST, value: Value, rows: str) -> str:
+    def value_text(self, node: ast.AST, value: Value, rows: str, at_home: bool) -> str:
         match value:
-            case Same(text) | PerRow(text):
+            case Same(text):
                 return text
+            case PerRow(text):
+                return text if at_home else value.away
             case Slice(text, False):
-                return f"{text}[{rows}.expert]"
+                return f"{GROUPED}.entries({text}, {rows})"
             case Index():
-                return f"{rows}.expert"
+                return f"{rows}.expert" if at_home else f"{GROUPED}.numbers({rows})"
             case Several(items, brackets):
-                inner = ", ".join(self.value_text(node, item, rows) for item in items)
+                inner = ", ".join(self.value_text(node, item, rows, at_home) for item in items)
                 return f"{brackets[0]}{inner}{',' if brackets == '()' else ''}{brackets[1]}"
             case _:
                 raise CannotLift(
