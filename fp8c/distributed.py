@@ -1,10 +1,10 @@
 """Training on several ranks: the mesh, the gradients of replicated parameters, and whether ranks agree.
 
-    mesh = fp8c.distributed.init_mesh("cuda", ep=8)
-    step = fp8c.compile(model, spec="deepseek_v3", mesh=mesh)
-    step(**batch).loss.backward()
-    fp8c.distributed.reduce_gradients(step)
-    optimizer.step()
+mesh = fp8c.distributed.init_mesh("cuda", ep=8)
+step = fp8c.compile(model, spec="deepseek_v3", mesh=mesh)
+step(**batch).loss.backward()
+fp8c.distributed.reduce_gradients(step)
+optimizer.step()
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ def agree_on(facts: Mapping[str, str], patience_s: float | None = None) -> None:
     compare_facts(store, facts, rank, ranks, group_timeout_s() if patience_s is None else patience_s, number)
 
 
-def compare_facts(
-    store: Any, facts: Mapping[str, str], rank: int, ranks: int, patience_s: float, number: int
-) -> None:
+def compare_facts(store: Any, facts: Mapping[str, str], rank: int, ranks: int, patience_s: float, number: int) -> None:
     """`agree_on` over a given store; `number` tells questions apart. Raises: E0863."""
     store.set(f"fp8c/facts/{number}/{rank}", json.dumps(dict(facts)))
     for other in range(ranks):

@@ -12,7 +12,7 @@ import functools
 import gc
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
 from fp8c.distributed import agree_on, explaining_lost_ranks, watch_gradients
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective
+from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
@@ -52,6 +53,7 @@ class Session:
 
     partial: the graphs may be parts of a model (graph breaks, layers compiled one by one), so a rule that matches
              nothing in one of them is no error
+    without: optional passes left out
     """
 
     spec: Spec
@@ -61,6 +63,7 @@ class Session:
     plan_only: bool = False
     observers: tuple[pipeline.Observer, ...] = ()
     verify_each: bool = True
+    without: frozenset[str] = frozenset()
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
@@ -110,6 +113,7 @@ class Session:
             machine=load_machine(self.target.name) if self.target.name in machine_names() else None,
             observers=self.observers,
             verify_each=self.verify_each,
+            without=self.without,
         )
         self.steps.append(rewritten)
         self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
@@ -128,7 +132,9 @@ class Session:
     def _infer(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
     ) -> Callable[..., Any]:
-        rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
+        rewritten = pipeline.rewrite_inference(
+            gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
+        )
         return lowering.lower(rewritten, inputs, how, is_inference=True)
 
 
@@ -169,6 +175,7 @@ def compile(
     fullgraph: bool = True,
     dynamic: bool | None = None,
     lowering: str | None = None,
+    without: Iterable[str] = (),
     mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
@@ -179,6 +186,7 @@ def compile(
 
     fullgraph: fail on a graph break (the line is named) instead of compiling the pieces
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
+    without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
                (docs/expert_parallel.md)
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
@@ -186,7 +194,7 @@ def compile(
     """
     from fp8c.prepare import expert_mesh, prepare
 
-    session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
+    session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
     if mesh is not None:
         agree_on({"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__})
     session.remarks += prepare(model, mesh=mesh)

@@ -50,6 +50,14 @@ _SCHEMAS = {
         "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offs, str a_fmt, str b_fmt, int promote_every, "
         "ScalarType out_dtype) -> Tensor"
     ),
+    "scaled_mm_add_": (
+        "(Tensor(a!) acc, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, str a_fmt, str b_fmt, int promote_every) "
+        "-> ()"
+    ),
+    "scaled_grouped_wgrad_add_": (
+        "(Tensor(a!) acc, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offs, str a_fmt, str b_fmt, "
+        "int promote_every) -> ()"
+    ),
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa) -> (Tensor, Tensor)"
     ),
@@ -278,6 +286,35 @@ def _fake_scaled_grouped_wgrad(
     return a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+def _fake_scaled_mm_add_(
+    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
+) -> None:
+    product = _fake_scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32)
+    check_accumulator("scaled_mm_add_", acc, product.dim())
+
+
+def _fake_scaled_grouped_wgrad_add_(
+    acc: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+) -> None:
+    product = _fake_scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32)
+    check_accumulator("scaled_grouped_wgrad_add_", acc, product.dim())
+
+
+def check_accumulator(name: str, acc: Tensor, rank: int) -> None:
+    """Raises: E0520 unless acc is FP32 with this many axes."""
+    _check_rank(name, acc, (rank,))
+    if acc.dtype is not torch.float32:
+        raise fail("E0520", f"fp8c::{name}: expected a float32 accumulator, found {acc.dtype}")
+
+
 def empty_heads_last(like: Tensor, shape: Sequence[Size]) -> Tensor:
     """An empty [batch, heads, seq, dim] stored as [batch, seq, heads, dim]: merging the heads is then a view."""
     batch, heads, seq, dim = shape
@@ -333,6 +370,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scaled_mm": _fake_scaled_mm,
     "scaled_grouped_mm": _fake_scaled_grouped_mm,
     "scaled_grouped_wgrad": _fake_scaled_grouped_wgrad,
+    "scaled_mm_add_": _fake_scaled_mm_add_,
+    "scaled_grouped_wgrad_add_": _fake_scaled_grouped_wgrad_add_,
     "attention": _fake_attention,
     "attention_backward": _fake_attention_backward,
 }
@@ -374,5 +413,7 @@ REQUANTIZE = torch.ops.fp8c.requantize.default
 SCALED_MM = torch.ops.fp8c.scaled_mm.default
 SCALED_GROUPED_MM = torch.ops.fp8c.scaled_grouped_mm.default
 SCALED_GROUPED_WGRAD = torch.ops.fp8c.scaled_grouped_wgrad.default
+SCALED_MM_ADD_ = torch.ops.fp8c.scaled_mm_add_.default
+SCALED_GROUPED_WGRAD_ADD_ = torch.ops.fp8c.scaled_grouped_wgrad_add_.default
 ATTENTION = torch.ops.fp8c.attention.default
 ATTENTION_BACKWARD = torch.ops.fp8c.attention_backward.default
