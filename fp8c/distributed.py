@@ -13,6 +13,7 @@ import datetime
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
 
@@ -124,6 +126,10 @@ def _mean_in_rank_order(tensors: Sequence[Tensor], group: dist.ProcessGroup, ran
         tensor.copy_(part.view_as(tensor))
 
 
+#: What `watch_gradients` leaves in a module's dictionary.
+EXPERT_PARALLEL_STATE = ("fp8c_expert_mesh", "fp8c_unreduced")
+
+
 def _mesh_of(step: nn.Module) -> DeviceMesh | None:
     found = step.__dict__.get("fp8c_expert_mesh")
     return found if isinstance(found, DeviceMesh) else None
@@ -150,7 +156,8 @@ def watch_gradients(step: nn.Module, mesh: DeviceMesh) -> None:
                 help="call fp8c.distributed.reduce_gradients(step) after the last backward, or shard them with FSDP2",
             )
 
-    step.__dict__["fp8c_optimizer_hook"] = torch.optim.optimizer.register_optimizer_step_pre_hook(check)
+    handle = register_optimizer_step_pre_hook(check)
+    weakref.finalize(step, handle.remove)
 
 
 # Agreement -----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
-from fp8c.distributed import agree_on, explaining_lost_ranks, watch_gradients
+from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective
 from fp8c.passes import check_optional
@@ -251,7 +251,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
 def uncompiled(step: nn.Module) -> nn.Module:
     """The model behind a compiled module: the same parameters, buffers and submodules, PyTorch's own call."""
-    own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__")
+    own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__", *EXPERT_PARALLEL_STATE)
     cls = type(step)
     model: nn.Module = cls.__new__(cls)
     model.__dict__.update({key: item for key, item in step.__dict__.items() if key not in own})

@@ -283,7 +283,10 @@ def type_text(val: Any) -> str:
         return f"{_DTYPES.get(val.dtype, str(val.dtype))}[{', '.join(str(d) for d in val.shape)}]"
     if isinstance(val, (list, tuple)):
         return "(" + ", ".join(type_text(v) for v in val) + ")"
-    return "" if val is None else str(val)
+    if val is None:
+        return ""
+    is_number = isinstance(val, (bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return str(val) if is_number else type(val).__name__  # an object's own text may hold an address, or a rank
 
 
 def target_text(target: Any) -> str:

@@ -211,7 +211,7 @@ class _StackOnLoad:
     def __init__(self, experts: int) -> None:
         self.experts = experts
 
-    def __call__(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         found: dict[str, dict[int, str]] = {}
         for key in state:
             match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing as mp
 import os
 import tempfile
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 TIMEOUT_S = 240.0
@@ -16,10 +18,8 @@ TIMEOUT_S = 240.0
 
 @contextmanager
 def pool(world: int) -> Iterator[Callable[..., list[Any]]]:
-    """A function `run(job, *args)`: calls `job(*args)` on every rank, returns the results by rank, raises what one raised.
-
-    `job` is a function of a module that the ranks can import; its result and arguments are pickled.
-    """
+    """A function `run(job, *args)`: calls the function of that name in jobs.py on every rank, with pickled arguments;
+    returns the results by rank, raises what one raised."""
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe() for _ in range(world)]
@@ -31,7 +31,7 @@ def pool(world: int) -> Iterator[Callable[..., list[Any]]]:
         for process in processes:
             process.start()
 
-        def run(job: Callable[..., Any], *args: Any) -> list[Any]:
+        def run(job: str, *args: Any) -> list[Any]:
             for end, _ in ends:
                 end.send((job, args))
             answers = [end.recv() if end.poll(TIMEOUT_S) else (False, "no answer in time") for end, _ in ends]
@@ -50,18 +50,27 @@ def pool(world: int) -> Iterator[Callable[..., list[Any]]]:
                     process.kill()
 
 
+def load_jobs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("distributed_jobs", Path(__file__).with_name("jobs.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _serve(rank: int, world: int, store: str, end: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    jobs = load_jobs()
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{store}")
     while (request := end.recv()) is not None:
         job, args = request
         torch._dynamo.reset()
         try:
-            end.send((True, job(*args)))
+            end.send((True, getattr(jobs, job)(*args)))
         except BaseException:  # noqa: BLE001 - reported to the test
             end.send((False, traceback.format_exc()))
     dist.destroy_process_group()
