@@ -234,6 +234,21 @@ EXPLANATIONS: dict[str, str] = {
     "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
     "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
     "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
+    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or that dimension has more ranks than a layer has "
+    "experts.",
+    "E0861": "The experts of this loop are found neither in a list of modules or parameters of the module nor in a tensor "
+    "whose first axis counts experts, so they can't be sharded.",
+    "E0862": "The mesh asked for and the ranks that run differ in number, or a machine was given more ranks than it has "
+    "GPUs. torchrun starts one process for each rank.",
+    "E0863": "Ranks were started with different specs, targets, versions or models, or one of them never came. Compared "
+    "before anything is exchanged, because ranks with different graphs would send each other the wrong data or wait for "
+    "ever.",
+    "E0864": "Dense parameters are replicated over the ranks that share experts, and each rank's backward fills their "
+    "gradients from its own batch. They must be summed before an optimizer uses them.",
+    "E0865": "A collective of the step failed because another rank is gone or late. The rank that failed first has the "
+    "reason in its own output.",
+    "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
+    "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
     "another type. Options are spec, target, lowering and without.",
     "another type. Options are spec, target and lowering.",
