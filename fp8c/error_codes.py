@@ -251,7 +251,6 @@ EXPLANATIONS: dict[str, str] = {
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
     "another type. Options are spec, target, lowering and without.",
-    "another type. Options are spec, target and lowering.",
     "E1101": "A setting of AdamW is out of range, or a saved optimizer used one that fp8c's AdamW does not have.",
     "E1102": "The optimizer got no parameter that requires a gradient.",
     "E1103": "A parameter or its gradient is sparse, complex or of another type than FP32, BF16 or FP16.",
