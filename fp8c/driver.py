@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo import external_utils
 from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.device_mesh import DeviceMesh
 
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
@@ -30,6 +31,9 @@ from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
+from fp8c.graph import portable_hash
+from fp8c.graph_costs import is_collective
 from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
 from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
@@ -122,6 +126,10 @@ class Session:
         self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
         if self.plan_only:
             raise PlanningDone
+        if communicates(joint.graph):
+            halves = rewritten.halves
+            hashes = (portable_hash(half.graph) for half in (halves.forward, halves.backward))
+            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()})
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower_half(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
@@ -129,7 +137,8 @@ class Session:
         return self._behind_weights(gm, inputs, functools.partial(self._lower, how=how))
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        return lowering.lower(gm, inputs, how)
+        lowered = lowering.lower(gm, inputs, how)
+        return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
 
     def _behind_weights(
         self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]
@@ -158,6 +167,10 @@ class Session:
             gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
         )
         return self._behind_weights(rewritten, inputs, functools.partial(lowering.lower, how=how, is_inference=True))
+
+
+def communicates(graph: fx.Graph) -> bool:
+    return any(is_collective(node) for node in graph.nodes)
 
 
 def _device(inputs: Sequence[Any]) -> str:
@@ -195,6 +208,7 @@ def compile(
     lowering: str | None = None,
     without: Iterable[str] = (),
     keep_weights: bool = True,
+    mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
 
@@ -207,15 +221,21 @@ def compile(
     keep_weights: hold the FP8 weights between calls and quantize them again only when the optimizer has changed them
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
+    mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
+               (docs/expert_parallel.md)
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
-    from fp8c.prepare import prepare
+    from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
     session.keep_weights = keep_weights
-    session.remarks += prepare(model)
+    if mesh is not None:
+        agree_on({"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__})
+    session.remarks += prepare(model, mesh=mesh)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
+    if mesh is not None:
+        watch_gradients(step, expert_mesh(mesh))
     attach(step, session, fullgraph=fullgraph, dynamic=dynamic)
     return step
 
@@ -242,7 +262,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
             compared = compare_rewrites(plain, *args, **kwargs)
             session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
         try:
-            return compiled(*args, **kwargs)
+            with capturing_sizes():
+                return compiled(*args, **kwargs)
         except Exception as error:  # Dynamo wraps whatever a backend raises
             explained = explain_failure(error)
             if explained is error:
@@ -266,7 +287,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
 def uncompiled(step: nn.Module) -> nn.Module:
     """The model behind a compiled module: the same parameters, buffers and submodules, PyTorch's own call."""
-    own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__")
+    own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__", *EXPERT_PARALLEL_STATE)
     cls = type(step)
     model: nn.Module = cls.__new__(cls)
     model.__dict__.update({key: item for key, item in step.__dict__.items() if key not in own})
@@ -327,11 +348,17 @@ def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
     try:
-        with without_collection():
+        with without_collection(), capturing_sizes():
             compiled(batch)
     except Exception as error:  # Dynamo wraps whatever a backend raises
         if not any(isinstance(e, PlanningDone) for e in causes(error)):
             raise explain_failure(error) from error
+
+
+def capturing_sizes() -> contextlib.AbstractContextManager[Any]:
+    """Numbers read from tensors become sizes of the graph: how many rows each rank sends."""
+    patched: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(capture_scalar_outputs=True)
+    return patched
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ class ScheduleOverlap:
     def run(self, halves: Halves, ctx: PassContext) -> int:
         """Reorder both halves in place; return the number of nodes moved."""
         moved = 0
-        for half in (halves.forward, halves.backward):
+        for name, half in (("forward", halves.forward), ("backward", halves.backward)):
             machine = self.machine or ctx.machine
             if machine is None or not any(is_collective(n) for n in half.graph.nodes):
                 continue
@@ -87,6 +87,7 @@ class ScheduleOverlap:
                 memory_budget_bytes=self.memory_budget_bytes,
                 limits=self.limits,
             )
+            ctx.schedules[name] = report.schedule
             agree(half.graph)
             if report.moved:
                 half.graph.lint()
@@ -309,7 +310,9 @@ def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
         return
     if distributed.get_backend() == "fake":
         return
-    mine = [(n.name, group_of(n)) for n in graph.nodes if is_collective(n)]
+    groups: dict[str, str] = {}  # numbered: ranks of different groups run the same program
+    calls = [n for n in graph.nodes if is_collective(n)]
+    mine = [(n.name, groups.setdefault(group_of(n), str(len(groups)))) for n in calls]
     store = distributed.distributed_c10d._get_default_store()
     orders = exchange_orders(store, mine, distributed.get_rank(), distributed.get_world_size(), patience_s)
     raise_if(disagreements(orders))

@@ -17,11 +17,11 @@ SCHEDULER = (
 #: Layers from the left: a module may import its own layer and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("diagnostics", "error_codes", "formats", "roles", "target_record", "user_code"),
-    ("graph", "ops", "grouped", "positions", "retrace", "decompositions"),
+    ("graph", "ops", "fused_ops", "exchange", "grouped", "positions", "retrace", "decompositions"),
     SCHEDULER,
     ("specs", "partition", "pass_manager", "verifier", "saved"),
     ("capture", "kept_weights", "models", "prepare", "passes", "backends", "graph_durations"),
-    ("pipeline", "baseline", "driver", "dynamo", "optim"),
+    ("pipeline", "baseline", "driver", "dynamo", "optim", "distributed"),
     ("build", "reload", "fingerprint"),
     ("tools",),
     ("cli", "__main__"),

@@ -3,11 +3,12 @@
 import functools
 import sys
 
-from fp8c.tools.bench import gemm, step
+from fp8c.tools.bench import gemm, optimizer, step
 
 BENCHMARKS = {
     "gemm": gemm.main,
     "layer": functools.partial(step.main, "layer"),
+    "optimizer": optimizer.main,
     "step": functools.partial(step.main, "step"),
 }
 
