@@ -226,13 +226,16 @@ def tables_of(bucket: Bucket, old: Tables | None = None) -> Tables:
                     help="gradients and states must lie in memory as their parameter does",
                 )
     device, n = bucket.params[0].device, len(bucket.params)
-    sizes = [p.numel() for p in bucket.params]
-    chunks = [(i, c) for i, size in enumerate(sizes) for c in range(-(-size // CHUNK))]
+    sizes = torch.tensor([p.numel() for p in bucket.params], dtype=torch.int64)
+    counts = (sizes + CHUNK - 1) // CHUNK
+    tensor = torch.repeat_interleave(torch.arange(n), counts)
+    chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    chunks = torch.stack([tensor, chunk], dim=1).to(torch.int32)
     return Tables(
         key=key,
         addresses=_to_device(torch.tensor(key, dtype=torch.int64).view(6, n), device),
-        sizes=_to_device(torch.tensor(sizes, dtype=torch.int64), device),
-        chunks=_to_device(torch.tensor(chunks, dtype=torch.int32).view(-1, 2), device),
+        sizes=_to_device(sizes, device),
+        chunks=_to_device(chunks, device),
         partials=torch.empty(len(chunks), dtype=torch.float32, device=device),
         is_aligned=all(address % ALIGNMENT_BYTES == 0 for address in key[: 5 * n]),
     )
