@@ -121,7 +121,7 @@ def _mean_in_rank_order(tensors: Sequence[Tensor], group: dist.ProcessGroup, ran
     for rank in range(1, ranks):
         total += theirs[rank * each : (rank + 1) * each]
     mine = (total / ranks).to(flat.dtype)
-    dist.all_gather_into_tensor(padded, mine, group=group)
+    dist.all_gather(list(padded.split(each)), mine, group=group)
     for tensor, part in zip(tensors, padded[:count].split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 

@@ -134,7 +134,9 @@ def plan_travel(ends: Tensor, ranks: Ranks) -> tuple[Travel, Tensor]:
         torch._check(number >= 0)  # type: ignore[no-untyped-call]
     sent, received = numbers[:world], numbers[world:]
     # Rows arrive by rank, and by expert from each; a stable sort puts them as one device would have them.
-    total = sum(received[1:], received[0])
+    total = received[0]
+    for number in received[1:]:
+        total = total + number
     position = torch.arange(total, device=ends.device, dtype=torch.int32)
     block = torch.searchsorted(arriving.reshape(-1).cumsum(0, dtype=torch.int32), position, right=True)
     expert, order = torch.sort(block % mine, stable=True)
