@@ -28,6 +28,7 @@ from fp8c.ops import (
     check_quantize_input,
     empty_heads_last,
     experts_of,
+    lay_out,
     original_shape,
     quantized_format,
     register_portable,
@@ -161,7 +162,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     groups = _split(x, parsed)
     scale = _scale_of(groups.abs().amax((-3, -1)), parsed)
     payload = _join(groups / scale[..., :, None, :, None], rows, cols)
-    return _encode(payload, parsed.element).contiguous(), _store_scale(scale, parsed).contiguous()
+    return lay_out(_encode(payload, parsed.element), _store_scale(scale, parsed), parsed)
 
 
 def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +179,7 @@ def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, 
     scale = _scale_of(by_group, fmt)
     payload = _join(groups / scale[scale_row][:, None, :, None], rows, cols)
     payload = torch.where(is_owned[:, None], payload, 0.0)
-    return _encode(payload, fmt.element).contiguous(), _store_scale(scale, fmt)
+    return lay_out(_encode(payload, fmt.element), _store_scale(scale, fmt), fmt)
 
 
 def dequantize(

@@ -207,6 +207,8 @@ EXPLANATIONS: dict[str, str] = {
     "causal kernel. The result is the same; `without=('causal-attention',)` keeps the masks.",
     "R0841": "An attention mask is kept: it depends on data (padding, packed sequences), is a window, or is made by operators "
     "that fp8c does not follow.",
+    "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
+    "that can't be told, so every forward and backward quantizes them.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
@@ -249,4 +251,23 @@ EXPLANATIONS: dict[str, str] = {
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
     "another type. Options are spec, target, lowering and without.",
+    "E1101": "A setting of AdamW is out of range, or a saved optimizer used one that fp8c's AdamW does not have.",
+    "E1102": "The optimizer got no parameter that requires a gradient.",
+    "E1103": "A parameter or its gradient is sparse, complex or of another type than FP32, BF16 or FP16.",
+    "E1104": "The saved optimizer state belongs to other parameters: their number or their shapes differ.",
+    "E1110": "The fused AdamW kernel got tensors that do not lie in memory as their parameter does.",
+    "E1120": "A setting of the moving average is out of range, or the module has no trained parameter.",
+    "E1121": "The saved moving average belongs to another module: names or shapes differ.",
+    "E1130": "A checkpoint cannot be written there.",
+    "E1131": "There is no whole checkpoint: its record or a file of it is missing, was cut, or is of another version.",
+    "E1132": "The checkpoint was trained under another spec, or the spec's text has changed since.",
+    "E1133": "The checkpoint has other tensors than the model, the optimizer or the moving average it is loaded into.",
+    "E1134": "Something given to be saved beside the model has a state that is neither plain values nor tensors.",
+    "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
+    "W1101": "AdamW was built on bare parameters or on a module that fp8c did not compile, so no spec says in which "
+    "precision to keep moments and masters; it takes the recipe's. Bare parameters also have no names for checkpoints.",
+    "W1102": "The spec asks for FP32 gradients, and the optimizer found BF16 ones: each micro-batch's sum is rounded to 8 "
+    "significant bits. `main_grad=True` keeps FP32 accumulators.",
+    "W1103": "A BF16 moment with this beta never decays: a step takes off less than half a unit in its last place, which "
+    "rounding to nearest gives back.",
 }

@@ -77,7 +77,7 @@ class ScheduleOverlap:
     def run(self, halves: Halves, ctx: PassContext) -> int:
         """Reorder both halves in place; return the number of nodes moved."""
         moved = 0
-        for half in (halves.forward, halves.backward):
+        for name, half in (("forward", halves.forward), ("backward", halves.backward)):
             machine = self.machine or ctx.machine
             if machine is None or not any(is_collective(n) for n in half.graph.nodes):
                 continue
@@ -87,6 +87,7 @@ class ScheduleOverlap:
                 memory_budget_bytes=self.memory_budget_bytes,
                 limits=self.limits,
             )
+            ctx.schedules[name] = report.schedule
             agree(half.graph)
             if report.moved:
                 half.graph.lint()
