@@ -40,6 +40,7 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
     """
     group = expert_mesh(mesh)
     ranks = group.size()
+    names: tuple[str, str] | None = None
     sharded: dict[str, int] = {}
     problems: list[Diagnostic] = []
     for name, part in list(module.named_modules()):
@@ -65,7 +66,8 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
             )
         for table in dict.fromkeys(tables):
             _shard(part, table, experts, group)
-        part.fp8c_ranks = Ranks(group.get_group().group_name, group.get_local_rank(), chunks(experts, ranks))  # type: ignore[assignment]
+        names = names or (group.get_group().group_name, control_group(group).group_name)
+        part.fp8c_ranks = Ranks(*names, group.get_local_rank(), chunks(experts, ranks))  # type: ignore[assignment]
         sharded[name] = experts
     if problems:
         raise DiagnosticError(problems, ExitCode.MODEL)
@@ -94,6 +96,20 @@ def expert_mesh(mesh: DeviceMesh) -> DeviceMesh:
             exit_code=ExitCode.USAGE,
         )
     return mesh[DIMENSION] if mesh.ndim > 1 else mesh
+
+
+def control_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """A second group of the mesh's ranks where transfers of one group queue behind each other (NCCL), else the same."""
+    group = mesh.get_group()
+    if dist.get_backend(group) != "nccl":
+        return group
+    if group not in _CONTROL_GROUPS:
+        ranks = dist.get_process_group_ranks(group)
+        _CONTROL_GROUPS[group] = dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-untyped-call]
+    return _CONTROL_GROUPS[group]
+
+
+_CONTROL_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 def _unknown(name: str, part: nn.Module) -> Diagnostic:
