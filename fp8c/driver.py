@@ -76,6 +76,7 @@ class Session:
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
+    examples: list[Any] = field(default_factory=list)  # what the inputs of the last captured graph were
     baseline: Baseline | None = None
     weights: WeightStore = field(default_factory=WeightStore)
     model: weakref.ref[nn.Module] | None = None
@@ -91,6 +92,7 @@ class Session:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend: differentiate, rewrite, lower."""
         names = capture.input_names(gm)
+        self.examples = capture.input_examples(gm)
         if self.want_baseline:
             self.baseline = Baseline(gm, example_inputs)
         for done in capture.prepare_forward(gm):
