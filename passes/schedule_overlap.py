@@ -310,7 +310,9 @@ def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
         return
     if distributed.get_backend() == "fake":
         return
-    mine = [(n.name, group_of(n)) for n in graph.nodes if is_collective(n)]
+    groups: dict[str, str] = {}  # numbered: ranks of different groups run the same program
+    calls = [n for n in graph.nodes if is_collective(n)]
+    mine = [(n.name, groups.setdefault(group_of(n), str(len(groups)))) for n in calls]
     store = distributed.distributed_c10d._get_default_store()
     orders = exchange_orders(store, mine, distributed.get_rank(), distributed.get_world_size(), patience_s)
     raise_if(disagreements(orders))

@@ -78,8 +78,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         return grouped.matmul(x, weight if self.is_transposed else weight.transpose(-2, -1), rows, bias)
 
-    rows = grouped.route(top_k_index, self.num_experts)
-    x = hidden_states[rows.order // top_k_index.shape[-1]]
+    rows = grouped.route(top_k_index, self.num_experts, getattr(self, "fp8c_ranks", None))
+    x = grouped.sent(hidden_states[rows.order // top_k_index.shape[-1]], rows)
     if self.has_gate:
         x = self._apply_gate(project(x, "gate_up_proj"))
     else:
@@ -87,5 +87,5 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = project(x, "down_proj")
     if getattr(self, "has_post_expert_norm", False):  # later than 5.17
         x = self.post_expert_norm(x)
-    x = x * top_k_weights.reshape(-1)[rows.order].unsqueeze(-1)
+    x = x * grouped.sent(top_k_weights.reshape(-1)[rows.order], rows).unsqueeze(-1)
     return grouped.total(x, rows, (0,), like=hidden_states)
