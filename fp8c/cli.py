@@ -241,7 +241,8 @@ def spec_diff(
 
     other = load(new)
     request = model_request(model, old, target, overrides, batch, seq, weights)
-    from fp8c.tools.spec_command import diff_on_model, diff_plans, diff_text
+    from fp8c.specs.plan_diff import diff_plans, diff_text
+    from fp8c.tools.spec_command import diff_on_model
 
     results = diff_on_model(request, other)
     for result in results:
