@@ -116,8 +116,8 @@ def test_the_step_can_be_captured_in_a_cuda_graph() -> None:
 def test_checkpointing() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    plain = model()
-    other = copy.deepcopy(plain)
+    plain: Any = model()
+    other: Any = copy.deepcopy(plain)
     other.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = ids()
     losses = [float(train(fp8c.compile(m.train(), dynamic=False), tokens)) for m in (plain, other)]
@@ -143,8 +143,8 @@ def test_autocast_over_fp32_parameters() -> None:
 def test_main_grad_is_the_gradient_in_fp32() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    plain = model()
-    other = copy.deepcopy(plain)
+    plain: Any = model()
+    other: Any = copy.deepcopy(plain)
     tokens = ids()
     train(fp8c.compile(plain, dynamic=False), tokens)
     step = fp8c.compile(other, dynamic=False, main_grad=True)
@@ -166,13 +166,14 @@ def test_fsdp2_layer_by_layer() -> None:
     dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
     try:
         torch.manual_seed(0)
-        sharded = model()
+        sharded: Any = model()
+        from fp8c.dynamo import backend
         from fp8c.prepare import prepare
 
         prepare(sharded)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in sharded.model.layers:
-            layer.forward = torch.compile(layer.forward, backend="fp8c", dynamic=False)
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
             fully_shard(layer, mp_policy=policy)
         fully_shard(sharded, mp_policy=policy)
         tokens = ids()
