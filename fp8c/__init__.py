@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "compile": "fp8c.driver",
     "load": "fp8c.reload",
+    "weights_changed": "fp8c.driver",
     "DiagnosticError": "fp8c.diagnostics",
 }
 

@@ -56,7 +56,9 @@ class EMA:
         buffers: int = 2,
     ) -> None:
         if not 0.0 <= decay < 1.0 or every < 1 or buffers < 1:
-            raise fail("E1120", f"EMA got decay = {decay}, every = {every}, buffers = {buffers}", exit_code=ExitCode.USAGE)
+            raise fail(
+                "E1120", f"EMA got decay = {decay}, every = {every}, buffers = {buffers}", exit_code=ExitCode.USAGE
+            )
         self.decay, self.every = decay, every
         self.params: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.params:
@@ -151,7 +153,13 @@ class EMA:
         """Everything to go on from: the averages (DTensors where the parameters are), decay and counts."""
         self.flush()
         average = {name: placed_like(value, self.params[name]) for name, value in self.average.items()}
-        return {"average": average, "decay": self.decay, "every": self.every, "calls": self.calls, "updates": self.updates}
+        return {
+            "average": average,
+            "decay": self.decay,
+            "every": self.every,
+            "calls": self.calls,
+            "updates": self.updates,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -164,7 +172,9 @@ class EMA:
         for name, average in self.average.items():
             value = local(saved[name])
             if value.shape != average.shape:
-                raise fail("E1121", f"the saved average of {name} is {list(value.shape)}, expected {list(average.shape)}")
+                raise fail(
+                    "E1121", f"the saved average of {name} is {list(value.shape)}, expected {list(average.shape)}"
+                )
             average.copy_(value)
         self.decay, self.every = float(state["decay"]), int(state["every"])
         self.calls, self.updates = int(state["calls"]), int(state["updates"])
