@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from fp8c import __version__
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, render
+from fp8c import __version__, build_commands
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, render
 
 _COLOURS = {"error": "\033[1;31m", "warning": "\033[1;33m", "remark": "\033[1;36m"}
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -511,30 +511,6 @@ def set_debugging(debug: bool) -> None:
 
 
 @app.command()
-@click.argument("code")
-@as_json_option
-def explain(code: str, as_json: bool) -> int:
-    """Say what a diagnostic's CODE means and what to do about it."""
-    from fp8c.error_codes import EXPLANATIONS
-
-    code = code.upper()
-    text = EXPLANATIONS.get(code)
-    if text is None:
-        import difflib
-
-        close = difflib.get_close_matches(code, EXPLANATIONS, 3, 0.6)
-        raise click.UsageError(f"no diagnostic has the code {code}" + (f"; near: {', '.join(close)}" if close else ""))
-    severity = {"E": Severity.ERROR, "W": Severity.WARNING}.get(code[0], Severity.REMARK).value
-    if as_json:
-        print_json("fp8c.explanation/1", code=code, severity=severity, text=text)
-    else:
-        import textwrap
-
-        print(f"{severity} {code}\n\n{textwrap.fill(text, 96)}")
-    return int(ExitCode.OK)
-
-
-@app.command()
 @as_json_option
 def passes(as_json: bool) -> None:
     """List the rewrites in the order they run."""
@@ -638,61 +614,6 @@ def bench(arguments: tuple[str, ...]) -> int:
 
 
 @app.command()
-@click.option("--format", "format_", type=click.Choice(["hf"]), required=True, help="hf: Hugging Face, FP8 in 128x128 blocks.")
-@click.argument("model", metavar="BUILD|MODEL")
-@click.argument("checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT")
-@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
-@spec_option
-@click.option("-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Configuration field of an hf: model.")
-@click.option("--ema", is_flag=True, help="Export the moving average instead of the parameters.")
-@click.option("--mtp", is_flag=True, help="Keep the multi-token-prediction layers, which are left out otherwise.")
-@click.option("--partial-blocks", is_flag=True, help="Quantize weights with a partial block as well.")
-@click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
-@as_json_option
-def export(
-    format_: str,
-    model: str,
-    checkpoint: Path,
-    out: Path,
-    spec: str,
-    overrides: tuple[str, ...],
-    ema: bool,
-    mtp: bool,
-    partial_blocks: bool,
-    force: bool,
-    as_json: bool,
-) -> int:
-    """Write a training CHECKPOINT as an FP8 checkpoint that others load.
-
-    The first argument is a build, or an hf: model as `fp8c compile` takes it (with --spec).
-    """
-    check_inputs_exist(spec, None)
-    from fp8c.models import parse_overrides
-    from fp8c.tools.export_hf import ExportRequest
-    from fp8c.tools.export_hf import export as run
-
-    del format_  # the only one there is
-    request = ExportRequest(
-        model=model,
-        checkpoint=checkpoint,
-        out=out,
-        spec=spec,
-        overrides=parse_overrides(overrides),
-        source="ema" if ema else "model",
-        mtp=mtp,
-        partial_blocks=partial_blocks,
-        force=force,
-    )
-    exported = run(request)
-    print_diagnostics(exported.remarks)
-    if as_json:
-        print_json("fp8c.export/1", **exported.to_json())
-    else:
-        print(exported.text())
-    return int(ExitCode.OK)
-
-
-@app.command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @as_json_option
 def profile(trace: Path, as_json: bool) -> None:
@@ -704,6 +625,10 @@ def profile(trace: Path, as_json: bool) -> None:
         print_json("fp8c.profile/1", **report.to_json())
     else:
         print(tool.profile_text(report))
+
+
+for command in build_commands.COMMANDS:
+    app.add_command(command)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ class Exported:
             f"{self.out}: {self.quantized} weights in FP8, {self.kept} tensors kept, {self.size_bytes / 2**20:.1f} MiB"
         ]
         if self.dropped:
-            lines.append(f"left out: {len(self.dropped)} tensors of the multi-token prediction ({self.dropped[0]}, ...)")
+            lines.append(
+                f"left out: {len(self.dropped)} tensors of the multi-token prediction ({self.dropped[0]}, ...)"
+            )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -192,7 +194,9 @@ def split(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Te
 def is_mtp(name: str, model: Any) -> bool:
     """Multi-token prediction: a module `mtp` beside the model, or layers behind its last, as DeepSeek-V3 has it."""
     layer = re.search(r"model\.layers\.(\d+)\.", name)
-    return bool(_MTP.match(name.removeprefix("model."))) or bool(layer and int(layer[1]) >= model.config.num_hidden_layers)
+    return bool(_MTP.match(name.removeprefix("model."))) or bool(
+        layer and int(layer[1]) >= model.config.num_hidden_layers
+    )
 
 
 def mtp_name(name: str, model: Any) -> str:
@@ -376,5 +380,3 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         model = AutoModelForCausalLM.from_pretrained(scratch, dtype=dtype, local_files_only=True)
     model.config.use_cache = False
     return model.train()
-
-

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fp8c.ops  # noqa: F401
+import fp8c.backends.reference  # noqa: F401
 from fp8c.cli import main
 from fp8c.diagnostics import DiagnosticError
 from fp8c.models import load_model
-from fp8c.optim import AdamW, EMA, checkpoint
+from fp8c.optim import EMA, AdamW, checkpoint
 from fp8c.tools import export_hf
 from fp8c.tools.export_hf import ExportRequest, export
 
@@ -145,7 +145,12 @@ def test_what_does_not_fit_is_named(trained: tuple[nn.Module, Path], tmp_path: P
     folder = trained[1]
 
     def run(**changes: Any) -> None:
-        given: dict[str, Any] = {"model": "hf:deepseek_v3", "checkpoint": folder, "out": tmp_path / "x", "overrides": TINY}
+        given: dict[str, Any] = {
+            "model": "hf:deepseek_v3",
+            "checkpoint": folder,
+            "out": tmp_path / "x",
+            "overrides": TINY,
+        }
         export(ExportRequest(**{**given, **changes}))
 
     with pytest.raises(DiagnosticError, match="E1131"):
