@@ -270,6 +270,8 @@ EXPLANATIONS: dict[str, str] = {
     "E1141": "The checkpoint's tensors are not those of the model that was named: some are missing, unknown or of another "
     "shape.",
     "E1142": "The Hugging Face FP8 format holds E4M3 weights in 128x128 blocks; the plan has others.",
+    "E1150": "A schedule of precision is out of range, or a pattern to switch to BF16 matches no GEMM of the step.",
+    "E1151": "Telemetry needs an interval of at least one step.",
     "R1143": "Weights with a side that is no multiple of 128 were left in BF16. Programs that derive the size of a block "
     "from the number of scales, as transformers does on a CPU, would read them wrongly.",
     "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
