@@ -50,6 +50,12 @@ def prepare_hf(module: nn.Module) -> list[Diagnostic]:
                 severity=Severity.REMARK,
             )
         )
+    for name, part in module.named_modules():  # a layer without its model
+        if is_hf_experts(part) and part.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
+            before = part.config._experts_implementation  # type: ignore[union-attr]
+            part.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
+            text = f"'{name}' uses grouped GEMMs (experts implementation '{before}' -> '{IMPLEMENTATION}')"
+            remarks.append(Diagnostic("R0822", text, severity=Severity.REMARK))
     return remarks
 
 
