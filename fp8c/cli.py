@@ -241,7 +241,8 @@ def spec_diff(
 
     other = load(new)
     request = model_request(model, old, target, overrides, batch, seq, weights)
-    from fp8c.tools.spec_command import diff_on_model, diff_plans, diff_text
+    from fp8c.specs.plan_diff import diff_plans, diff_text
+    from fp8c.tools.spec_command import diff_on_model
 
     results = diff_on_model(request, other)
     for result in results:
@@ -625,6 +626,15 @@ def simulate(
         print_json(tool.SCHEMA, **report.to_json())
     else:
         print(tool.table_text(report))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [OPTIONS]...")
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure on this machine's GPU against the BF16 baseline in the same process; `fp8c bench NAME --help` says more."""
+    from fp8c.tools.bench.__main__ import main as run
+
+    return run(list(arguments))
 
 
 @app.command()

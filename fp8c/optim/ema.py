@@ -32,6 +32,7 @@ from fp8c.optim.adamw import local
 #: Parameters below this go to the host together: one copy for many small tensors.
 SMALL_BYTES = 1 << 20
 ALIGNMENT_BYTES = 64
+PIECE = 1 << 19  # elements that a fold takes at a time: average and parameter stay in the CPU's caches
 
 
 class EMA:
@@ -180,8 +181,22 @@ class EMA:
 
 
 def fold(average: Tensor, parameter: Tensor, decay: float) -> None:
-    """The synchronous formula: average FP32, parameter of any type, both on the CPU."""
-    average.lerp_(parameter.float(), 1.0 - decay)
+    """average = lerp(average, parameter, 1 - decay): average FP32, parameter of any type, both on the CPU, equal strides.
+
+    Piece by piece, because a temporary of the whole parameter would cost more time than the arithmetic.
+    """
+    if not is_dense(average) or average.stride() != parameter.stride():
+        average.lerp_(parameter.float(), 1.0 - decay)
+        return
+    pieces = zip(in_memory_order(average).split(PIECE), in_memory_order(parameter).split(PIECE))
+    scratch = torch.empty(min(PIECE, average.numel()), dtype=torch.float32)
+    for old, new in pieces:
+        old.lerp_(scratch[: len(new)].copy_(new), 1.0 - decay)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor as the one-dimensional view of its storage."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 class Snapshot:

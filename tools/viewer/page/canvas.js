@@ -110,7 +110,7 @@ function drawBox(view, half, box) {
     const operators = item.kind === "part" ? item.nodes.length : module.counts[half.index];
     head.append(make("div", { class: "title" }, make("span", { class: "chevron", "aria-hidden": "true" }, open ? "▾" : "▸"), make("span", { class: "name" }, name),
       item.kind === "fold" ? make("span", { class: "times" }, `× ${item.fold.members.length}`) : null, open && module ? moduleBadge(view, half, module) : null));
-    if (!open) head.append(make("div", { class: "sub" }, module ? moduleBadge(view, half, module) : make("span", { class: "type" }, "between modules"), make("span", { class: "type" }, `${count(operators)} op${operators === 1 ? "" : "s"}${item.kind === "fold" ? " each" : ""}`)));
+    if (!open) head.append(make("div", { class: "sub" }, module ? moduleBadge(view, half, module) : make("span", { class: "type" }, placesOf(item).file), make("span", { class: "type" }, `${count(operators)} op${operators === 1 ? "" : "s"}${item.kind === "fold" ? " each" : ""}`)));
   }
   element.append(head);
   if (open && item.kind === "fold") element.append(drawStepper(view, item.fold));

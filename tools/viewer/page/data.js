@@ -156,7 +156,8 @@ function use([key, path, op, kinds, roles, param, [m, n, k, experts], decisions,
 
 // --- words -----------------------------------------------------------------------------------------------------------
 
-const count = n => n.toLocaleString("en-US");
+const numbers = new Intl.NumberFormat("en-US");
+const count = n => numbers.format(n);
 function bytes(n) {
   if (n === null || n === undefined) return "–";
   for (const [unit, size] of [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]])

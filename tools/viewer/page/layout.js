@@ -1,7 +1,8 @@
 // Which boxes a module holds, how they are joined, and where they lie. Layouts are made per module, inner ones first.
 
-const BOX = { module: [196, 48], op: [172, 46], part: [178, 46], pill: [0, 20] };
+const BOX = { module: [196, 48], op: [172, 46], gemm: [232, 46], part: [196, 46], pill: [0, 20] };
 const HEAD = 32, PAD = 12;
+const LAYOUT_LIMIT = 600; // layouts kept
 
 /** Items of a module in one half: child modules, folds, operators, parts (runs of loose operators), and input pills. */
 function itemsOf(view, half, module) {
@@ -130,7 +131,7 @@ function pillsOf(view, half, found) {
 
 /** What an item's layout depends on: what is open inside it, and which members folds show. */
 function layoutKey(view, half, item) {
-  if (item.kind === "root") return null;
+  if (item.kind === "root") return `${half.index}|${half.showsPlumbing}|root|${[...view.open].sort().join(" ")}|${view.foldKey("")}`;
   const path = item.kind === "part" ? item.id.slice(5) : item.kind === "fold" ? item.fold.shown.path : item.module.path;
   const inside = [];
   for (const id of view.open) if (id.startsWith(path + ".", id.indexOf(":") + 1) || id.startsWith(`part:${path}#`)) inside.push(id);
@@ -139,10 +140,11 @@ function layoutKey(view, half, item) {
 
 function layoutInside(view, half, item) {
   const key = layoutKey(view, half, item);
-  const known = key && view.layouts.get(key);
+  const known = view.layouts.get(key);
   if (known) return known;
+  if (view.layouts.size > LAYOUT_LIMIT) view.layouts.clear();
   const layout = newLayout(view, half, item);
-  if (key) view.layouts.set(key, layout);
+  view.layouts.set(key, layout);
   return layout;
 }
 
@@ -192,7 +194,7 @@ function newLayout(view, half, item) {
 function boxOf(view, half, item) {
   const isOpen = view.isOpen(item);
   if (!isOpen) {
-    const [width, height] = BOX[item.kind === "fold" ? "module" : item.kind];
+    const [width, height] = BOX[item.kind === "fold" ? "module" : item.kind === "op" && half.precisionOf(item.node).includes("×") ? "gemm" : item.kind];
     return { item, width, height: item.kind === "fold" ? height + 4 : height, inside: null };
   }
   const inside = layoutInside(view, half, item);
@@ -203,17 +205,22 @@ function boxOf(view, half, item) {
 function labelOf(view, half, item) {
   if (item.kind === "module") return item.module.name;
   if (item.kind === "fold") return item.fold.label;
-  if (item.kind === "part") return `${commonPlace(item)}`;
+  if (item.kind === "part") return partLabel(item);
   return item.kind === "op" ? shortOp(half.opOf(item.node)) : item.pill.text;
 }
 
-/** The file most of a part's operators come from. */
-function commonPlace(part) {
-  const counts = new Map();
+/** Where a part's operators come from: the file most of them are of, and its lines. */
+function placesOf(part) {
+  const files = new Map();
   for (const i of part.nodes) {
-    const file = view_file(part.half.all.strings[part.half.place[i]]);
-    counts.set(file, (counts.get(file) || 0) + 1);
+    const [, file, line] = part.half.all.strings[part.half.place[i]].match(/^(.*):(\d+)$/) || [null, "", "0"];
+    if (!files.has(file)) files.set(file, []);
+    files.get(file).push(Number(line));
   }
-  return [...counts].sort((a, b) => b[1] - a[1])[0][0] || "operators";
+  const [file, lines] = [...files].sort((a, b) => b[1].length - a[1].length)[0];
+  return { file, first: Math.min(...lines), last: Math.max(...lines) };
 }
-const view_file = place => place.replace(/:\d+$/, "");
+function partLabel(part) {
+  const { file, first, last } = placesOf(part);
+  return file ? (first === last ? `line ${first}` : `lines ${first}–${last}`) : "operators";
+}

@@ -26,7 +26,7 @@ class View {
     const s = this.selected;
     if (!s || s.kind !== "node") return false;
     const from = this.model.halves[s.half];
-    if (item.kind === "op") return from.gemm[s.node] > 0 && half.gemm[item.node] > 0 && /mm/.test(half.opOf(item.node)) && this.model.strings[half.use[item.node]] === this.model.strings[from.use[s.node]];
+    if (item.kind === "op") return !this.isSelected(half, item) && from.gemm[s.node] > 0 && half.gemm[item.node] > 0 && /mm/.test(half.opOf(item.node)) && this.model.strings[half.use[item.node]] === this.model.strings[from.use[s.node]];
     const module = item.kind === "module" ? item.module : item.kind === "fold" ? item.fold.shown : null;
     return module !== null && module.parent !== null && half.index !== s.half && module === from.modules[s.node];
   }
@@ -68,21 +68,30 @@ class View {
     document.body.dataset.boxes = String(document.querySelectorAll("#graph .box").length);
     this.prepareNext();
   }
-  /** While nobody acts, lay out what the next click may unfold. */
+  /** While nobody acts, lay out what the next click may unfold: the boxes in sight. */
   prepareNext() {
     clearTimeout(this.waiting);
+    if (this.idle) cancelIdleCallback(this.idle);
     delete document.body.dataset.prepared;
-    const closed = [...document.querySelectorAll('#graph .box[aria-expanded="false"]')];
+    let closed = null;
     const step = deadline => {
-      while (closed.length && deadline.timeRemaining() > 4) {
-        const { half, item } = itemOfBox(this, closed.shift());
-        if (item.kind !== "part" && !this.open.has(item.id)) layoutInside(this, half, item);
-      }
-      if (closed.length) this.idle = requestIdleCallback(step);
+      closed = closed || [...document.querySelectorAll('#graph .box[aria-expanded="false"]')].filter(isInSight).map(box => itemOfBox(this, box).item).filter(item => item.kind !== "part");
+      do {
+        if (!closed.length) break;
+        this.layOutWith(closed.shift());
+      } while (deadline.timeRemaining() > 25);
+      if (closed.length) this.idle = requestIdleCallback(step, { timeout: 200 });
       else document.body.dataset.prepared = "yes";
     };
-    if (this.idle) cancelIdleCallback(this.idle);
-    this.waiting = setTimeout(() => { this.idle = requestIdleCallback(step); }, 120);
+    this.waiting = setTimeout(() => { this.idle = requestIdleCallback(step, { timeout: 200 }); }, 150);
+  }
+  /** Lay out both directions as if one more item were open; nothing is drawn. */
+  layOutWith(item) {
+    const open = this.open;
+    this.open = new Set(open);
+    this.toggle(item);
+    for (const half of this.model.halves) if (half.when === this.when) layoutInside(this, half, { kind: "root", module: this.model.root });
+    this.open = open;
   }
   showMember(fold, at) {
     const before = fold.shown, after = fold.members[at];

@@ -166,8 +166,8 @@ function modulePanel(view, module) {
   for (const [i] of forward.savedBy) if (module.contains(forward.modules[i])) { savedCount++; savedBytes += forward.bytesOf(i); }
   facts.append(...fact("operators", halves.map(h => make("div", {}, `${h.direction} ${count(module.counts[h.index])}`))));
   facts.append(...fact("precision", halves.map(h => make("div", {}, `${h.direction} `, moduleBadge(view, h, module)))));
-  if (parameters) facts.append(...fact("parameters", `${count(parameters)} tensors, ${bytes(parameterBytes)}`));
-  if (savedCount) facts.append(...fact("saved after", `${count(savedCount)} values, ${bytes(savedBytes)}`));
+  if (parameters) facts.append(...fact("parameters", `${count(parameters)} tensor${parameters === 1 ? "" : "s"}, ${bytes(parameterBytes)}`));
+  if (savedCount) facts.append(...fact("saved after", `${count(savedCount)} value${savedCount === 1 ? "" : "s"}, ${bytes(savedBytes)}`));
   const place = halves.flatMap(h => module.nodes[h.index].map(i => view.model.strings[h.place[i]])).find(Boolean);
   if (module.fold) facts.append(...fact("identical", `${module.fold.members.length} modules, ${module.fold.members[0].path} to ${module.fold.members[module.fold.members.length - 1].path}`));
   parts.push(facts, place ? sourceBlock(view, place, "") : null);
