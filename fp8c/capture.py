@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from fp8c import graph as g
@@ -37,6 +38,12 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
         )
         names.append(g.canonical_path(name) if is_state else "")
     return tuple(names)
+
+
+def input_examples(gm: fx.GraphModule) -> list[Any]:
+    """The tensors and objects that Dynamo captured the inputs of its graph from, in order."""
+    arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return [None if argument is None else argument.example for argument in arguments]
 
 
 def _source_name(source: Any) -> str:
@@ -215,7 +222,18 @@ def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "meta" or isinstance(tensor, FakeTensor):
             return tensor
-        if id(tensor) not in made:
+        if id(tensor) not in made and isinstance(tensor, DTensor):
+            part = fake(tensor.to_local().detach())
+            sharded = DTensor.from_local(
+                part,
+                tensor.device_mesh,
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
+            made[id(tensor)] = nn.Parameter(sharded, requires_grad=tensor.requires_grad)
+        elif id(tensor) not in made:
             new: torch.Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
@@ -231,13 +249,19 @@ def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
 
 
 def joint_input_names(joint: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
-    """Name of every primal of the joint graph, by placeholder name. Raises ValueError when the counts disagree."""
+    """Name of every primal of the joint graph, by placeholder name. Raises ValueError when the counts disagree.
+
+    A DTensor's shard has its parameter's name; what else a DTensor is made of (its mesh) has none.
+    """
     primals = [n for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")]
     by_index = {}
     for position, node in enumerate(primals):
-        index = getattr(node.meta.get("desc"), "idx", position)
+        described = node.meta.get("desc")
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        while hasattr(described, "base"):
+            described = described.base
+        index = getattr(described, "idx", position)
         if not 0 <= index < len(names):
             raise ValueError(f"the joint graph has input {index}, but the capture has {len(names)}")
-        by_index[node.name] = names[index]
-        node.meta["fp8c_name"] = names[index]
+        by_index[node.name] = node.meta["fp8c_name"] = names[index] if is_tensor else ""
     return by_index

@@ -241,7 +241,8 @@ def spec_diff(
 
     other = load(new)
     request = model_request(model, old, target, overrides, batch, seq, weights)
-    from fp8c.tools.spec_command import diff_on_model, diff_plans, diff_text
+    from fp8c.specs.plan_diff import diff_plans, diff_text
+    from fp8c.tools.spec_command import diff_on_model
 
     results = diff_on_model(request, other)
     for result in results:
@@ -378,6 +379,9 @@ def spec_show(name: str) -> None:
 @click.option("--out", "-o", default="build", show_default=True, metavar="DIR", help="Folder of the build.")
 @click.option("--verify", is_flag=True, help="Run the step and check it against BF16, the plan and FP64.")
 @click.option("--no-baseline", is_flag=True, help="Leave out the comparison with BF16's saved bytes.")
+@click.option(
+    "--without", multiple=True, metavar="PASS", help="Leave out an optional exact pass, causal-attention say."
+)
 @click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
 @click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
@@ -398,6 +402,7 @@ def compile_(
     out: str,
     verify: bool,
     no_baseline: bool,
+    without: tuple[str, ...],
     force: bool,
     print_ir_before: tuple[str, ...],
     print_ir_after: tuple[str, ...],
@@ -431,6 +436,7 @@ def compile_(
             weights=weights,
             verify=verify,
             baseline=not no_baseline,
+            without=without,
             force=force,
             printing=Printing(
                 print_ir_before,
@@ -668,6 +674,15 @@ def simulate(
         print_json(tool.SCHEMA, **report.to_json())
     else:
         print(tool.table_text(report))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [OPTIONS]...")
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure on this machine's GPU against the BF16 baseline in the same process; `fp8c bench NAME --help` says more."""
+    from fp8c.tools.bench.__main__ import main as run
+
+    return run(list(arguments))
 
 
 @app.command()

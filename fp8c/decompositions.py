@@ -23,10 +23,12 @@ from fp8c.ops import (
     DATA_DTYPE,
     E5M6_CODES,
     Size,
+    check_accumulator,
     check_attention,
     check_quantize_input,
     empty_heads_last,
     experts_of,
+    lay_out,
     original_shape,
     quantized_format,
     register_portable,
@@ -160,7 +162,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     groups = _split(x, parsed)
     scale = _scale_of(groups.abs().amax((-3, -1)), parsed)
     payload = _join(groups / scale[..., :, None, :, None], rows, cols)
-    return _encode(payload, parsed.element).contiguous(), _store_scale(scale, parsed).contiguous()
+    return lay_out(_encode(payload, parsed.element), _store_scale(scale, parsed), parsed)
 
 
 def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,7 @@ def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, 
     scale = _scale_of(by_group, fmt)
     payload = _join(groups / scale[scale_row][:, None, :, None], rows, cols)
     payload = torch.where(is_owned[:, None], payload, 0.0)
-    return _encode(payload, fmt.element).contiguous(), _store_scale(scale, fmt)
+    return lay_out(_encode(payload, fmt.element), _store_scale(scale, fmt), fmt)
 
 
 def dequantize(
@@ -278,6 +280,28 @@ def scaled_grouped_wgrad(
     return torch.stack(products).to(out_dtype)
 
 
+def scaled_mm_add_(
+    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
+) -> None:
+    check_accumulator("scaled_mm_add_", acc, 2)
+    acc.add_(scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32))
+
+
+def scaled_grouped_wgrad_add_(
+    acc: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+) -> None:
+    check_accumulator("scaled_grouped_wgrad_add_", acc, 3)
+    acc.add_(scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32))
+
+
 def _grouped_mm_applies(*operands: Tensor) -> bool:
     """Whether `torch._grouped_mm` takes BF16 operands with these last axes: rows of a multiple of 16 bytes, on CUDA."""
     return all(t.is_cuda and t.shape[-1] % 8 == 0 for t in operands)
@@ -349,6 +373,8 @@ for _implementation in (
     scaled_mm,
     scaled_grouped_mm,
     scaled_grouped_wgrad,
+    scaled_mm_add_,
+    scaled_grouped_wgrad_add_,
     attention,
     attention_backward,
 ):

@@ -207,6 +207,14 @@ EXPLANATIONS: dict[str, str] = {
     "they are. The note says how the result was compared with the loop's.",
     "R0822": "Experts of a transformers model use fp8c's implementation: the same grouped GEMMs as transformers' own "
     "'grouped_mm', which also stay grouped GEMMs with FP32 parameters under autocast.",
+    "R0840": "Attention masks that hold the causal triangle, proven from the operators that make them, were dropped for the "
+    "causal kernel. The result is the same; `without=('causal-attention',)` keeps the masks.",
+    "R0841": "An attention mask is kept: it depends on data (padding, packed sequences), is a window, or is made by operators "
+    "that fp8c does not follow.",
+    "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
+    "that can't be told, so every forward and backward quantizes them.",
+    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. A parameter that is "
+    "sharded (DTensor, FSDP2) has its gradient reduced by FSDP2 instead.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
@@ -232,6 +240,40 @@ EXPLANATIONS: dict[str, str] = {
     "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
     "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
     "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
+    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or that dimension has more ranks than a layer has "
+    "experts.",
+    "E0861": "The experts of this loop are found neither in a list of modules or parameters of the module nor in a tensor "
+    "whose first axis counts experts, so they can't be sharded.",
+    "E0862": "The mesh asked for and the ranks that run differ in number, or a machine was given more ranks than it has "
+    "GPUs. torchrun starts one process for each rank.",
+    "E0863": "Ranks were started with different specs, targets, versions or models, or one of them never came. Compared "
+    "before anything is exchanged, because ranks with different graphs would send each other the wrong data or wait for "
+    "ever.",
+    "E0864": "Dense parameters are replicated over the ranks that share experts, and each rank's backward fills their "
+    "gradients from its own batch. They must be summed before an optimizer uses them.",
+    "E0865": "A collective of the step failed because another rank is gone or late. The rank that failed first has the "
+    "reason in its own output.",
+    "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
+    "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
-    "another type. Options are spec, target and lowering.",
+    "another type. Options are spec, target, lowering and without.",
+    "E1101": "A setting of AdamW is out of range, or a saved optimizer used one that fp8c's AdamW does not have.",
+    "E1102": "The optimizer got no parameter that requires a gradient.",
+    "E1103": "A parameter or its gradient is sparse, complex or of another type than FP32, BF16 or FP16.",
+    "E1104": "The saved optimizer state belongs to other parameters: their number or their shapes differ.",
+    "E1110": "The fused AdamW kernel got tensors that do not lie in memory as their parameter does.",
+    "E1120": "A setting of the moving average is out of range, or the module has no trained parameter.",
+    "E1121": "The saved moving average belongs to another module: names or shapes differ.",
+    "E1130": "A checkpoint cannot be written there.",
+    "E1131": "There is no whole checkpoint: its record or a file of it is missing, was cut, or is of another version.",
+    "E1132": "The checkpoint was trained under another spec, or the spec's text has changed since.",
+    "E1133": "The checkpoint has other tensors than the model, the optimizer or the moving average it is loaded into.",
+    "E1134": "Something given to be saved beside the model has a state that is neither plain values nor tensors.",
+    "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
+    "W1101": "AdamW was built on bare parameters or on a module that fp8c did not compile, so no spec says in which "
+    "precision to keep moments and masters; it takes the recipe's. Bare parameters also have no names for checkpoints.",
+    "W1102": "The spec asks for FP32 gradients, and the optimizer found BF16 ones: each micro-batch's sum is rounded to 8 "
+    "significant bits. `main_grad=True` keeps FP32 accumulators.",
+    "W1103": "A BF16 moment with this beta never decays: a step takes off less than half a unit in its last place, which "
+    "rounding to nearest gives back.",
 }

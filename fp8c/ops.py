@@ -50,6 +50,14 @@ _SCHEMAS = {
         "(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offs, str a_fmt, str b_fmt, int promote_every, "
         "ScalarType out_dtype) -> Tensor"
     ),
+    "scaled_mm_add_": (
+        "(Tensor(a!) acc, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, str a_fmt, str b_fmt, int promote_every) "
+        "-> ()"
+    ),
+    "scaled_grouped_wgrad_add_": (
+        "(Tensor(a!) acc, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offs, str a_fmt, str b_fmt, "
+        "int promote_every) -> ()"
+    ),
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, bool enable_gqa) -> (Tensor, Tensor)"
     ),
@@ -89,9 +97,9 @@ def portable(name: str) -> Callable[..., Any]:
 
 
 # Kernels see the strides that the graph has: a GEMM operand may be a permuted view and must stay one.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+KERNEL_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=_TAGS)  # type: ignore[no-untyped-call]
+    _LIBRARY.define(_name + _schema, tags=KERNEL_TAGS)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _portable_or_fail(_name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
@@ -168,6 +176,66 @@ def experts_of(fmt: Format, offs: Tensor | None, ndim: int) -> Size | None:
     return offs.shape[0]
 
 
+# Layout: what the GEMMs read without a copy. The copy engine needs the reduction innermost, row strides of 16 bytes.
+DATA_ALIGNMENT = 16  # elements of one byte
+SCALE_ALIGNMENT = 4  # elements of four bytes
+
+
+def empty_quantized(
+    like: Tensor, shape: Sequence[Size], fmt: Format, offs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised (data, scale) of a tensor of `shape`, in the layout that every implementation returns.
+
+    Matrices in groups of one column (128x1) are stored transposed: their permuted view is what wgrad reads. Scales of
+    groups of one row or one column are stored with the other axis innermost: for 1x128 [T, G] in memory [G, T rounded up
+    to 4]. Everything else is contiguous.
+    """
+    assert fmt.scale is not None and fmt.group is not None
+    experts = experts_of(fmt, offs, len(shape))
+    return (
+        empty_data(like, data_shape(shape, fmt), fmt),
+        empty_scale(like, scale_shape(shape, fmt, experts), fmt),
+    )
+
+
+def empty_data(like: Tensor, shape: Sequence[Size], fmt: Format) -> Tensor:
+    """Uninitialised data of `shape` (`data_shape`), laid out as `empty_quantized` says."""
+    dtype = DATA_DTYPE[fmt.element]
+    if not is_stored_transposed(fmt, len(shape)):
+        return like.new_empty(list(shape), dtype=dtype)
+    return like.new_empty_strided(list(shape), (1, round_up(shape[0], DATA_ALIGNMENT)), dtype=dtype)
+
+
+def empty_scale(like: Tensor, shape: Sequence[Size], fmt: Format) -> Tensor:
+    """Uninitialised scales of `shape` (`scale_shape`), laid out as `empty_quantized` says."""
+    assert fmt.scale is not None and fmt.group is not None
+    dtype = SCALE_DTYPE[fmt.scale]
+    g0, g1 = fmt.group
+    if len(shape) != 2 or WHOLE in fmt.group or (g0 != 1 and g1 != 1):
+        return like.new_empty(list(shape), dtype=dtype)
+    rows, cols = shape
+    strides = (1, round_up(rows, SCALE_ALIGNMENT)) if g0 == 1 else (round_up(cols, SCALE_ALIGNMENT), 1)
+    return like.new_empty_strided(list(shape), strides, dtype=dtype)
+
+
+def is_stored_transposed(fmt: Format, ndim: int) -> bool:
+    assert fmt.group is not None
+    g0, g1 = fmt.group
+    return ndim == 2 and g1 == 1 and g0 not in (1, WHOLE) and fmt.element is not Element.E5M6
+
+
+def lay_out(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """A pair of any strides, copied to the layout of `empty_quantized`."""
+    return (
+        empty_data(data, data.shape, fmt).copy_(data),
+        empty_scale(scale, scale.shape, fmt).copy_(scale),
+    )
+
+
+def round_up(n: Size, multiple: int) -> Size:
+    return ceil_div(n, multiple) * multiple
+
+
 def _check_rank(name: str, tensor: Tensor, ranks: tuple[int, ...]) -> None:
     if tensor.dim() not in ranks:
         wanted = " or ".join(f"{r}-D" for r in ranks)
@@ -195,14 +263,7 @@ def original_shape(q: Tensor, fmt: Format, cols: Size | None) -> list[Size]:
 
 def _fake_quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     check_quantize_input(x)
-    return _empty_quantized(x, list(x.shape), quantized_format(fmt), offs)
-
-
-def _empty_quantized(like: Tensor, shape: list[Size], fmt: Format, offs: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert fmt.scale is not None
-    experts = experts_of(fmt, offs, len(shape))
-    data = like.new_empty(data_shape(shape, fmt), dtype=DATA_DTYPE[fmt.element])
-    return data, like.new_empty(scale_shape(shape, fmt, experts), dtype=SCALE_DTYPE[fmt.scale])
+    return empty_quantized(x, x.shape, quantized_format(fmt), offs)
 
 
 def _fake_dequantize(
@@ -228,7 +289,7 @@ def _fake_requantize(
 ) -> tuple[Tensor, Tensor]:
     old, new = quantized_format(src), quantized_format(dst)
     _check_rank("requantize", q, (2, 3))
-    return _empty_quantized(q, original_shape(q, old, cols), new, restarts(new, offs))
+    return empty_quantized(q, original_shape(q, old, cols), new, restarts(new, offs))
 
 
 def _fake_scaled_mm(
@@ -276,6 +337,35 @@ def _fake_scaled_grouped_wgrad(
     for tensor, rank in ((a, 2), (a_scale, 2), (b, 2), (b_scale, 2), (offs, 1)):
         _check_rank("scaled_grouped_wgrad", tensor, (rank,))
     return a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _fake_scaled_mm_add_(
+    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
+) -> None:
+    product = _fake_scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32)
+    check_accumulator("scaled_mm_add_", acc, product.dim())
+
+
+def _fake_scaled_grouped_wgrad_add_(
+    acc: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+) -> None:
+    product = _fake_scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32)
+    check_accumulator("scaled_grouped_wgrad_add_", acc, product.dim())
+
+
+def check_accumulator(name: str, acc: Tensor, rank: int) -> None:
+    """Raises: E0520 unless acc is FP32 with this many axes."""
+    _check_rank(name, acc, (rank,))
+    if acc.dtype is not torch.float32:
+        raise fail("E0520", f"fp8c::{name}: expected a float32 accumulator, found {acc.dtype}")
 
 
 def empty_heads_last(like: Tensor, shape: Sequence[Size]) -> Tensor:
@@ -333,6 +423,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scaled_mm": _fake_scaled_mm,
     "scaled_grouped_mm": _fake_scaled_grouped_mm,
     "scaled_grouped_wgrad": _fake_scaled_grouped_wgrad,
+    "scaled_mm_add_": _fake_scaled_mm_add_,
+    "scaled_grouped_wgrad_add_": _fake_scaled_grouped_wgrad_add_,
     "attention": _fake_attention,
     "attention_backward": _fake_attention_backward,
 }
@@ -374,5 +466,7 @@ REQUANTIZE = torch.ops.fp8c.requantize.default
 SCALED_MM = torch.ops.fp8c.scaled_mm.default
 SCALED_GROUPED_MM = torch.ops.fp8c.scaled_grouped_mm.default
 SCALED_GROUPED_WGRAD = torch.ops.fp8c.scaled_grouped_wgrad.default
+SCALED_MM_ADD_ = torch.ops.fp8c.scaled_mm_add_.default
+SCALED_GROUPED_WGRAD_ADD_ = torch.ops.fp8c.scaled_grouped_wgrad_add_.default
 ATTENTION = torch.ops.fp8c.attention.default
 ATTENTION_BACKWARD = torch.ops.fp8c.attention_backward.default

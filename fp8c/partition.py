@@ -39,9 +39,11 @@ def partition(joint: fx.GraphModule, ctx: PassContext) -> Halves:
         if node in gradients or node.op == "output":
             continue
         val = node.meta.get("val")
-        if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(val, (torch.SymInt, torch.SymFloat)):
             if not g.is_backward(node):
                 sizes.append(node)
+        elif isinstance(val, torch.SymBool):
+            continue  # a check of a size; forward has made it
         elif node.op == "placeholder" or node.name in ctx.saved:
             saved.append(node)
     forward, backward = partitioners._extract_fwd_bwd_modules(

@@ -19,7 +19,7 @@ from fp8c import __version__, driver
 from fp8c import graph as g
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import record_json
-from fp8c.build import check_output, graph_file, json_bytes, spec_file, write_build
+from fp8c.build import check_output, graph_file, json_bytes, packed_json, spec_file, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
 from fp8c.durations import DurationTable
 from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
@@ -27,11 +27,13 @@ from fp8c.graph_durations import step_durations
 from fp8c.models import LoadedModel, Weights, check_step, load_model
 from fp8c.partition import Halves
 from fp8c.pass_manager import PassRecord
+from fp8c.passes import check_optional
 from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
 from fp8c.saved import SavedReport, SavedTensor, saved_report
 from fp8c.specs.plan import PrecisionPlan, UsePlan
 from fp8c.tools import report, verify
+from fp8c.tools.graph_notes import NOTES_FILE, TRACE_FILE, graph_notes, schedule_trace
 from fp8c.tools.ir_printing import Observer, Printing, write_reproducer
 from fp8c.tools.progress import Progress
 
@@ -52,6 +54,7 @@ class Request:
     weights: Weights = "auto"
     verify: bool = False
     baseline: bool = True
+    without: tuple[str, ...] = ()
     force: bool = False
     printing: Printing = field(default_factory=Printing)
     argv: tuple[str, ...] = ()
@@ -109,7 +112,8 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     if request.out is not None:
         check_output(request.out, force=request.force)
     observer = Observer(request.printing.checked())
-    session = driver.new_session(request.spec, request.target, observers=(observer,))
+    without = check_optional(request.without)
+    session = driver.new_session(request.spec, request.target, observers=(observer,), without=without)
     with progress.stage("loading the model"):
         loaded = load_model(
             request.model,
@@ -284,6 +288,9 @@ def write(
     for name, graph in graphs.items():
         file, content = graph_file(name, g.graph_text(graph, name))
         files[file] = content
+    files[NOTES_FILE] = packed_json(graph_notes(rewritten, observer.roles))
+    if rewritten.ctx.schedules:
+        files[TRACE_FILE] = packed_json(schedule_trace(rewritten.ctx.schedules))
     durations = durations_of(rewritten, session, request.model)
     if durations is not None:
         files["durations.json"] = json_bytes(durations.to_json())
@@ -299,6 +306,7 @@ def write(
             "files": {name: spec_file(name) for name, _ in session.spec.texts},
         },
         "target": record_json(session.target),
+        "without": sorted(session.without),
         "plan": rewritten.plan.digest(),
         "decisions": decisions_digest(lock),
         "graphs": {name: portable_hash(graph) for name, graph in graphs.items()},

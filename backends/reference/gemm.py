@@ -25,7 +25,7 @@ from fp8c.backends.reference import tensor_core
 from fp8c.backends.reference.quantize import dequantize_f32, expert_groups, expert_ranges
 from fp8c.diagnostics import fail
 from fp8c.formats import Format
-from fp8c.ops import quantized_format, scale_shape
+from fp8c.ops import check_accumulator, quantized_format, scale_shape
 
 Accumulator = Literal["fp32", "hopper"]
 
@@ -129,6 +129,38 @@ def scaled_grouped_wgrad(
                 a[:, columns], a_scale[:, a_groups], b[:, columns], b_scale[:, b_groups], left, right, promote_every
             ).to(out_dtype)
     return out
+
+
+def scaled_mm_add_(
+    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
+) -> None:
+    """acc += a @ b.T; acc f32 [M, N], the rest as `scaled_mm` takes it. The FP32 product is rounded before it is added."""
+    product = scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32)
+    add_product("scaled_mm_add_", acc, product)
+
+
+def scaled_grouped_wgrad_add_(
+    acc: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+) -> None:
+    """acc[e] += the weight gradient of expert e; acc f32 [E, N, K], the rest as `scaled_grouped_wgrad` takes it."""
+    product = scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32)
+    add_product("scaled_grouped_wgrad_add_", acc, product)
+
+
+def add_product(name: str, acc: Tensor, product: Tensor) -> None:
+    """acc += product. Raises: E0520 when their shapes differ (nothing is broadcast) or acc is not FP32."""
+    check_accumulator(name, acc, product.dim())
+    if acc.shape != product.shape:
+        raise fail("E0520", f"fp8c::{name}: the accumulator is {list(acc.shape)}, the product {list(product.shape)}")
+    acc.add_(product)
 
 
 def check_operands(name: str, a: Tensor, b: Tensor) -> None:

@@ -33,6 +33,7 @@ from fp8c.ops import (
     check_quantize_input,
     data_shape,
     experts_of,
+    lay_out,
     original_shape,
     quantized_format,
     restarts,
@@ -80,7 +81,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     check_quantize_input(x)
     assert parsed.group is not None and parsed.scale is not None
     if experts_of(parsed, offs, x.dim()) is None:
-        return _quantize_block(x.float(), parsed)
+        return lay_out(*_quantize_block(x.float(), parsed), parsed)
     assert offs is not None
     data = torch.zeros(data_shape(x.shape, parsed), dtype=torch.uint8)
     scale = torch.ones(scale_shape(x.shape, parsed, offs.shape[0]), dtype=SCALE_DTYPE[parsed.scale])
@@ -88,7 +89,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
         block, block_scale = _quantize_block(x[start:end].float(), parsed)
         data[start:end] = block.view(torch.uint8)
         scale[expert_groups(parsed.group[0], expert, start, end)] = block_scale
-    return data.view(DATA_DTYPE[parsed.element]), scale
+    return lay_out(data.view(DATA_DTYPE[parsed.element]), scale, parsed)
 
 
 def _quantize_block(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ def _quantize_block(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     groups = _split_groups(x, fmt)
     scale = scale_of(groups.abs().amax((-3, -1)), fmt.element, fmt.scale)
     payload = _join_groups(groups / scale[..., :, None, :, None], x.shape)
-    return encode(payload, fmt.element).contiguous(), encode_scale(scale, fmt.scale).contiguous()
+    return encode(payload, fmt.element), encode_scale(scale, fmt.scale)
 
 
 def _split_groups(x: Tensor, fmt: Format) -> Tensor:

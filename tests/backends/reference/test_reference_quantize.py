@@ -150,10 +150,21 @@ def test_strides_do_not_matter(layout: str, fmt: str) -> None:
     expected = torch.ops.fp8c.quantize(view.clone(memory_format=torch.contiguous_format), fmt)
     quantized = torch.ops.fp8c.quantize(view, fmt)
     assert_same_bits(quantized, expected, layout)
-    assert all(t.is_contiguous() for t in (*quantized, *decompositions.quantize(view, fmt)))
-    aligned = view[:128, :128]  # without padding, which would hide the strides of the input
-    assert all(t.is_contiguous() for t in torch.ops.fp8c.quantize(aligned, fmt))
-    assert all(t.is_contiguous() for t in decompositions.quantize(aligned, fmt))
+    for source in (view, view[:128, :128]):  # the second without padding, which would hide the strides of the input
+        layout_of_format = [t.stride() for t in ops.empty_quantized(source, source.shape, Format.parse(fmt))]
+        assert [t.stride() for t in torch.ops.fp8c.quantize(source, fmt)] == layout_of_format
+        assert [t.stride() for t in decompositions.quantize(source, fmt)] == layout_of_format
+
+
+def test_the_layout_is_what_the_gemms_read_without_a_copy() -> None:
+    """Reduction innermost, data rows of 16 bytes, 1x128 scales with rows innermost, four to a row."""
+    x = torch.randn(131, 200)
+    q, s = torch.ops.fp8c.quantize(x, "e4m3[1x128] fp32")
+    assert q.stride() == (200, 1) and s.stride() == (1, 132)
+    q, s = torch.ops.fp8c.quantize(x, "e4m3[128x1] fp32")
+    assert q.t().stride() == (144, 1) and s.t().stride() == (1, 200)
+    q, s = torch.ops.fp8c.quantize(x, "e4m3[128x128] fp32")
+    assert q.is_contiguous() and s.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
