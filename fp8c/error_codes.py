@@ -139,6 +139,10 @@ EXPLANATIONS: dict[str, str] = {
     "type. fp8c never runs such code; import it in a model.py of your own instead.",
     "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
+    "E0841": "`fp8c numerics --inject` breaks one operand on purpose, to see that it is found. The fault is "
+    "KIND:MODULE[:GEMM.OPERAND] with the kind scale, axis or e5m2, and must hit an operand that the spec quantizes.",
+    "E0842": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
+    "E0845": "`fp8c numerics` compares a spec with BF16, and the spec keeps everything of this model in BF16.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
     "R0411": "A size is no multiple of its group, and the spec pads: the last group is shorter and has a scale of its own. "
     "MLA's 576-wide projection is such a case.",
