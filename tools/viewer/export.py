@@ -123,10 +123,10 @@ def explorer_graph(half: Half, graphs: BuildGraphs, uses: Mapping[str, Any]) -> 
     inputs = [
         {
             "id": name,
-            "label": graphs.inputs.get(name) or name,
+            "label": graphs.inputs.get(name, ("", ""))[0] or name,
             "namespace": "inputs",
             "attrs": [],
-            "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": graphs.types.get(name, "")}]}],
+            "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": half.types.get(name, "")}]}],
         }
         for name in outside
     ]
