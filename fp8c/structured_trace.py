@@ -6,17 +6,19 @@ Torch writes them where `TORCH_TRACE` names a folder; without it nothing is prin
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from fp8c import graph as g
 from fp8c.pass_manager import PassRecord
-from fp8c.passes import ALL_PASSES, HALF_PASSES
+from fp8c.passes import HALF_PASSES, JOINT_PASSES, ROLES
 from fp8c.specs.plan import PrecisionPlan
 
-_ORDER = {p.name: i for i, p in enumerate(ALL_PASSES, 1)}
-_ON_HALVES = frozenset(p.name for p in HALF_PASSES)
+_ON_HALVES = tuple(p.name for p in HALF_PASSES)
+_ORDER = {name: i for i, name in enumerate((ROLES.name, *(p.name for p in JOINT_PASSES), *_ON_HALVES), 1)}
 
 
 class TraceObserver:
@@ -48,9 +50,13 @@ def _artifact(name: str, graph: fx.Graph) -> None:
 def trace_summary(plan: PrecisionPlan, records: list[PassRecord]) -> None:
     """The plan with every reason, and rewrites and seconds of each pass."""
     rows = [{"pass": r.name, "rewrites": r.changed, "pass_s": r.pass_s, "verify_s": r.verify_s} for r in records]
-    for name, document in (("fp8c_passes", lambda: rows), ("fp8c_plan", plan.to_json)):
-        trace_structured(
-            "artifact",
-            metadata_fn=lambda name=name: {"name": name, "encoding": "json"},
-            payload_fn=lambda document=document: json.dumps(document(), indent=1),
-        )
+    _json_artifact("fp8c_passes", lambda: rows)
+    _json_artifact("fp8c_plan", plan.to_json)
+
+
+def _json_artifact(name: str, document: Callable[[], Any]) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "json"},
+        payload_fn=lambda: json.dumps(document(), indent=1),
+    )

@@ -106,7 +106,9 @@ def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         else:
             groups.setdefault((row["bf16"], row["fp8c"]), []).append(row["layer"])
     named = [(f"layer {n[0]}" if len(n) == 1 else f"layers {ranges(n)}, each", *pair) for pair, n in groups.items()]
-    cells: list[tuple[str, ...]] = [(name, "-" if old is None else size(old), size(new)) for name, old, new in [*named, *rest]]
+    cells: list[tuple[str, ...]] = [
+        (name, "-" if old is None else size(old), size(new)) for name, old, new in [*named, *rest]
+    ]
     return [("saved bytes", "BF16", "fp8c"), *cells]
 
 
