@@ -40,6 +40,12 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
     return tuple(names)
 
 
+def input_examples(gm: fx.GraphModule) -> list[Any]:
+    """The tensors and objects that Dynamo captured the inputs of its graph from, in order."""
+    arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return [None if argument is None else argument.example for argument in arguments]
+
+
 def _source_name(source: Any) -> str:
     if source is None:
         return ""

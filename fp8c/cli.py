@@ -604,6 +604,15 @@ def simulate(
         print(tool.table_text(report))
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [OPTIONS]...")
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure on this machine's GPU against the BF16 baseline in the same process; `fp8c bench NAME --help` says more."""
+    from fp8c.tools.bench.__main__ import main as run
+
+    return run(list(arguments))
+
+
 @app.command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @as_json_option

@@ -29,9 +29,11 @@ from fp8c.diagnostics import DiagnosticError, ExitCode, fail
 # The mesh ------------------------------------------------------------------------------------------------------------
 
 
-def init_mesh(device: str, **dimensions: int) -> DeviceMesh:
+def init_mesh(device: str, *, comm_sms: int | None = None, **dimensions: int) -> DeviceMesh:
     """A mesh over all ranks that torchrun started, e.g. `init_mesh("cuda", ep=8)`; sets up the process group and the GPU.
 
+    comm_sms: how many SMs NCCL's kernels may take in the group of dimension "ep" (one thread block each). The group gets
+              a stream of high priority, and fp8c's GEMMs leave that many SMs to it.
     Raises: DiagnosticError E0862 for a mesh that is not as large as the number of ranks, or more ranks than GPUs.
     """
     wanted, there = math.prod(dimensions.values()), int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,8 +57,26 @@ def init_mesh(device: str, **dimensions: int) -> DeviceMesh:
                 exit_code=ExitCode.USAGE,
             )
         torch.cuda.set_device(local)
-    mesh: DeviceMesh = init_device_mesh(device, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions))
+    override: dict[int | str, Any] = {}
+    if device == "cuda" and comm_sms is not None:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.min_ctas = options.config.max_ctas = comm_sms
+        override = {"ep": options}
+        limit_gemm_sms(comm_sms)
+    sizes, names = tuple(dimensions.values()), tuple(dimensions)
+    mesh: DeviceMesh = init_device_mesh(device, sizes, mesh_dim_names=names, backend_override=override or None)
     return mesh
+
+
+def limit_gemm_sms(reserved: int) -> None:
+    """Leave `reserved` SMs of every GPU to communication: fp8c's GEMMs start that many thread blocks fewer, and cuBLAS
+    is told to (an experimental switch of PyTorch, without which its kernels wait for SMs)."""
+    from fp8c.backends.cuda import launch
+
+    launch.reserve_multiprocessors(reserved)
+    carve_out = getattr(torch._C, "_set_sm_carveout_experimental", None)
+    if carve_out is not None:
+        carve_out(reserved or None)
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -121,7 +141,7 @@ def _mean_in_rank_order(tensors: Sequence[Tensor], group: dist.ProcessGroup, ran
     for rank in range(1, ranks):
         total += theirs[rank * each : (rank + 1) * each]
     mine = (total / ranks).to(flat.dtype)
-    dist.all_gather_into_tensor(padded, mine, group=group)
+    dist.all_gather(list(padded.split(each)), mine, group=group)
     for tensor, part in zip(tensors, padded[:count].split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 

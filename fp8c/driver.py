@@ -30,11 +30,12 @@ from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
 from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective
 from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
+from fp8c.main_grad import add_main_grads, run_with_accumulators, split_gradients, zero_main_grads
 from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
@@ -58,7 +59,8 @@ class Session:
              nothing in one of them is no error
     without: optional passes left out
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
-    model:   the compiled module, for `keep_weights`
+    main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
+    model:   the compiled module, for these two
     """
 
     spec: Spec
@@ -70,10 +72,12 @@ class Session:
     verify_each: bool = True
     without: frozenset[str] = frozenset()
     keep_weights: bool = False
+    main_grad: bool = False
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
+    examples: list[Any] = field(default_factory=list)  # what the inputs of the last captured graph were
     baseline: Baseline | None = None
     weights: WeightStore = field(default_factory=WeightStore)
     model: weakref.ref[nn.Module] | None = None
@@ -89,6 +93,7 @@ class Session:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend: differentiate, rewrite, lower."""
         names = capture.input_names(gm)
+        self.examples = capture.input_examples(gm)
         if self.want_baseline:
             self.baseline = Baseline(gm, example_inputs)
         for done in capture.prepare_forward(gm):
@@ -135,8 +140,15 @@ class Session:
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower_half(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        """Lower a half; with `keep_weights` the quantized weights come in from outside."""
-        return self._behind_weights(gm, inputs, functools.partial(self._lower, how=how))
+        """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
+        lower = functools.partial(self._lower, how=how)
+        module = self.model() if self.model is not None else None
+        names: list[str] = []
+        if self.main_grad and module is not None:
+            gm, names = split_gradients(gm)
+        inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
+        run = self._behind_weights(gm, inputs, lower)
+        return run_with_accumulators(run, names, module) if names and module is not None else run
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
         lowered = lowering.lower(gm, inputs, how)
@@ -210,6 +222,7 @@ def compile(
     lowering: str | None = None,
     without: Iterable[str] = (),
     keep_weights: bool = True,
+    main_grad: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
@@ -222,6 +235,8 @@ def compile(
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
     keep_weights: hold the FP8 weights between calls and quantize them again only when the optimizer has changed them
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
+    main_grad: accumulate every parameter's gradient in FP32, in its attribute `main_grad`, which starts at zero; `grad`
+               stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
                (docs/expert_parallel.md)
@@ -231,10 +246,19 @@ def compile(
     from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
-    session.keep_weights = keep_weights
+    session.keep_weights, session.main_grad = keep_weights, main_grad
     if mesh is not None:
         agree_on({"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__})
     session.remarks += prepare(model, mesh=mesh)
+    if main_grad and mesh is not None:
+        raise fail(
+            "E0843",
+            "main_grad=True can't be combined with a mesh: reduce_gradients reads p.grad",
+            help="compile without main_grad",
+            exit_code=ExitCode.USAGE,
+        )
+    if main_grad:
+        add_main_grads(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
     if mesh is not None:
         watch_gradients(step, expert_mesh(mesh))
@@ -282,6 +306,13 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
     session.model = weakref.ref(step)
     step._compiled_call_impl = run
+    if session.main_grad:
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            type(step).zero_grad(step, set_to_none)
+            zero_main_grads(step)
+
+        step.__dict__["zero_grad"] = zero_grad
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
     step.__dict__["__reduce_ex__"] = reduce
@@ -289,7 +320,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
 def uncompiled(step: nn.Module) -> nn.Module:
     """The model behind a compiled module: the same parameters, buffers and submodules, PyTorch's own call."""
-    own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__", *EXPERT_PARALLEL_STATE)
+    own = ("_compiled_call_impl", "zero_grad", "fp8c_session", "__deepcopy__", "__reduce_ex__", *EXPERT_PARALLEL_STATE)
     cls = type(step)
     model: nn.Module = cls.__new__(cls)
     model.__dict__.update({key: item for key, item in step.__dict__.items() if key not in own})

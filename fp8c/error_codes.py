@@ -213,6 +213,8 @@ EXPLANATIONS: dict[str, str] = {
     "that fp8c does not follow.",
     "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
     "that can't be told, so every forward and backward quantizes them.",
+    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. A parameter that is "
+    "sharded (DTensor, FSDP2) has its gradient reduced by FSDP2 instead.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
@@ -238,8 +240,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
     "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
     "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
-    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or that dimension has more ranks than a layer has "
-    "experts.",
+    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or some of its ranks would own no "
+    "expert: experts are dealt in equal chunks, as DTensor shards an axis.",
     "E0861": "The experts of this loop are found neither in a list of modules or parameters of the module nor in a tensor "
     "whose first axis counts experts, so they can't be sharded.",
     "E0862": "The mesh asked for and the ranks that run differ in number, or a machine was given more ranks than it has "
@@ -267,6 +269,15 @@ EXPLANATIONS: dict[str, str] = {
     "E1132": "The checkpoint was trained under another spec, or the spec's text has changed since.",
     "E1133": "The checkpoint has other tensors than the model, the optimizer or the moving average it is loaded into.",
     "E1134": "Something given to be saved beside the model has a state that is neither plain values nor tensors.",
+    "E1140": "`fp8c export --format hf` writes the weights of a transformers class, and the model is none (or the folder to "
+    "read has no config.json).",
+    "E1141": "The checkpoint's tensors are not those of the model that was named: some are missing, unknown or of another "
+    "shape.",
+    "E1142": "The Hugging Face FP8 format holds E4M3 weights in 128x128 blocks; the plan has others.",
+    "E1150": "A schedule of precision is out of range, or a pattern to switch to BF16 matches no GEMM of the step.",
+    "E1151": "Telemetry needs an interval of at least one step.",
+    "R1143": "Weights with a side that is no multiple of 128 were left in BF16. Programs that derive the size of a block "
+    "from the number of scales, as transformers does on a CPU, would read them wrongly.",
     "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
     "W1101": "AdamW was built on bare parameters or on a module that fp8c did not compile, so no spec says in which "
     "precision to keep moments and masters; it takes the recipe's. Bare parameters also have no names for checkpoints.",

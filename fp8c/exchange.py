@@ -29,9 +29,11 @@ class Ranks(NamedTuple):
     """The ranks that share the experts of one module.
 
     group: name of the process group;  rank: this process in it;  owned: experts of every rank, in order
+    control: name of a second group of the same ranks, for counts: they must not queue behind payloads
     """
 
     group: str
+    control: str
     rank: int
     owned: tuple[int, ...]
 
@@ -125,7 +127,7 @@ def plan_travel(ends: Tensor, ranks: Ranks) -> tuple[Travel, Tensor]:
     """
     world, mine = len(ranks.owned), ranks.owned[ranks.rank]
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    arriving = all_to_all(counts, [mine] * world, list(ranks.owned), ranks.group).view(world, mine)
+    arriving = all_to_all(counts, [mine] * world, list(ranks.owned), ranks.control).view(world, mine)
     last = torch.arange(1, world + 1, device=ends.device).mul(ranks.owned[0]).clamp(max=sum(ranks.owned)) - 1
     per_rank = torch.diff(ends[last], prepend=ends.new_zeros(1))
     # One copy to the host for both directions.
@@ -134,7 +136,9 @@ def plan_travel(ends: Tensor, ranks: Ranks) -> tuple[Travel, Tensor]:
         torch._check(number >= 0)  # type: ignore[no-untyped-call]
     sent, received = numbers[:world], numbers[world:]
     # Rows arrive by rank, and by expert from each; a stable sort puts them as one device would have them.
-    total = sum(received[1:], received[0])
+    total = received[0]
+    for number in received[1:]:
+        total = total + number
     position = torch.arange(total, device=ends.device, dtype=torch.int32)
     block = torch.searchsorted(arriving.reshape(-1).cumsum(0, dtype=torch.int32), position, right=True)
     expert, order = torch.sort(block % mine, stable=True)

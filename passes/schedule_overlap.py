@@ -112,13 +112,35 @@ def schedule_graph(
     problem, anchors = graph_problem(graph, cost_us, memory_budget_bytes)
     schedule = solve(problem, limits)
     given = program_order(issue_order_problem(graph, cost_us))
-    # Of what starts together, transfers are issued first: the host needs a moment for each, and compute would wait.
-    issue = sorted(schedule.slots, key=lambda s: (s.start_us, s.task.resource != COMM))
-    found = emission_order(graph, [anchors[s.task.name] for s in issue])
+    found = emission_order(graph, [anchors[name] for name in issue_order(schedule)])
     _apply(graph, found)
     raise_if(order_only(before, graph))
     moved = sum(a is not b for a, b in zip(order, graph.nodes))
     return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved)
+
+
+def issue_order(schedule: Schedule) -> list[str]:
+    """Compute in its order, and each transfer as soon as its inputs have been issued, transfers in their own order.
+
+    A transfer waits for all compute that was issued before it, and for the transfers in front of it anyway. Issued only
+    when the schedule starts it, it would wait for the operator that happens to run then.
+    """
+    ordered = sorted(schedule.slots, key=lambda s: s.start_us)
+    transfers = [s.task for s in ordered if s.task.resource == COMM]
+    issued: list[str] = []
+    done: set[str] = set()
+
+    def issue(name: str) -> None:
+        issued.append(name)
+        done.add(name)
+
+    for slot in (None, *ordered):
+        if slot is not None and slot.task.resource != COMM:
+            issue(slot.task.name)
+        while transfers and done.issuperset(transfers[0].after):
+            issue(transfers.pop(0).name)
+    assert not transfers, "a transfer waits for what is never issued"
+    return issued
 
 
 # ------------------------------------------------------------------------------------------- graph to problem and back

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph", "ops", "fused_ops", "exchange", "grouped", "positions", "retrace", "decompositions"),
     SCHEDULER,
     ("specs", "partition", "pass_manager", "verifier", "saved"),
-    ("capture", "kept_weights", "models", "prepare", "passes", "backends", "graph_durations"),
+    ("capture", "kept_weights", "main_grad", "models", "prepare", "passes", "backends", "graph_durations"),
     ("pipeline", "structured_trace", "baseline", "driver", "dynamo", "optim", "distributed"),
     ("build", "reload", "fingerprint"),
     ("tools",),

@@ -109,6 +109,16 @@ def multiprocessors(device_index: int) -> int:
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
 
 
+_reserved = 0
+
+
+def reserve_multiprocessors(count: int) -> None:
+    """Start GEMMs on `count` SMs fewer from now on. Their thread blocks share the tiles evenly from the start, so one
+    that has to wait for an SM that communication holds would make the others wait for it."""
+    global _reserved
+    _reserved = count
+
+
 @dataclass(frozen=True)
 class _TensorMap:
     memory: ctypes.Array[ctypes.c_uint8]  # keeps `address` alive
@@ -190,7 +200,7 @@ def launch(
     index = a.device.index
     with torch.cuda.device(index):
         function = _function(config, index)
-        sms = multiprocessors(index)
+        sms = max(config.cluster, multiprocessors(index) - _reserved)
         map_a, map_b = _payload_map(a, config.tile_m // config.cluster), _payload_map(b, config.tile_n)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)
         map_scale_b = _scale_map(b_scale, config.tile_n) if config.scales is Scales.PER_ROW else map_a

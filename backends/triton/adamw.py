@@ -1,7 +1,8 @@
 """AdamW for many tensors in one launch: moments, master weight and gradient are read once and written once.
 
 Legend: `addresses` int64 [6, n] points at parameter, gradient, master, exp_avg, exp_avg_sq and step of n tensors; one
-program handles one chunk of one tensor, `chunks` int32 [programs, 2] says which. Arithmetic is FP32 in registers; each
+program handles one chunk of one tensor, `chunks` int32 [programs, 2] says which. `corrections` FP32 [n, 2] =
+1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each tensor's step t, made once a step and not once a program. Arithmetic is FP32 in registers; each
 result is rounded once, to nearest even, when it is stored. `control` FP32 [4] = factor of the gradient, 1 to take the
 step (0: leave everything as it is), norm, steps left out so far: written on the device, so no step waits for the host.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from fp8c.backends.reference.adamw import Bucket
 from fp8c.diagnostics import fail
 
 #: Elements of one program, and of one trip of its loop.
-CHUNK, BLOCK, WARPS = 8192, 2048, 4
+CHUNK, BLOCK, WARPS = 2048, 1024, 4
 ALIGNMENT_BYTES = 16
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -32,7 +32,8 @@ def _tensor(addresses, row, n, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexp
     """The pointer in `addresses[row, tensor]`, typed, with what is known of its alignment."""
     pointer = tl.load(addresses + row * n + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        # Four elements a thread whatever the type: loads of 16 and of 8 bytes, and no exchange between threads.
+        pointer = tl.multiple_of(pointer, 4 * DTYPE.primitive_bitwidth // 8)
     return pointer
 
 
@@ -67,7 +68,7 @@ def square_sum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def decide_kernel(  # type: ignore[no-untyped-def]
-    steps, square_sum, control, n, grad_scale, max_norm, COUNT: tl.constexpr, CHECKED: tl.constexpr
+    steps, betas, corrections, square_sum, control, n, grad_scale, max_norm, COUNT: tl.constexpr, CHECKED: tl.constexpr
 ):
     """From the sum of squares: the norm, the factor of the gradient, whether to step; counts the step of n tensors.
 
@@ -87,7 +88,15 @@ def decide_kernel(  # type: ignore[no-untyped-def]
         tensor = trip + tl.arange(0, COUNT)
         inside = tensor < n
         step = tl.load(steps + tensor, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-        tl.store(step, tl.load(step, mask=inside, other=0.0) + finite, mask=inside)
+        t = tl.load(step, mask=inside, other=0.0) + finite
+        tl.store(step, t, mask=inside)
+        # In FP64, because 1 - beta^t cancels: in FP32 it would lose four digits at beta 0.999.
+        beta1 = tl.load(betas + 2 * tensor, mask=inside, other=0.5)
+        beta2 = tl.load(betas + 2 * tensor + 1, mask=inside, other=0.5)
+        kept1 = tl.exp(t.to(tl.float64) * tl.log(beta1))
+        kept2 = tl.exp(t.to(tl.float64) * tl.log(beta2))
+        tl.store(corrections + 2 * tensor, (1.0 / (1.0 - kept1)).to(tl.float32), mask=inside)
+        tl.store(corrections + 2 * tensor + 1, (1.0 / tl.sqrt(1.0 - kept2)).to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -96,9 +105,12 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
     sizes,
     chunks,
     control,
-    betas,
+    corrections,
     n,
     lr,
+    gain1,
+    kept2,
+    gain2,
     eps,
     weight_decay,
     PARAM: tl.constexpr,
@@ -122,17 +134,8 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
     master = _tensor(addresses, 2, n, tensor, MASTER_TYPE, ALIGNED)
     first = _tensor(addresses, 3, n, tensor, FIRST, ALIGNED)
     second = _tensor(addresses, 4, n, tensor, SECOND, ALIGNED)
-    # 1 - beta^step cancels: in FP32 it would lose four digits at beta 0.999.
-    step = tl.load(tl.load(addresses + 5 * n + tensor).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    beta1 = tl.load(betas)
-    beta2 = tl.load(betas + 1)
-    correction1 = 1.0 - tl.exp(step * tl.log(beta1))
-    correction2 = 1.0 - tl.exp(step * tl.log(beta2))
-    gain1 = (1.0 - beta1).to(tl.float32)
-    gain2 = (1.0 - beta2).to(tl.float32)
-    kept2 = beta2.to(tl.float32)
-    step_size = (lr / correction1).to(tl.float32)
-    root2 = tl.sqrt(correction2).to(tl.float32)
+    step_size = lr * tl.load(corrections + 2 * tensor)
+    root2 = tl.load(corrections + 2 * tensor + 1)
     factor = tl.load(control)
     takes = tl.zeros([BLOCK], dtype=tl.float32) + tl.load(control + 1) != 0.0
     for trip in tl.static_range(CHUNK // BLOCK):
@@ -171,7 +174,7 @@ def _elements(  # type: ignore[no-untyped-def]
     m = m + (g - m) * gain1
     v = v * kept2 + (g * g) * gain2
     w = w * (1.0 - lr * weight_decay)
-    w = w - step_size * (m / (tl.sqrt_rn(v) / root2 + eps))
+    w = w - step_size * (m / (tl.sqrt_rn(v) * root2 + eps))
     tl.store(first, m.to(FIRST), mask=stored)
     tl.store(second, v.to(SECOND), mask=stored)
     if HAS_MASTER:
@@ -196,8 +199,12 @@ class Tables:
 
 @dataclass
 class StepTable:
-    key: tuple[int, ...]
+    """Step counters of all tensors of a step: where they are, the betas they go with, what `decide` makes of both."""
+
+    key: tuple[object, ...]
     addresses: Tensor
+    betas: Tensor
+    corrections: Tensor
 
 
 def tables_of(bucket: Bucket, old: Tables | None = None) -> Tables:
@@ -219,13 +226,16 @@ def tables_of(bucket: Bucket, old: Tables | None = None) -> Tables:
                     help="gradients and states must lie in memory as their parameter does",
                 )
     device, n = bucket.params[0].device, len(bucket.params)
-    sizes = [p.numel() for p in bucket.params]
-    chunks = [(i, c) for i, size in enumerate(sizes) for c in range(-(-size // CHUNK))]
+    sizes = torch.tensor([p.numel() for p in bucket.params], dtype=torch.int64)
+    counts = (sizes + CHUNK - 1) // CHUNK
+    tensor = torch.repeat_interleave(torch.arange(n), counts)
+    chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    chunks = torch.stack([tensor, chunk], dim=1).to(torch.int32)
     return Tables(
         key=key,
         addresses=_to_device(torch.tensor(key, dtype=torch.int64).view(6, n), device),
-        sizes=_to_device(torch.tensor(sizes, dtype=torch.int64), device),
-        chunks=_to_device(torch.tensor(chunks, dtype=torch.int32).view(-1, 2), device),
+        sizes=_to_device(sizes, device),
+        chunks=_to_device(chunks, device),
         partials=torch.empty(len(chunks), dtype=torch.float32, device=device),
         is_aligned=all(address % ALIGNMENT_BYTES == 0 for address in key[: 5 * n]),
     )
@@ -236,12 +246,21 @@ def _to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def step_table(steps: Sequence[Tensor], old: StepTable | None = None) -> StepTable:
-    """Addresses of the tensors' step counters on the device."""
-    key = tuple(step.data_ptr() for step in steps)
+def step_table(
+    steps: Sequence[Tensor], betas: Sequence[tuple[float, float]], old: StepTable | None = None
+) -> StepTable:
+    """steps: FP32 scalars; betas: of each. The old table when nothing has changed."""
+    addresses = [step.data_ptr() for step in steps]
+    key = (*addresses, *betas)
     if old is not None and old.key == key:
         return old
-    return StepTable(key, _to_device(torch.tensor(key, dtype=torch.int64), steps[0].device))
+    device = steps[0].device
+    return StepTable(
+        key,
+        _to_device(torch.tensor(addresses, dtype=torch.int64), device),
+        _to_device(torch.tensor(betas, dtype=torch.float64), device),
+        torch.empty(len(steps), 2, dtype=torch.float32, device=device),
+    )
 
 
 def square_sum(bucket: Bucket, tables: Tables) -> Tensor:
@@ -265,7 +284,16 @@ def square_sum(bucket: Bucket, tables: Tables) -> Tensor:
 def decide(table: StepTable, total: Tensor, control: Tensor, scale: float, max_norm: float, checked: bool) -> None:
     """`fp8c.backends.reference.adamw.decide` on the device."""
     decide_kernel[(1,)](
-        table.addresses, total, control, len(table.key), float(scale), float(max_norm), COUNT=256, CHECKED=checked
+        table.addresses,
+        table.betas,
+        table.corrections,
+        total,
+        control,
+        len(table.addresses),
+        float(scale),
+        float(max_norm),
+        COUNT=128,
+        CHECKED=checked,
     )
 
 
@@ -273,6 +301,7 @@ def update(
     bucket: Bucket,
     tables: Tables,
     control: Tensor,
+    corrections: Tensor,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -280,7 +309,10 @@ def update(
     weight_decay: float,
     clears: bool = False,
 ) -> None:
-    """`fp8c.backends.reference.adamw.update` in one launch. The caller raises the parameters' version counters."""
+    """`fp8c.backends.reference.adamw.update` in one launch. The caller raises the parameters' version counters.
+
+    corrections: FP32 [n, 2], this bucket's rows of the step table's
+    """
     if not len(tables.partials):
         return
     masters = bucket.masters or bucket.params
@@ -289,9 +321,12 @@ def update(
         tables.sizes,
         tables.chunks,
         control,
-        _betas(betas, control.device),
+        corrections,
         len(bucket.params),
         float(lr),
+        1.0 - betas[0],
+        float(betas[1]),
+        1.0 - betas[1],
         float(eps),
         float(weight_decay),
         PARAM=TRITON_DTYPES[bucket.params[0].dtype],
@@ -306,9 +341,3 @@ def update(
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
-
-
-@lru_cache(maxsize=64)
-def _betas(betas: tuple[float, float], device: torch.device) -> Tensor:
-    """FP64, which a kernel's scalar arguments are not: 1 - beta2 of 0.999 has four digits less in FP32."""
-    return torch.tensor(betas, dtype=torch.float64, device=device)

@@ -47,9 +47,40 @@ Params = nn.Module | Iterable[Tensor] | Iterable[Mapping[str, Any]]
 class Work:
     """What one step updates together, with the settings of its parameter group, and what travels afterwards (ZeRO-1)."""
 
-    group: Mapping[str, Any]
+    group: dict[str, Any]
     bucket: Bucket
     key: tuple[Any, ...]
+
+
+@dataclass
+class Plan:
+    """The buckets of a step, for as long as every parameter and gradient stays where it is: a step of many tensors costs
+    the host one look at each.
+
+    has_run: the kernels' tables have been made for it
+    """
+
+    works: list[Work]
+    seen: list[tuple[Tensor, int, int]]  # parameter, its address, its gradient's
+    has_run: bool = False
+
+    @classmethod
+    def of(cls, optimizer: AdamW, works: list[Work]) -> Plan:
+        return cls(works, cls.look(optimizer))
+
+    @staticmethod
+    def look(optimizer: AdamW) -> list[tuple[Tensor, int, int]]:
+        grads = [(p, optimizer.gradient(p)) for group in optimizer.param_groups for p in group["params"]]
+        return [(p, local(p).data_ptr(), 0 if g is None else local(g).data_ptr()) for p, g in grads]
+
+    def holds(self, optimizer: AdamW) -> bool:
+        versions = optimizer._versions
+        for (param, address, gradient), (now, at, grad_at) in zip(self.seen, self.look(optimizer), strict=False):
+            if param is not now or address != at or gradient != grad_at:
+                return False
+            if grad_at and versions.get(param) != local(param)._version:
+                return False
+        return len(self.seen) == sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 class AdamW(Optimizer):
@@ -93,6 +124,7 @@ class AdamW(Optimizer):
         self.max_norm, self.skip_nonfinite, self.clears, self.fused = max_norm, skip_nonfinite, clears, fused
         self.zero1 = None if zero1 is None else Zero1(zero1, reduce_gradients)
         self._control: Tensor | None = None
+        self._plan: Plan | None = None
         self._tables: dict[Any, Any] = {}
         self._versions: dict[Tensor, int] = {}
         self._hooks: list[Any] = []
@@ -162,7 +194,7 @@ class AdamW(Optimizer):
         for param in self.trained():
             if getattr(param, "main_grad", None) is None:
                 param.main_grad = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)  # type: ignore[attr-defined]
-                self._hooks.append(param.register_post_accumulate_grad_hook(_add_to_main_grad))
+                self._hooks.append(param.register_post_accumulate_grad_hook(_add_to_main_grad))  # type: ignore[no-untyped-call]
 
     def trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -203,7 +235,11 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        works, arrivals = self.gather()
+        if self._plan is None or not self._plan.holds(self):
+            works, arrivals = self.gather()
+            self._plan = None if arrivals else Plan.of(self, works)
+        else:
+            works, arrivals = self._plan.works, []
         if not works:
             return loss
         total = self.square_sum(works)
@@ -213,29 +249,35 @@ class AdamW(Optimizer):
         limit = math.inf if self.max_norm is None else self.max_norm
         steps = [step for work in works for step in work.bucket.steps]
         control = self.control(total.device)
+        corrections: list[Tensor] = []
         if self.is_fused(total.device):
             from fp8c.backends.triton import adamw as fused
 
-            self._tables["steps"] = fused.step_table(steps, self._tables.get("steps"))
-            fused.decide(self._tables["steps"], total, control, scale, limit, self.skip_nonfinite)
+            betas = [work.group["betas"] for work in works for _ in work.bucket.steps]
+            table = fused.step_table(steps, betas, self._tables.get("steps"))
+            self._tables["steps"] = table
+            fused.decide(table, total, control, scale, limit, self.skip_nonfinite)
+            corrections = list(table.corrections.split([len(work.bucket.steps) for work in works]))
         else:
             portable.decide(steps, total, control, scale, limit, self.skip_nonfinite)
-        for work in works:
-            self.update(work, control)
+        for number, work in enumerate(works):
+            self.update(work, control, corrections[number] if corrections else None)
+        if self._plan is not None:
+            self._plan.has_run = True
         for parts, flat in arrivals:
             assert self.zero1 is not None
             self.zero1.publish(parts, flat)
         if self.zero1 is not None and self.clears:
             torch._foreach_zero_([local(g) for p in self.trained() if (g := self.gradient(p)) is not None])
-        for param in self.trained():
-            if param in self.state:
-                torch.autograd.graph.increment_version(local(param))
-                self._versions[param] = local(param)._version
+        stepped = [local(param) for param in self._versions if param.requires_grad]
+        torch.autograd.graph.increment_version(stepped)
+        for param in self._versions:
+            self._versions[param] = local(param)._version
         return loss
 
     def gather(self) -> tuple[list[Work], list[tuple[list[Part], Tensor]]]:
         """The tensors of this step, sorted into buckets; with ZeRO-1 also what is to be sent round afterwards."""
-        rows: dict[tuple[Any, ...], tuple[Mapping[str, Any], list[list[Tensor]]]] = {}
+        rows: dict[tuple[Any, ...], tuple[dict[str, Any], list[list[Tensor]]]] = {}
         arrivals: list[tuple[list[Part], Tensor]] = []
         for number, group in enumerate(self.param_groups):
             pairs = [(p, g) for p in group["params"] if (g := self.gradient(p)) is not None]
@@ -288,10 +330,19 @@ class AdamW(Optimizer):
             return portable.square_sum(work.bucket)
         from fp8c.backends.triton import adamw as fused
 
-        self._tables[work.key] = fused.tables_of(work.bucket, self._tables.get(work.key))
+        self._tables[work.key] = self.tables(work)
         return fused.square_sum(work.bucket, self._tables[work.key])
 
-    def update(self, work: Work, control: Tensor) -> None:
+    def tables(self, work: Work) -> Any:
+        """The kernel's tables of a bucket: the last step's where the plan is the last step's."""
+        from fp8c.backends.triton import adamw as fused
+
+        old = self._tables.get(work.key)
+        if old is not None and self._plan is not None and self._plan.has_run:
+            return old
+        return fused.tables_of(work.bucket, old)
+
+    def update(self, work: Work, control: Tensor, corrections: Tensor | None) -> None:
         group = work.group
         settings: dict[str, Any] = {name: group[name] for name in ("betas", "eps", "weight_decay")}
         settings |= {"lr": float(group["lr"]), "clears": self.clears and self.zero1 is None}
@@ -300,8 +351,10 @@ class AdamW(Optimizer):
             return
         from fp8c.backends.triton import adamw as fused
 
-        self._tables[work.key] = fused.tables_of(work.bucket, self._tables.get(work.key))
-        fused.update(work.bucket, self._tables[work.key], control, **settings)
+        if self.max_norm is None and not self.skip_nonfinite:  # otherwise the norm's pass has made it
+            self._tables[work.key] = self.tables(work)
+        assert corrections is not None
+        fused.update(work.bucket, self._tables[work.key], control, corrections, **settings)
 
     def is_fused(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.fused is None else self.fused
@@ -346,6 +399,7 @@ class AdamW(Optimizer):
         version = local(param)._version
         state = self.state[param]
         if "step" not in state:
+            self._plan = None
             state["step"] = torch.zeros((), dtype=torch.float32, device=own.device)
             state["exp_avg"] = self.like(param, own, self.types.exp_avg)
             state["exp_avg_sq"] = self.like(param, own, self.types.exp_avg_sq)
@@ -395,6 +449,7 @@ class AdamW(Optimizer):
             mine["betas"] = tuple(mine["betas"])
             check_settings(mine)
             self.judge_betas(mine)
+        self._plan = None
         numbers = [number for group in groups for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(numbers, params):
@@ -439,8 +494,8 @@ def check_settings(group: Mapping[str, Any]) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor on this rank; any other tensor as it is, detached."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    """The part of a DTensor on this rank; any other tensor as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def matching(grad: Tensor, param: Tensor) -> Tensor:

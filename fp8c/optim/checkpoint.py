@@ -81,7 +81,10 @@ def save(
     tensors, record = state_of(module, optimizer, ema)
     with _single_process_is_meant(world):
         dcp.save(tensors, checkpoint_id=partial, no_dist=world == 1)
-    _write(partial / f"rank-{rank}.json", {"random": random_state(), "others": {k: pack(_state(v)) for k, v in others.items()}})
+    _write(
+        partial / f"rank-{rank}.json",
+        {"random": random_state(), "others": {k: pack(_state(v)) for k, v in others.items()}},
+    )
     _barrier()
     if rank == 0:
         for file in partial.iterdir():
@@ -197,7 +200,11 @@ def check_fits(
         if name in metadata and hasattr(metadata[name], "size") and metadata[name].size != tensor.shape
     ]
     if missing or shapes:
-        lacks = [f"the checkpoint lacks {', '.join(missing[:4])}" + (", ..." if len(missing) > 4 else "")] if missing else []
+        lacks = (
+            [f"the checkpoint lacks {', '.join(missing[:4])}" + (", ..." if len(missing) > 4 else "")]
+            if missing
+            else []
+        )
         raise fail(
             "E1133",
             f"{path} does not fit: " + "; ".join(lacks + shapes[:4]),
@@ -363,7 +370,8 @@ def model_tensors(path: str | Path, source: str = "model") -> dict[str, Tensor]:
     if not names:
         raise fail("E1133", f"{found} has no part '{source}'", exit_code=ExitCode.USAGE)
     tensors = {
-        name.removeprefix(prefix): torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names
+        name.removeprefix(prefix): torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype)
+        for name in names
     }
     with _single_process_is_meant(1):
         dcp.load({source: tensors}, checkpoint_id=found, no_dist=True)

@@ -32,6 +32,7 @@ from fp8c.optim.adamw import local
 #: Parameters below this go to the host together: one copy for many small tensors.
 SMALL_BYTES = 1 << 20
 ALIGNMENT_BYTES = 64
+PIECE = 1 << 19  # elements that a fold takes at a time: average and parameter stay in the CPU's caches
 
 
 class EMA:
@@ -55,7 +56,9 @@ class EMA:
         buffers: int = 2,
     ) -> None:
         if not 0.0 <= decay < 1.0 or every < 1 or buffers < 1:
-            raise fail("E1120", f"EMA got decay = {decay}, every = {every}, buffers = {buffers}", exit_code=ExitCode.USAGE)
+            raise fail(
+                "E1120", f"EMA got decay = {decay}, every = {every}, buffers = {buffers}", exit_code=ExitCode.USAGE
+            )
         self.decay, self.every = decay, every
         self.params: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.params:
@@ -150,7 +153,13 @@ class EMA:
         """Everything to go on from: the averages (DTensors where the parameters are), decay and counts."""
         self.flush()
         average = {name: placed_like(value, self.params[name]) for name, value in self.average.items()}
-        return {"average": average, "decay": self.decay, "every": self.every, "calls": self.calls, "updates": self.updates}
+        return {
+            "average": average,
+            "decay": self.decay,
+            "every": self.every,
+            "calls": self.calls,
+            "updates": self.updates,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,15 +172,31 @@ class EMA:
         for name, average in self.average.items():
             value = local(saved[name])
             if value.shape != average.shape:
-                raise fail("E1121", f"the saved average of {name} is {list(value.shape)}, expected {list(average.shape)}")
+                raise fail(
+                    "E1121", f"the saved average of {name} is {list(value.shape)}, expected {list(average.shape)}"
+                )
             average.copy_(value)
         self.decay, self.every = float(state["decay"]), int(state["every"])
         self.calls, self.updates = int(state["calls"]), int(state["updates"])
 
 
 def fold(average: Tensor, parameter: Tensor, decay: float) -> None:
-    """The synchronous formula: average FP32, parameter of any type, both on the CPU."""
-    average.lerp_(parameter.float(), 1.0 - decay)
+    """average = lerp(average, parameter, 1 - decay): average FP32, parameter of any type, both on the CPU, equal strides.
+
+    Piece by piece, because a temporary of the whole parameter would cost more time than the arithmetic.
+    """
+    if not is_dense(average) or average.stride() != parameter.stride():
+        average.lerp_(parameter.float(), 1.0 - decay)
+        return
+    pieces = zip(in_memory_order(average).split(PIECE), in_memory_order(parameter).split(PIECE))
+    scratch = torch.empty(min(PIECE, average.numel()), dtype=torch.float32)
+    for old, new in pieces:
+        old.lerp_(scratch[: len(new)].copy_(new), 1.0 - decay)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor as the one-dimensional view of its storage."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 class Snapshot:

@@ -11,7 +11,6 @@ learns who owns which experts (`fp8c_ranks`), and `fp8c.grouped` then sends rows
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, fail
 from fp8c.exchange import Ranks, chunks
@@ -41,6 +40,7 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
     """
     group = expert_mesh(mesh)
     ranks = group.size()
+    names: tuple[str, str] | None = None
     sharded: dict[str, int] = {}
     problems: list[Diagnostic] = []
     for name, part in list(module.named_modules()):
@@ -57,16 +57,18 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
                 continue
         else:
             continue
-        if experts < ranks:
+        if chunks(experts, ranks)[-1] == 0:
             raise fail(
                 "E0860",
-                f"'{name}' has {experts} experts, fewer than the {ranks} ranks of mesh dimension '{DIMENSION}'",
-                help=f"make '{DIMENSION}' at most {experts} wide",
+                f"the {experts} experts of '{name}' leave some of the {ranks} ranks of mesh dimension '{DIMENSION}' "
+                f"without any: {-(-experts // ranks)} on each before",
+                help=f"make '{DIMENSION}' a divisor of {experts}",
                 exit_code=ExitCode.MODEL,
             )
         for table in dict.fromkeys(tables):
             _shard(part, table, experts, group)
-        part.fp8c_ranks = Ranks(group.get_group().group_name, group.get_local_rank(), chunks(experts, ranks))  # type: ignore[assignment]
+        names = names or (group.get_group().group_name, control_group(group).group_name)
+        part.fp8c_ranks = Ranks(*names, group.get_local_rank(), chunks(experts, ranks))  # type: ignore[assignment]
         sharded[name] = experts
     if problems:
         raise DiagnosticError(problems, ExitCode.MODEL)
@@ -97,6 +99,20 @@ def expert_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[DIMENSION] if mesh.ndim > 1 else mesh
 
 
+def control_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """A second group of the mesh's ranks where transfers of one group queue behind each other (NCCL), else the same."""
+    group = mesh.get_group()
+    if dist.get_backend(group) != "nccl":
+        return group
+    if group not in _CONTROL_GROUPS:
+        ranks = dist.get_process_group_ranks(group)
+        _CONTROL_GROUPS[group] = dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-untyped-call]
+    return _CONTROL_GROUPS[group]
+
+
+_CONTROL_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
 def _unknown(name: str, part: nn.Module) -> Diagnostic:
     return Diagnostic(
         "E0861",
@@ -114,17 +130,22 @@ def _shard(part: nn.Module, path: str, experts: int, mesh: DeviceMesh) -> None:
     *parents, last = path.split(".")
     owner = part.get_submodule(".".join(parents))
     found = getattr(owner, last)
+    holder = owner
     match found:
         case nn.Parameter():
             owner.register_parameter(last, _parameter(found, mesh))
         case nn.ParameterList():
             stack = nn.ParameterList([_parameter(_stack(list(found)), mesh, found[0].requires_grad)])
             owner.register_module(last, stack)
+            holder = stack
         case nn.ModuleList() | nn.ModuleDict():
             members = list(found.values()) if isinstance(found, nn.ModuleDict) else list(found)
-            owner.register_module(last, _stacked_expert(members, isinstance(found, nn.ModuleDict), mesh))
-        case Tensor():
-            pass  # a buffer over experts: every rank keeps all of it
+            holder = _stacked_expert(members, isinstance(found, nn.ModuleDict), mesh)
+            owner.register_module(last, holder)
+        case _:
+            return  # a buffer over experts: every rank keeps all of it
+    if not any(isinstance(hook, _ShardOnLoad) for hook in holder._load_state_dict_pre_hooks.values()):
+        holder.register_load_state_dict_pre_hook(_ShardOnLoad(experts))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -179,7 +200,6 @@ def _stacked_expert(experts: Sequence[nn.Module], is_dict: bool, mesh: DeviceMes
                 values = _stack([peer._parameters[name] for peer in peers])  # type: ignore[misc]
                 part._parameters[name] = _parameter(values, mesh, first.requires_grad)
     stack.__class__ = _stack_class(type(stack), len(experts), is_dict)
-    stack._register_load_state_dict_pre_hook(_StackOnLoad(len(experts)))
     return stack
 
 
@@ -205,18 +225,21 @@ def _stack_class(base: type[nn.Module], count: int, is_dict: bool) -> type[nn.Mo
 _STACKS: dict[tuple[type[nn.Module], int, bool], type[nn.Module]] = {}
 
 
-class _StackOnLoad:
-    """Lets a stack load the checkpoint of the list it stands for: `0.gate.weight` ... become `gate.weight`."""
+class _ShardOnLoad:
+    """Lets sharded experts load a one-device checkpoint: full tensors are cut, and a list's `0.gate.weight`,
+    `1.gate.weight`, ... are stacked to `gate.weight` before."""
 
     def __init__(self, experts: int) -> None:
         self.experts = experts
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        found: dict[str, dict[int, str]] = {}
-        for key in state:
-            match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", key)
-            if match and int(match[1]) < self.experts:
-                found.setdefault(match[2], {})[int(match[1])] = key
-        for name, keys in found.items():
-            if len(keys) == self.experts:
-                state[prefix + name] = torch.stack([state.pop(keys[e]) for e in range(self.experts)])
+        for name, parameter in module.named_parameters():
+            if not isinstance(parameter, DTensor):
+                continue
+            keys = [f"{prefix}{e}.{name}" for e in range(self.experts)]
+            if all(key in state for key in keys):
+                state[prefix + name] = torch.stack([state.pop(key) for key in keys])
+            full = state.get(prefix + name)
+            if full is not None and not isinstance(full, DTensor) and full.shape == parameter.shape:
+                mesh = parameter.device_mesh
+                state[prefix + name] = distribute_tensor(full, mesh, parameter.placements, src_data_rank=None)

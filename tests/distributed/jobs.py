@@ -165,3 +165,60 @@ def stacked(gradients: dict[str, Tensor], name: str) -> Tensor:
         if f"{before}.experts.{e}.{after}" in gradients
     ]
     return torch.stack(found)
+
+
+def paired_steps(kind: str, spec: str, micro_batches: int = 3) -> dict[str, Any]:
+    """Micro-batches through a stage: one after another by autograd, then by graphs in pairs. Both results."""
+    import fp8c
+    from fp8c import stage as stages
+    from fp8c.backends.costs import load_machine
+
+    model = Block(build("loop").moe) if kind == "loop" else Block(build("hf").model.layers[0].mlp)
+    step = fp8c.compile(model, spec=spec, target="cpu", mesh=mesh_of())
+    generator = torch.Generator().manual_seed(7 + dist.get_rank())
+
+    def rows() -> Tensor:
+        return torch.randn(1, LENGTH, 128, generator=generator).bfloat16()
+
+    xs = [rows() for _ in range(micro_batches)]
+    dys = [rows() for _ in range(micro_batches)]
+    plain: dict[str, Any] = {"outputs": [], "dx": []}
+    for x, dy in zip(xs, dys):
+        x = x.clone().requires_grad_()
+        y = step(x)
+        y.backward(dy)
+        plain["outputs"].append(y.detach())
+        plain["dx"].append(x.grad)
+    plain["gradients"] = {n: whole(p.grad) for n, p in step.named_parameters()}
+    step.zero_grad()
+
+    stage = stages.Stage.capture(step, (xs[0],))
+    report = stage.schedule_pair_for(load_machine("h200"), 20)
+    paired: dict[str, Any] = {"outputs": [], "dx": []}
+    outputs, kept = stage.forward(xs[0])
+    paired["outputs"] += outputs
+    for at in range(1, micro_batches):
+        outputs, kept, dx = stage.pair((xs[at],), kept, (dys[at - 1],))
+        paired["outputs"] += outputs
+        paired["dx"] += dx
+    paired["dx"] += stage.backward(kept, dys[-1])
+    paired["gradients"] = {n: whole(p.grad) for n, p in step.named_parameters()}
+    return {"plain": plain, "paired": paired, "moved": report.moved}
+
+
+def whole(gradient: Any) -> Tensor:
+    found: Tensor = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return found.clone()
+
+
+class Block(nn.Module):
+    """A residual MoE layer: [1, T, 128] -> [1, T, 128]."""
+
+    def __init__(self, moe: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(128, dtype=torch.bfloat16)
+        self.moe = moe
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.moe(self.norm(x))
+        return x + (y[0] if isinstance(y, tuple) else y)

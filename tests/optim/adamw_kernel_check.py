@@ -84,9 +84,9 @@ def compare(b: Bucket, limit: float, clears: bool, scale: float = 1.0) -> dict[s
         portable.decide(a.steps, portable.square_sum(a), control_a, scale, limit, True)
         portable.update(a, control_a, **settings)
         tables = fused.tables_of(b, tables)
-        steps = fused.step_table(b.steps, steps)
+        steps = fused.step_table(b.steps, [settings["betas"]] * len(b.steps), steps)
         fused.decide(steps, fused.square_sum(b, tables), control_b, scale, limit, True)
-        fused.update(b, tables, control_b, **settings)
+        fused.update(b, tables, control_b, steps.corrections, **settings)
     names = ("params", "grads", "masters", "first", "second", "steps")
     found = {n: max(over(x, y) for x, y in zip(xs, ys)) for n, xs, ys in zip(names, b.rows(), a.rows())}
     return found | {"control": over(control_b, control_a)}
