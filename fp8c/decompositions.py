@@ -341,7 +341,7 @@ def attention_backward(
     for like, result in ((q, dq), (k, dk), (v, dv)):
         batch, heads, *rest = like.shape
         summed = result.reshape(batch, heads, -1, *rest).sum(2)  # over the query heads that share a key head
-        results.append(empty_heads_last(like, like.shape).copy_(summed))
+        results.append(torch.empty_like(like).copy_(summed))
     return results[0], results[1], results[2]
 
 

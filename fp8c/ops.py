@@ -396,7 +396,7 @@ def _fake_attention_backward(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_attention(q, k, v, mask, is_causal)
-    dq, dk, dv = (empty_heads_last(t, t.shape) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))  # laid out as their operands: fused kernels write them so
     return dq, dk, dv
 
 
