@@ -25,10 +25,10 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
 
     if device == "cuda":
-        # Attention by PyTorch's fused kernels, quantizers in Triton, the portable form of the rest. The Hopper GEMMs (`fp8c.backends.cuda`)
-        # are switched on by importing them.
-        # TODO: import them here once `pytest -m gpu tests/backends/cuda` has passed on their present code.
+        # Attention by PyTorch's fused kernels, GEMMs in CUDA, quantizers in Triton, the portable form of the rest. What the GEMM
+        # kernels can't take (another GPU, no compiler and no cached kernel) they pass on to the portable form, with a remark.
         import fp8c.backends.aten  # noqa: F401
+        import fp8c.backends.cuda  # noqa: F401
 
         if find_spec("triton") is not None:  # without it, the portable form
             import fp8c.backends.triton  # noqa: F401

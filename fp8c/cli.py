@@ -378,6 +378,9 @@ def spec_show(name: str) -> None:
 @click.option("--out", "-o", default="build", show_default=True, metavar="DIR", help="Folder of the build.")
 @click.option("--verify", is_flag=True, help="Run the step and check it against BF16, the plan and FP64.")
 @click.option("--no-baseline", is_flag=True, help="Leave out the comparison with BF16's saved bytes.")
+@click.option(
+    "--without", multiple=True, metavar="PASS", help="Leave out an optional exact pass, causal-attention say."
+)
 @click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
 @click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
@@ -398,6 +401,7 @@ def compile_(
     out: str,
     verify: bool,
     no_baseline: bool,
+    without: tuple[str, ...],
     force: bool,
     print_ir_before: tuple[str, ...],
     print_ir_after: tuple[str, ...],
@@ -431,6 +435,7 @@ def compile_(
             weights=weights,
             verify=verify,
             baseline=not no_baseline,
+            without=without,
             force=force,
             printing=Printing(
                 print_ir_before,

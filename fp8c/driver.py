@@ -12,7 +12,7 @@ import functools
 import gc
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
+from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
@@ -48,6 +49,7 @@ class Session:
 
     partial: the graphs may be parts of a model (graph breaks, layers compiled one by one), so a rule that matches
              nothing in one of them is no error
+    without: optional passes left out
     """
 
     spec: Spec
@@ -57,6 +59,7 @@ class Session:
     plan_only: bool = False
     observers: tuple[pipeline.Observer, ...] = ()
     verify_each: bool = True
+    without: frozenset[str] = frozenset()
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
@@ -106,6 +109,7 @@ class Session:
             machine=load_machine(self.target.name) if self.target.name in machine_names() else None,
             observers=self.observers,
             verify_each=self.verify_each,
+            without=self.without,
         )
         self.steps.append(rewritten)
         self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
@@ -119,7 +123,9 @@ class Session:
     def _infer(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
     ) -> Callable[..., Any]:
-        rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
+        rewritten = pipeline.rewrite_inference(
+            gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
+        )
         return lowering.lower(rewritten, inputs, how, is_inference=True)
 
 
@@ -156,6 +162,7 @@ def compile(
     fullgraph: bool = True,
     dynamic: bool | None = None,
     lowering: str | None = None,
+    without: Iterable[str] = (),
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
 
@@ -165,12 +172,13 @@ def compile(
 
     fullgraph: fail on a graph break (the line is named) instead of compiling the pieces
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
+    without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
     from fp8c.prepare import prepare
 
-    session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
+    session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
     session.remarks += prepare(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
     attach(step, session, fullgraph=fullgraph, dynamic=dynamic)

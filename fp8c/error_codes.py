@@ -203,6 +203,10 @@ EXPLANATIONS: dict[str, str] = {
     "they are. The note says how the result was compared with the loop's.",
     "R0822": "Experts of a transformers model use fp8c's implementation: the same grouped GEMMs as transformers' own "
     "'grouped_mm', which also stay grouped GEMMs with FP32 parameters under autocast.",
+    "R0840": "Attention masks that hold the causal triangle, proven from the operators that make them, were dropped for the "
+    "causal kernel. The result is the same; `without=('causal-attention',)` keeps the masks.",
+    "R0841": "An attention mask is kept: it depends on data (padding, packed sequences), is a window, or is made by operators "
+    "that fp8c does not follow.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
@@ -229,5 +233,5 @@ EXPLANATIONS: dict[str, str] = {
     "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
     "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
-    "another type. Options are spec, target and lowering.",
+    "another type. Options are spec, target, lowering and without.",
 }

@@ -25,6 +25,9 @@ from fp8c.roles import Op
 from fp8c.specs.plan import PrecisionPlan
 
 Observer = Callable[[str, int, str, fx.Graph], None]
+#: Passes that have something to do without a backward.
+INFERENCE = frozenset({"causal-attention", "insert-quantize", "fp8-dispatch"})
+
 Resolver = Callable[[list[Any]], PrecisionPlan]
 
 
@@ -49,8 +52,11 @@ def rewrite_and_partition(
     machine: Machine | None = None,
     observers: tuple[Observer, ...] = (),
     verify_each: bool = True,
+    without: frozenset[str] = frozenset(),
 ) -> Rewritten:
     """Assign roles, resolve the plan on them, rewrite, partition, compress. The given graph is not changed.
+
+    without: optional passes to leave out
 
     Raises: DiagnosticError for whatever the spec, the model or a pass can't do.
     """
@@ -66,7 +72,7 @@ def rewrite_and_partition(
     graph = manager.run(joint.graph, [ROLES], ctx, held)
     require_backward(graph, ctx)
     ctx.plan = resolve(list(ctx.uses.values()))
-    graph = manager.run(graph, JOINT_PASSES, ctx, held)
+    graph = manager.run(graph, [p for p in JOINT_PASSES if p.name not in without], ctx, held)
     halves = partition(fx.GraphModule(joint, graph), ctx)
     for item in HALF_PASSES:
         index = len(manager.records)
@@ -91,6 +97,7 @@ def rewrite_inference(
     *,
     target: Any = None,
     observers: tuple[Observer, ...] = (),
+    without: frozenset[str] = frozenset(),
 ) -> fx.GraphModule:
     """The forward alone, for `torch.no_grad()`: the same formats as in training, nothing is saved."""
     ctx = PassContext(inputs=capture.joint_input_names(forward, names), training=False, target=target)
@@ -98,7 +105,8 @@ def rewrite_inference(
     held: set[str] = set()
     graph = manager.run(forward.graph, [ROLES], ctx, held)
     ctx.plan = resolve(list(ctx.uses.values()))
-    graph = manager.run(graph, [p for p in JOINT_PASSES if p.name in ("insert-quantize", "fp8-dispatch")], ctx, held)
+    passes = [p for p in JOINT_PASSES if p.name in INFERENCE and p.name not in without]
+    graph = manager.run(graph, passes, ctx, held)
     return fx.GraphModule(forward, graph)
 
 

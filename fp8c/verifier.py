@@ -30,6 +30,8 @@ SCALED = {
     ops.scaled_grouped_mm.default: 5,
     ops.scaled_grouped_wgrad.default: 5,
 }
+SCALED_ADD = {ops.scaled_mm_add_.default: 5, ops.scaled_grouped_wgrad_add_.default: 6}  # an accumulator, then a
+_FORMAT_INDEX = SCALED | SCALED_ADD
 _GATHERS = frozenset({aten.index.Tensor, aten.index_select.default})
 _WIRE = frozenset({c10d.all_to_all_single.default, c10d.wait_tensor.default, aten.view.dtype, aten.alias.default})
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -106,12 +108,11 @@ def scales_paired(
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in SCALED:
-            first = SCALED[node.target]
+        if node.target in _FORMAT_INDEX:
+            operands, formats = int(node.target in SCALED_ADD), _FORMAT_INDEX[node.target]
             for i, operand in enumerate("ab"):
-                found += _check_pair(
-                    node, node.args[2 * i], node.args[2 * i + 1], str(node.args[first + i]), types, operand
-                )
+                data, scale = node.args[operands + 2 * i : operands + 2 * i + 2]
+                found += _check_pair(node, data, scale, str(node.args[formats + i]), types, operand)
         elif node.target in (ops.dequantize.default, ops.requantize.default):
             found += _check_pair(node, node.args[0], node.args[1], str(node.args[2]), types, "q")
     return found
@@ -138,9 +139,9 @@ def _check_pair(
 def groups_on_reduction_axis(graph: fx.Graph, ctx: PassContext) -> list[Diagnostic]:
     """A GEMM operand's groups run along the reduction axis, or are blocks, or cover whole rows or the tensor."""
     found = []
-    for node in g.calls(graph, SCALED):
+    for node in g.calls(graph, _FORMAT_INDEX):
         for i in range(2):
-            fmt = Format.parse(str(node.args[SCALED[node.target] + i]))  # type: ignore[index]
+            fmt = Format.parse(str(node.args[_FORMAT_INDEX[node.target] + i]))  # type: ignore[index]
             assert fmt.group is not None
             if fmt.group[1] == 1:
                 found.append(
@@ -150,7 +151,7 @@ def groups_on_reduction_axis(graph: fx.Graph, ctx: PassContext) -> list[Diagnost
 
 
 _FP8_CONSUMERS = (
-    frozenset(SCALED)
+    frozenset(_FORMAT_INDEX)
     | {ops.dequantize.default, ops.requantize.default, operator.getitem, aten.permute.default, aten.t.default}
     | _GATHERS
     | _WIRE

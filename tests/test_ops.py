@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
-from fp8c import ops
+from fp8c import decompositions, ops
 from fp8c.diagnostics import DiagnosticError
 from fp8c.formats import Format
 
@@ -27,6 +27,43 @@ def gemm_operands() -> tuple[Tensor, ...]:
     offs = torch.tensor([70, 190], dtype=torch.int32)
     column, dy_column = ops.QUANTIZE(x, COLUMN, offs), ops.QUANTIZE(torch.randn(200, 60), COLUMN, offs)
     return (*ops.QUANTIZE(x, ROW), *ops.QUANTIZE(w, BLOCK), *dy_column, *column, offs)
+
+
+def mutating_cases() -> dict[str, tuple[Any, Any, Args]]:
+    """Name -> the operator, the one whose FP32 product it adds to its first argument, and that one's arguments."""
+    *_, dyc, dyc_scale, xc, xc_scale, offs = gemm_operands()
+    dense = (dyc.t(), dyc_scale.t(), xc.t(), xc_scale.t(), ROW, ROW, 128)
+    grouped = (dyc.t(), dyc_scale.t(), xc.t(), xc_scale.t(), offs, ROW, ROW, 128)
+    return {
+        "scaled_mm_add_": (ops.SCALED_MM_ADD_, ops.SCALED_MM, dense),
+        "scaled_grouped_wgrad_add_": (ops.SCALED_GROUPED_WGRAD_ADD_, ops.SCALED_GROUPED_WGRAD, grouped),
+    }
+
+
+@pytest.mark.parametrize("name", list(mutating_cases()))
+def test_add_forms_add_the_product_and_change_nothing_else(name: str) -> None:
+    op, product_op, args = mutating_cases()[name]
+    product = product_op(*args, torch.float32)
+    before = torch.randn_like(product)
+    acc, operands = before.clone(), [a for a in args if isinstance(a, Tensor)]
+    bits = [storage_bytes(t) for t in operands]
+    assert op(acc, *args) is None
+    assert torch.equal(acc, before + product)
+    assert [storage_bytes(t) for t in operands] == bits
+    portable = before.clone()
+    getattr(decompositions, name)(portable, *args)
+    torch.testing.assert_close(portable, acc)
+    utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, (before.clone(), *args), test_utils=utils)
+
+
+@pytest.mark.parametrize("name", list(mutating_cases()))
+def test_add_forms_refuse_another_accumulator(name: str) -> None:
+    op, product_op, args = mutating_cases()[name]
+    product = product_op(*args, torch.float32)
+    for acc in (product.bfloat16(), product[..., None], product[..., :1]):
+        with pytest.raises(DiagnosticError, match="E0520"):
+            op(acc, *args)
 
 
 def attention_operands() -> tuple[Tensor, ...]:
@@ -49,13 +86,13 @@ def cases() -> dict[str, tuple[Any, Args]]:
         "quantize a transposed view": (ops.QUANTIZE, (x.t(), "e4m3[tensor] fp32")),
         "dequantize": (ops.DEQUANTIZE, (xq, xs, ROW, torch.bfloat16)),
         "dequantize the cache format": (ops.DEQUANTIZE, (*cached, CACHE, torch.float32, None, 130)),
-        "dequantize with experts": (ops.DEQUANTIZE, (xc, xc_scale, COLUMN, torch.float32, offs)),
+        "dequantize with experts": (ops.DEQUANTIZE, (xc, xc_scale, COLUMN, torch.float32)),
         "requantize": (ops.REQUANTIZE, (xq, xs, ROW, COLUMN)),
         "requantize the cache format with experts": (ops.REQUANTIZE, (*cached, CACHE, COLUMN, offs, 130)),
         "scaled_mm": (ops.SCALED_MM, (xq, xs, wq[0], ws[0], ROW, BLOCK, 128, torch.bfloat16)),
         "scaled_mm of views": (
             ops.SCALED_MM,
-            (dyc.t(), dyc_scale[:2].t(), xc.t(), xc_scale[:2].t(), ROW, ROW, 128, torch.float32),
+            (dyc.t(), dyc_scale.t(), xc.t(), xc_scale.t(), ROW, ROW, 128, torch.float32),
         ),
         "scaled_grouped_mm": (ops.SCALED_GROUPED_MM, (xq, xs, wq, ws, offs, ROW, BLOCK, 128, torch.bfloat16)),
         "scaled_grouped_wgrad": (

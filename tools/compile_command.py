@@ -27,6 +27,7 @@ from fp8c.graph_durations import step_durations
 from fp8c.models import LoadedModel, Weights, check_step, load_model
 from fp8c.partition import Halves
 from fp8c.pass_manager import PassRecord
+from fp8c.passes import check_optional
 from fp8c.pipeline import Rewritten, count_gemms
 from fp8c.prepare import prepare
 from fp8c.saved import SavedReport, SavedTensor, saved_report
@@ -52,6 +53,7 @@ class Request:
     weights: Weights = "auto"
     verify: bool = False
     baseline: bool = True
+    without: tuple[str, ...] = ()
     force: bool = False
     printing: Printing = field(default_factory=Printing)
     argv: tuple[str, ...] = ()
@@ -109,7 +111,8 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
     if request.out is not None:
         check_output(request.out, force=request.force)
     observer = Observer(request.printing.checked())
-    session = driver.new_session(request.spec, request.target, observers=(observer,))
+    without = check_optional(request.without)
+    session = driver.new_session(request.spec, request.target, observers=(observer,), without=without)
     with progress.stage("loading the model"):
         loaded = load_model(
             request.model,
@@ -299,6 +302,7 @@ def write(
             "files": {name: spec_file(name) for name, _ in session.spec.texts},
         },
         "target": record_json(session.target),
+        "without": sorted(session.without),
         "plan": rewritten.plan.digest(),
         "decisions": decisions_digest(lock),
         "graphs": {name: portable_hash(graph) for name, graph in graphs.items()},

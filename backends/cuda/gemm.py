@@ -19,9 +19,9 @@ from torch import Tensor
 from fp8c.backends.cuda import tiles
 from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
 from fp8c.backends.cuda.launch import TMA_ALIGNMENT_BYTES, launch, multiprocessors
-from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, render
+from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, fail, render
 from fp8c.formats import WHOLE, Element, Format
-from fp8c.ops import portable, quantized_format
+from fp8c.ops import check_accumulator, portable, quantized_format
 
 _LOG = logging.getLogger(__name__)
 _HOPPER = (9, 0)
@@ -158,28 +158,45 @@ def multiply(
     run(plan, a, a_scale, b, b_scale, out, _OUTPUTS[out.dtype], offs)
 
 
-def add_product(
+def scaled_mm_add_(
+    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
+) -> None:
+    """acc f32 [M, N] += a @ b.T. Each element is added to exactly once, so the result does not depend on timing."""
+    _check_accumulator("scaled_mm_add_", acc, (a.shape[0], b.shape[0]))
+    try:
+        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
+        run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, None)
+    except _Unsupported as reason:
+        _remark("fp8c::scaled_mm_add_", str(reason))
+        portable("scaled_mm_add_")(acc, a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every)
+
+
+def scaled_grouped_wgrad_add_(
+    acc: Tensor,
     a: Tensor,
     a_scale: Tensor,
     b: Tensor,
     b_scale: Tensor,
+    offs: Tensor,
     a_fmt: str,
     b_fmt: str,
-    accumulator: Tensor,
-    offs: Tensor | None = None,
+    promote_every: int,
 ) -> None:
-    """accumulator += a @ b.T (of each expert, when `offs` is given): a weight gradient into an FP32 buffer.
-
-    Shapes: a [N, T], b [K, T]; accumulator f32 [N, K], or [E, N, K] with `offs`. Each element is added to exactly once,
-            so the result does not depend on the order in which tiles run.
-    Raises: ValueError where there is no kernel; the caller adds the operator's result itself then.
-    """
-    grouping = Grouping.DENSE if offs is None else Grouping.REDUCTION_GROUPS
+    """acc f32 [E, N, K] += each expert's weight gradient, as `scaled_grouped_wgrad` computes it in FP32."""
+    _check_accumulator("scaled_grouped_wgrad_add_", acc, (offs.shape[0], a.shape[0], b.shape[0]))
     try:
-        plan = _Plan.of(a_fmt, b_fmt, BLOCK_K, grouping, a.device)
-        run(plan, a, a_scale, b, b_scale, accumulator, Output.FP32_ADD, offs)
+        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
+        run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, offs)
     except _Unsupported as reason:
-        raise ValueError(str(reason)) from None
+        _remark("fp8c::scaled_grouped_wgrad_add_", str(reason))
+        portable("scaled_grouped_wgrad_add_")(acc, a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every)
+
+
+def _check_accumulator(name: str, acc: Tensor, shape: tuple[int, ...]) -> None:
+    check_accumulator(name, acc, len(shape))
+    if acc.shape != shape or acc.stride(-1) != 1:
+        found = f"{list(acc.shape)} with strides {list(acc.stride())}"
+        raise fail("E0520", f"fp8c::{name}: expected an accumulator {list(shape)}, its last axis dense; found {found}")
 
 
 def run(

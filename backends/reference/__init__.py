@@ -20,6 +20,8 @@ for _kernel in (
     gemm.scaled_mm,
     gemm.scaled_grouped_mm,
     gemm.scaled_grouped_wgrad,
+    gemm.scaled_mm_add_,
+    gemm.scaled_grouped_wgrad_add_,
     attention.attention,
     attention.attention_backward,
 ):

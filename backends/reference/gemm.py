@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fp8c.backends.reference import tensor_core
-from fp8c.backends.reference.quantize import dequantize_f32, expert_groups, expert_ranges
+from fp8c.backends.reference.quantize import dequantize_f32, expert_blocks, expert_ranges
 from fp8c.diagnostics import fail
 from fp8c.formats import Format
-from fp8c.ops import quantized_format, scale_shape
+from fp8c.ops import check_accumulator, quantized_format, scale_shape
 
 Accumulator = Literal["fp32", "hopper"]
 
@@ -107,28 +107,67 @@ def scaled_grouped_wgrad(
 ) -> Tensor:
     """out[e] = a[:, rows of e] @ b[:, rows of e].T, the weight gradient of each expert; 0 for one without rows.
 
-    Shapes: a [N, T] and b [K, T] with groups 1 x g along T that restart at each expert, scales [N, T//g + E] and
-            [K, T//g + E], offs int32 [E] -> out [E, N, K] out_dtype.
+    Shapes: a [N, T'] and b [K, T'] with groups 1 x g along T', T' = g * (T//g + E) as `fp8c.ops.data_shape` stores
+            experts, scales [N, T'/g] and [K, T'/g], offs int32 [E] the ends among the T tokens -> out [E, N, K] out_dtype.
     """
     left, right = quantized_format(a_fmt), quantized_format(b_fmt)
     check_operands("scaled_grouped_wgrad", a, b)
-    for fmt, operand, scale in ((left, a, a_scale), (right, b, b_scale)):
+    for fmt in (left, right):
         assert fmt.group is not None
-        if fmt.group[0] != 1 or fmt.group[1] <= 1:
-            raise fail("E0520", f"fp8c::scaled_grouped_wgrad: groups must run along T, as 1x128, found '{fmt.text}'")
-        expected = scale_shape(operand.shape[::-1], fmt.transposed, offs.shape[0])[::-1]
-        if list(scale.shape) != expected:
-            raise fail("E0520", f"fp8c::scaled_grouped_wgrad: expected scales {expected}, found {list(scale.shape)}")
-    assert left.group is not None and right.group is not None
+        if fmt.group[0] != 1 or fmt.group[1] <= 1 or fmt.group != left.group:
+            raise fail(
+                "E0520",
+                f"fp8c::scaled_grouped_wgrad: groups must run along T and be the same, as 1x128, found '{left.text}' and "
+                f"'{right.text}'",
+            )
+    assert left.group is not None
+    size = left.group[1]
+    for fmt, operand, scale in ((left, a, a_scale), (right, b, b_scale)):
+        expected = scale_shape(operand.shape, fmt)
+        if list(scale.shape) != expected or operand.shape[1] % size or expected[1] < offs.shape[0]:
+            raise fail(
+                "E0520",
+                f"fp8c::scaled_grouped_wgrad: expected scales {expected} with a whole group or more for each of "
+                f"{offs.shape[0]} experts, found {list(scale.shape)}",
+            )
     out = a.new_zeros((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-    for expert, start, end in expert_ranges(offs, a.shape[1]):
-        if start < end:
-            columns = slice(start, end)
-            a_groups, b_groups = (expert_groups(g, expert, start, end) for g in (left.group[1], right.group[1]))
-            out[expert] = _product(
-                a[:, columns], a_scale[:, a_groups], b[:, columns], b_scale[:, b_groups], left, right, promote_every
-            ).to(out_dtype)
+    for expert, columns, groups in expert_blocks(offs, size, a.shape[1] // size):
+        if columns.start < columns.stop:
+            operands = (a[:, columns], a_scale[:, groups], b[:, columns], b_scale[:, groups])
+            out[expert] = _product(*operands, left, right, promote_every).to(out_dtype)
     return out
+
+
+def scaled_mm_add_(
+    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
+) -> None:
+    """acc += a @ b.T; acc f32 [M, N], the rest as `scaled_mm` takes it. The FP32 product is rounded before it is added."""
+    product = scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32)
+    add_product("scaled_mm_add_", acc, product)
+
+
+def scaled_grouped_wgrad_add_(
+    acc: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    a_fmt: str,
+    b_fmt: str,
+    promote_every: int,
+) -> None:
+    """acc[e] += the weight gradient of expert e; acc f32 [E, N, K], the rest as `scaled_grouped_wgrad` takes it."""
+    product = scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32)
+    add_product("scaled_grouped_wgrad_add_", acc, product)
+
+
+def add_product(name: str, acc: Tensor, product: Tensor) -> None:
+    """acc += product. Raises: E0520 when their shapes differ (nothing is broadcast) or acc is not FP32."""
+    check_accumulator(name, acc, product.dim())
+    if acc.shape != product.shape:
+        raise fail("E0520", f"fp8c::{name}: the accumulator is {list(acc.shape)}, the product {list(product.shape)}")
+    acc.add_(product)
 
 
 def check_operands(name: str, a: Tensor, b: Tensor) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8c.backends.triton.numerics import fp8_codes, magnitude_bits, quotient, reciprocal, scale_of, store_scale
-from fp8c.backends.triton.tiles import group_rows, load_tile, store_column_groups, store_row_groups, zero_column_tail
+from fp8c.backends.triton.tiles import group_rows, load_tile, store_column_groups, store_row_groups
 from fp8c.formats import Element, Format, ScaleKind
 from fp8c.fused_ops import plain
 from fp8c.ops import check_quantize_input, empty_quantized, experts_of, is_stored_transposed, portable, quantized_format
@@ -68,13 +68,16 @@ def column_kernel(
         begin = group * G
         end = tl.minimum(begin + G, R)
     else:
-        begin, end, last = group_rows(offs_ptr, experts, group, G, E_PAD)
-        zero_column_tail(q_ptr, last, R, cols, C, q_col, group, tl.num_programs(0) // tiles, G)
+        begin, end, _ = group_rows(offs_ptr, experts, group, G, E_PAD)
     rows = begin + tl.arange(0, G)
     row_ok = rows < end
+    stored = group * G + tl.arange(0, G)
+    stored_ok = row_ok if E_PAD == 0 else stored >= 0  # experts' blocks are filled up with zeros
     mask = row_ok[:, None] if EVEN else row_ok[:, None] & (cols < C)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_column_groups(x, q_ptr, s_ptr, rows, row_ok, cols, C, group, q_col, s_row, s_col, EVEN, ELEMENT, KIND, WIDE)
+    store_column_groups(
+        x, q_ptr, s_ptr, stored, stored_ok, cols, C, group, q_col, s_row, s_col, EVEN, ELEMENT, KIND, WIDE
+    )
 
 
 @triton.jit
@@ -88,22 +91,20 @@ def both_kernel(
     pid = tl.program_id(0)
     tile = pid % tiles
     group = pid // tiles
-    cols = tile * 128 + tl.arange(0, 128)
     if E_PAD == 0:
         begin = group * 128
         end = tl.minimum(begin + 128, R)
     else:
         begin, end, last = group_rows(offs_ptr, experts, group, 128, E_PAD)
         programs = tl.num_programs(0) // tiles
-        zero_column_tail(qt_ptr, last, R, cols, C, qt_col, group, programs, 128)
         share = (R - last + programs - 1) // programs
         tail_end = tl.minimum(last + (group + 1) * share, R)
-        for first in range(last + group * share, tail_end, 128):  # rows of no expert have row groups all the same
-            tail = first + tl.arange(0, 128)
+        for first in range(last + group * share, tail_end, ROWS):  # rows of no expert have row groups all the same
+            tail = first + tl.arange(0, ROWS)
             x = load_tile(x_ptr, tail, tail < tail_end, tile, C, x_row, EVEN)
             store_row_groups(
                 x, q_ptr, s_ptr, tail, tail < tail_end, tile, C, q_row, s_row, s_col,
-                128, 128, EVEN, ELEMENT, KIND, WIDE,
+                ROWS, 128, EVEN, ELEMENT, KIND, WIDE,
             )  # fmt: skip
     # Two rounds over the same tile, the second from the L1 cache: half the registers, so more programs in flight.
     for first in range(0, 128, ROWS):
@@ -115,12 +116,14 @@ def both_kernel(
         )  # fmt: skip
     rows = begin + tl.arange(0, 128)
     row_ok = rows < end
+    stored = group * 128 + tl.arange(0, 128)
+    stored_ok = row_ok if E_PAD == 0 else stored >= 0
     for first in range(0, 128, COLS):
         part = tile * 128 + first + tl.arange(0, COLS)
         mask = row_ok[:, None] if EVEN else row_ok[:, None] & (part < C)[None, :]
         x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_row + part[None, :], mask=mask, other=0.0).to(tl.float32)
         store_column_groups(
-            x, qt_ptr, st_ptr, rows, row_ok, part, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
+            x, qt_ptr, st_ptr, stored, stored_ok, part, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
         )  # fmt: skip
 
 

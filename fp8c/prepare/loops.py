@@ -23,16 +23,8 @@ from torch import Tensor, nn
 from fp8c import grouped
 from fp8c.diagnostics import Diagnostic, Span
 from fp8c.prepare.experts import Lifted
-from fp8c.prepare.lift import (
-    GROUPED,
-    Bound,
-    CannotLift,
-    Count,
-    Index,
-    Lifter,
-    OneHot,
-    PerRow,
-)
+from fp8c.prepare.lift import Lifter
+from fp8c.prepare.loop_values import GROUPED, Bound, CannotLift, Count, Index, OneHot, PerRow
 from fp8c.user_code import short_path
 
 _FUTURE_FLAGS = functools.reduce(
