@@ -37,6 +37,7 @@ class PassContext:
     machine: the cost model's view of the target; None where it has no cost sheet
     inputs:  name of every graph input by placeholder name: a parameter's or buffer's FQN, or "" for data
     trained: placeholders whose gradient the step returns
+    fusions: operators of `fp8c.fused_ops` that the backend has in one kernel, by name
     """
 
     plan: PrecisionPlan | None = None
@@ -50,6 +51,7 @@ class PassContext:
     saved: dict[str, SavedValue] = field(default_factory=dict)
     recomputed: set[str] = field(default_factory=set)
     options: frozenset[str] = frozenset()
+    fusions: frozenset[str] = frozenset()
     remarks: list[Diagnostic] = field(default_factory=list)
 
     @property

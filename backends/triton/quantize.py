@@ -55,11 +55,14 @@ def row_kernel(
 
 @triton.jit
 def column_kernel(
-    x_ptr, q_ptr, s_ptr, offs_ptr, R, C, experts, x_row, q_col, s_row, s_col,
-    COLS: tl.constexpr, G: tl.constexpr, E_PAD: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, rows_ptr, q_ptr, s_ptr, offs_ptr, R, C, experts, x_row, q_col, s_row, s_col,
+    COLS: tl.constexpr, G: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one group of G rows by COLS columns. E_PAD: experts rounded up, 0 when groups don't restart."""
+    """One program: one group of G rows by COLS columns. E_PAD: experts rounded up, 0 when groups don't restart.
+
+    GATHER: row t is row rows[t] of x.
+    """
     tiles = tl.cdiv(C, COLS)
     pid = tl.program_id(0)
     group = pid // tiles
@@ -73,8 +76,9 @@ def column_kernel(
     row_ok = rows < end
     stored = group * G + tl.arange(0, G)
     stored_ok = row_ok if E_PAD == 0 else stored >= 0  # experts' blocks are filled up with zeros
+    source = tl.load(rows_ptr + rows, mask=row_ok, other=0) if GATHER else rows
     mask = row_ok[:, None] if EVEN else row_ok[:, None] & (cols < C)[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + source.to(tl.int64)[:, None] * x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     store_column_groups(
         x, q_ptr, s_ptr, stored, stored_ok, cols, C, group, q_col, s_row, s_col, EVEN, ELEMENT, KIND, WIDE
     )
@@ -130,9 +134,10 @@ def both_kernel(
 @triton.jit
 def block_kernel(
     x_ptr, q_ptr, qt_ptr, s_ptr, R, C, x_matrix, x_row,
-    EVEN: tl.constexpr, BOTH: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, STRAIGHT: tl.constexpr, TURNED: tl.constexpr,
+    ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one 128 x 128 block of one matrix; BOTH: the transposed data as well. Outputs are contiguous."""
+    """One program: one 128 x 128 block of one matrix; the data as it is, transposed, or both. Outputs are contiguous."""
     tiles = tl.cdiv(C, 128)
     bands = tl.cdiv(R, 128)
     pid = tl.program_id(0)
@@ -146,9 +151,10 @@ def block_kernel(
     lift, lifted, inverse = reciprocal(scale, KIND)
     codes = fp8_codes(quotient(x, lift, lifted, inverse, KIND, WIDE), ELEMENT)
     store_scale(s_ptr + pid, scale, None, KIND)
-    q_ptr += matrix * R * C
-    tl.store(q_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], codes, mask=mask)
-    if BOTH:
+    if STRAIGHT:
+        q_ptr += matrix * R * C
+        tl.store(q_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], codes, mask=mask)
+    if TURNED:
         qt_ptr += matrix * R * C
         tl.store(qt_ptr + cols.to(tl.int64)[None, :] * R + rows[:, None], codes, mask=mask)
 
@@ -170,7 +176,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     if g0 in COLUMN_GROUPS and is_stored_transposed(parsed, x.dim()):
         return _columns(x, parsed, offs)
     if parsed.group == BLOCK and offs is None and parsed.element is not Element.E5M6:
-        return _blocks(x, parsed, both=False)[::2]  # type: ignore[return-value]
+        return _blocks(x, parsed, straight=True, turned=False)[::2]  # type: ignore[return-value]
     return portable("quantize")(x, fmt, offs)  # type: ignore[no-any-return]
 
 
@@ -204,7 +210,16 @@ def quantize_weight(w: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     check_quantize_input(w)
     if w.numel() == 0 or parsed.group != BLOCK or parsed.element is Element.E5M6:
         return plain("quantize_weight")(w, fmt)  # type: ignore[no-any-return]
-    return _blocks(w, parsed, both=True)
+    return _blocks(w, parsed, straight=True, turned=True)
+
+
+def quantize_transposed(w: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """`fp8c::quantize_transposed`."""
+    parsed = quantized_format(fmt)
+    check_quantize_input(w)
+    if w.numel() == 0 or parsed.group != BLOCK or parsed.element is Element.E5M6:
+        return plain("quantize_transposed")(w, fmt)  # type: ignore[no-any-return]
+    return _blocks(w, parsed, straight=False, turned=True)[1:]  # type: ignore[return-value]
 
 
 def _rows(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -224,32 +239,44 @@ def _rows(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return q, s
 
 
-def _columns(x: Tensor, fmt: Format, offs: Tensor | None) -> tuple[Tensor, Tensor]:
+def gather_quantize(x: Tensor, rows: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8c::gather_quantize`."""
+    parsed = quantized_format(fmt)
+    check_quantize_input(x)
+    fits = parsed.group is not None and parsed.group[0] in COLUMN_GROUPS and is_stored_transposed(parsed, x.dim())
+    if x.numel() == 0 or rows.numel() == 0 or not fits:
+        return plain("gather_quantize")(x, rows, fmt, offs)  # type: ignore[no-any-return]
+    return _columns(x, parsed, offs, rows.contiguous())
+
+
+def _columns(x: Tensor, fmt: Format, offs: Tensor | None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     assert fmt.group is not None
     x = readable(x)
-    q, s = empty_quantized(x, x.shape, fmt, offs)
-    height, width = x.shape
+    height, width = x.shape if rows is None else (rows.shape[0], x.shape[1])
+    q, s = empty_quantized(x, (height, width), fmt, offs)
     experts = 0 if offs is None else offs.shape[0]
     column_kernel[(s.shape[0] * triton.cdiv(width, COLUMN_TILE),)](
-        x, q.view(torch.uint8), scale_bytes(s), x if offs is None else as_ends(offs),
+        x, x if rows is None else rows, q.view(torch.uint8), scale_bytes(s), x if offs is None else as_ends(offs),
         height, width, experts, x.stride(0), q.stride(1), s.stride(0), s.stride(1),
-        COLS=COLUMN_TILE, G=fmt.group[0], E_PAD=padded(experts), EVEN=width % 128 == 0, **codes_of(fmt),
-        WIDE=is_wide(x), num_warps=COLUMN_WARPS,
+        COLS=COLUMN_TILE, G=fmt.group[0], E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
+        **codes_of(fmt), WIDE=is_wide(x), num_warps=COLUMN_WARPS,
     )  # fmt: skip
     return q, s
 
 
-def _blocks(w: Tensor, fmt: Format, both: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks(w: Tensor, fmt: Format, straight: bool, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Data, data transposed, scale; the data that isn't asked for is the other one."""
     w = readable(w)
     q, s = empty_quantized(w, w.shape, fmt)
     *leading, height, width = w.shape
     matrices = w.shape[0] if leading else 1
-    qt = q.new_empty((*leading, width, height)) if both else q
+    qt = q.new_empty((*leading, width, height)) if turned else q
+    q = q if straight else qt
     block_kernel[(matrices * triton.cdiv(height, 128) * triton.cdiv(width, 128),)](
         w, q.view(torch.uint8), qt.view(torch.uint8), scale_bytes(s), height, width,
         w.stride(0) if leading else 0, w.stride(-2),
-        EVEN=height % 128 == 0 and width % 128 == 0, BOTH=both, **codes_of(fmt), WIDE=is_wide(w),
-        num_warps=BLOCK_WARPS,
+        EVEN=height % 128 == 0 and width % 128 == 0, STRAIGHT=straight, TURNED=turned,
+        **codes_of(fmt), WIDE=is_wide(w), num_warps=BLOCK_WARPS,
     )  # fmt: skip
     return q, qt, s
 
