@@ -67,12 +67,12 @@ def _derive(
         return None
     source = node.args[0]
     if node.target is operator.getitem and source.target in fused_ops.MAKES:
-        return _made(source, fused_ops.MAKES[source.target][int(node.args[1])])  # type: ignore[call-overload]
+        return _made(source, fused_ops.MAKES[source.target][_index(node)])
     if node.target is operator.getitem and source.target is fused_ops.GATHER_QUANTIZED:
-        moved = types.get(source.args[int(node.args[1])])  # type: ignore[call-overload, arg-type]
-        rows = source.args[2]
-        assert isinstance(rows, fx.Node)
-        return None if moved is None else replace(moved, moves=(*moved.moves, f"rows {rows.name}"))
+        moved = types.get(source.args[_index(node)])  # type: ignore[arg-type]
+        numbers = source.args[2]
+        assert isinstance(numbers, fx.Node)
+        return None if moved is None else replace(moved, moves=(*moved.moves, f"rows {numbers.name}"))
     known = types.get(source)
     if known is None:
         return None
@@ -87,6 +87,12 @@ def _derive(
     if node.target in _WIRE:
         return known
     return None
+
+
+def _index(getitem: fx.Node) -> int:
+    index = getitem.args[1]
+    assert isinstance(index, int)
+    return index
 
 
 def _made(source: fx.Node, made: fused_ops.Made | None) -> QuantizedType | None:

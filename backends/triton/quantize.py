@@ -176,7 +176,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     if g0 in COLUMN_GROUPS and is_stored_transposed(parsed, x.dim()):
         return _columns(x, parsed, offs)
     if parsed.group == BLOCK and offs is None and parsed.element is not Element.E5M6:
-        return _blocks(x, parsed, straight=True, turned=False)[::2]  # type: ignore[return-value]
+        return _blocks(x, parsed, straight=True, turned=False)[::2]
     return portable("quantize")(x, fmt, offs)  # type: ignore[no-any-return]
 
 
@@ -219,7 +219,7 @@ def quantize_transposed(w: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     check_quantize_input(w)
     if w.numel() == 0 or parsed.group != BLOCK or parsed.element is Element.E5M6:
         return plain("quantize_transposed")(w, fmt)  # type: ignore[no-any-return]
-    return _blocks(w, parsed, straight=False, turned=True)[1:]  # type: ignore[return-value]
+    return _blocks(w, parsed, straight=False, turned=True)[1:]
 
 
 def _rows(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.passes.steps import STEPS
 
 import fp8c.backends.reference  # noqa: F401
 from fp8c import fused_ops
 from fp8c import graph as g
 from fp8c.tools import opt
+from tests.passes.steps import STEPS
 
 BEFORE = opt.pass_names()[: opt.pass_names().index("fuse-casts")]
 

@@ -2,9 +2,9 @@
 
 import sys
 
-from fp8c.tools.bench import gemm
+from fp8c.tools.bench import gemm, kernels
 
-BENCHMARKS = {"gemm": gemm.main}
+BENCHMARKS = {"gemm": gemm.main, "kernels": kernels.main}
 
 
 def main(arguments: list[str]) -> int:
