@@ -14,6 +14,8 @@ for _kernel in (
     quantize.quantize,
     quantize.quantize_both,
     quantize.quantize_weight,
+    quantize.quantize_transposed,
+    quantize.gather_quantize,
     requantize.dequantize,
     requantize.requantize,
     requantize.gather_quantized,
