@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "baseline", "driver", "dynamo", "optim", "distributed"),
     ("build", "reload", "fingerprint"),
     ("tools",),
-    ("cli", "__main__"),
+    ("cli", "build_commands", "__main__"),
 )
 #: Loaded on first use, so `import fp8c` costs nothing.
 LAZY = frozenset({"__init__"})
