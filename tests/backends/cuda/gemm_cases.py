@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -28,8 +28,13 @@ CONFIGS = (
     GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=192, cluster=2),
     GemmConfig(BLOCK, DENSE, BF16),
     GemmConfig(BLOCK, DENSE, FP32, waves_n=3, wave_n=64),
-    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=16),
-    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=56),
+    GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=176),
+    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=16, flight=4, staging_bytes=2048),
+    GemmConfig(BLOCK, DENSE, FP32, warpgroups=1, waves_n=1, wave_n=56, flight=4),
+    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=112, flight=2),
+    GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),
+    replace(two_row_waves(BLOCK, DENSE, BF16, cluster=2), staging_bytes=8192),
+    replace(two_row_waves(ROW, DENSE, ADD, cluster=2), staging_bytes=8192),
     *(two_row_waves(ROW, DENSE, out, cluster=c) for out in Output for c in (1, 2)),
     GemmConfig(ROW, DENSE, ADD, waves_n=1, wave_n=64, unroll=False),
     GemmConfig(ROW, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=32, unroll=False),
@@ -38,7 +43,8 @@ CONFIGS = (
     *(two_row_waves(BLOCK, ROWS, BF16, cluster=c) for c in (1, 2)),
     GemmConfig(BLOCK, ROWS, BF16),
     GemmConfig(BLOCK, ROWS, FP32, waves_n=1, wave_n=192, cluster=2),
-    GemmConfig(BLOCK, ROWS, BF16, warpgroups=1, waves_n=1, wave_n=64),
+    GemmConfig(BLOCK, ROWS, BF16, warpgroups=1, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),
+    replace(two_row_waves(BLOCK, ROWS, BF16, cluster=2), staging_bytes=8192),
     *(two_row_waves(ROW, REDUCTION, out, cluster=c) for out in Output for c in (1, 2)),
     *(two_row_waves(BLOCK, REDUCTION, out, cluster=2) for out in (BF16, ADD)),
     GemmConfig(ROW, REDUCTION, ADD, waves_n=1, wave_n=128, unroll=False),
@@ -110,7 +116,9 @@ def random_case(rng: random.Random, config: GemmConfig, largest: int) -> Case:
             parts = []
             for e, (start, end) in enumerate(_ranges(splits)):
                 row, tokens = start // 128 + e, slice(start, end)
-                parts.append(model_product(a[:, tokens], a_scale[:, row:], b[:, tokens], b_scale[:, row:], b_rows))
+                scales_a, scales_b = a_scale[:, row:], b_scale[:, row:]
+                shift = start % 16
+                parts.append(model_product(a[:, tokens], scales_a, b[:, tokens], scales_b, b_rows, shift=shift))
             product = torch.stack(parts)
     if config.output is ADD:
         before = torch.randn(product.shape, device="cuda")

@@ -103,6 +103,8 @@ def test_operators_agree_with_the_cpu_reference() -> None:
     out = torch.ops.fp8c.scaled_grouped_mm(*(t.cuda() for t in grouped), A_FMT, B_FMT, 128, torch.float32)
     assert torch.equal(out.cpu(), expected)
 
+    # The reference cuts its instructions from an expert's first row on, the kernel from the last multiple of 16 before it.
+    offs = torch.tensor([16, 16, 64], dtype=torch.int32)
     columns = "e4m3[128x1] fp32"
     (da, sa), (db, sb) = (torch.ops.fp8c.quantize(x, columns, offs) for x in (a, torch.randn(70, 96)))
     wgrad = (da.t(), sa.t(), db.t(), sb.t(), offs)
@@ -110,6 +112,14 @@ def test_operators_agree_with_the_cpu_reference() -> None:
         expected = torch.ops.fp8c.scaled_grouped_wgrad(*wgrad, A_FMT, A_FMT, 128, torch.float32)
     out = torch.ops.fp8c.scaled_grouped_wgrad(*(t.cuda() for t in wgrad), A_FMT, A_FMT, 128, torch.float32)
     assert torch.equal(out.cpu(), expected)
+    torch.ops.fp8c.scaled_grouped_wgrad_add_(out, *(t.cuda() for t in wgrad), A_FMT, A_FMT, 128)
+    assert torch.equal(out.cpu(), expected + expected)
+
+    acc = torch.ones(70, 136, device="cuda")
+    torch.ops.fp8c.scaled_mm_add_(acc, *(t.cuda() for t in arguments), A_FMT, B_FMT, 128)
+    with accumulator("hopper"):
+        product = torch.ops.fp8c.scaled_mm(*arguments, A_FMT, B_FMT, 128, torch.float32)
+    assert torch.equal(acc.cpu(), product + 1)
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
