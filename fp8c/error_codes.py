@@ -236,8 +236,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
     "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
     "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
-    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or that dimension has more ranks than a layer has "
-    "experts.",
+    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or some of its ranks would own no "
+    "expert: experts are dealt in equal chunks, as DTensor shards an axis.",
     "E0861": "The experts of this loop are found neither in a list of modules or parameters of the module nor in a tensor "
     "whose first axis counts experts, so they can't be sharded.",
     "E0862": "The mesh asked for and the ranks that run differ in number, or a machine was given more ranks than it has "

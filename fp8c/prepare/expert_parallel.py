@@ -57,11 +57,12 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
                 continue
         else:
             continue
-        if experts < ranks:
+        if chunks(experts, ranks)[-1] == 0:
             raise fail(
                 "E0860",
-                f"'{name}' has {experts} experts, fewer than the {ranks} ranks of mesh dimension '{DIMENSION}'",
-                help=f"make '{DIMENSION}' at most {experts} wide",
+                f"the {experts} experts of '{name}' leave some of the {ranks} ranks of mesh dimension '{DIMENSION}' "
+                f"without any: {-(-experts // ranks)} on each before",
+                help=f"make '{DIMENSION}' a divisor of {experts}",
                 exit_code=ExitCode.MODEL,
             )
         for table in dict.fromkeys(tables):

@@ -77,10 +77,10 @@ def test_a_rank_whose_experts_get_no_row(two: Run, jobs: ModuleType) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "spec", "expert", "experts"), [("hf", "bf16", None, 8), ("loop", "deepseek_v3", 4, 6)]
+    ("kind", "spec", "expert", "experts"), [("hf", "bf16", None, 8), ("loop", "deepseek_v3", 5, 7)]
 )
 def test_four_ranks_compute_what_one_device_does(
     four: Run, jobs: ModuleType, kind: str, spec: str, expert: int | None, experts: int
 ) -> None:
-    """The second with six experts (2, 2, 2, 0 of them on the ranks) and every token at experts 4 and 5."""
+    """The second with seven experts (2, 2, 2, 1 of them on the ranks) and every token at experts 5 and 6."""
     check_step(four, jobs, 4, kind, spec, expert, experts)
