@@ -57,6 +57,9 @@ def init_mesh(device: str, *, comm_sms: int | None = None, **dimensions: int) ->
                 exit_code=ExitCode.USAGE,
             )
         torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        gpu = torch.device(device, torch.cuda.current_device()) if device == "cuda" else None
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=gpu)
     override: dict[int | str, Any] = {}
     if device == "cuda" and comm_sms is not None:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -238,7 +241,8 @@ def is_distributed() -> bool:
 def group_timeout_s() -> float:
     """How long the default group waits for a rank."""
     try:
-        options = dist.group.WORLD._get_backend(torch.device("cpu")).options  # type: ignore[union-attr]
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        options = dist.group.WORLD._get_backend(device).options  # type: ignore[union-attr]
         return float(options._timeout.total_seconds())
     except (AttributeError, RuntimeError):  # a backend without options
         return 600.0

@@ -152,7 +152,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--ema-step-ms", type=float, default=100.0, help="length of the loop's step; 0 leaves the EMA out")
+    parser.add_argument(
+        "--ema-step-ms", type=float, default=100.0, help="length of the loop's step; 0 leaves the EMA out"
+    )
     parser.add_argument("--ema-layers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
