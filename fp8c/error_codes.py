@@ -265,6 +265,15 @@ EXPLANATIONS: dict[str, str] = {
     "E1132": "The checkpoint was trained under another spec, or the spec's text has changed since.",
     "E1133": "The checkpoint has other tensors than the model, the optimizer or the moving average it is loaded into.",
     "E1134": "Something given to be saved beside the model has a state that is neither plain values nor tensors.",
+    "E1140": "`fp8c export --format hf` writes the weights of a transformers class, and the model is none (or the folder to "
+    "read has no config.json).",
+    "E1141": "The checkpoint's tensors are not those of the model that was named: some are missing, unknown or of another "
+    "shape.",
+    "E1142": "The Hugging Face FP8 format holds E4M3 weights in 128x128 blocks; the plan has others.",
+    "E1150": "A schedule of precision is out of range, or a pattern to switch to BF16 matches no GEMM of the step.",
+    "E1151": "Telemetry needs an interval of at least one step.",
+    "R1143": "Weights with a side that is no multiple of 128 were left in BF16. Programs that derive the size of a block "
+    "from the number of scales, as transformers does on a CPU, would read them wrongly.",
     "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
     "W1101": "AdamW was built on bare parameters or on a module that fp8c did not compile, so no spec says in which "
     "precision to keep moments and masters; it takes the recipe's. Bare parameters also have no names for checkpoints.",
