@@ -511,6 +511,54 @@ def set_debugging(debug: bool) -> None:
 
 
 @app.command()
+@click.argument("model")
+@spec_option
+@with_model_options
+@click.option(
+    "--batches", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many batches to measure."
+)
+@click.option("--bisect", is_flag=True, help="Name the smallest set of rules and operands that makes the error.")
+@click.option("--search", is_flag=True, help="Write the cheapest spec within an error budget.")
+@click.option("--metric", type=click.Choice(["worst", "gradient", "loss"]), help="What --bisect and --search look at.")
+@click.option("--limit", type=click.FloatRange(min=0), help="--bisect: the largest error that is fine.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0), help="--search: the largest error; half of what formats explain."
+)
+@click.option("--inject", metavar="FAULT", default="", help="Break an operand, for example scale:layers.1.up:fprop.x.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Page (.html), picture (.svg) or document (.json).")
+@click.option("--spec-out", type=click.Path(path_type=Path), help="--search: the new spec; searched.fp8 unless given.")
+@as_json_option
+def numerics(
+    model: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    inject: str,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Run the training step of MODEL in BF16 and under a spec, side by side, on real batches.
+
+    Says where values lose more than their formats explain, which rules and operands make an error, and what the
+    cheapest spec within an error budget is. `fp8c compile --help` says what a MODEL is.
+    """
+    request = model_request(model, spec, target, overrides, batch, seq, weights)
+    from fp8c.tools.numerics import command, measure
+
+    options["metric"] = options["metric"] or ""
+    answer = command.run(request, command.Settings(fault=inject, **options))
+    print_diagnostics(answer.remarks)
+    if as_json:
+        print_json(measure.SCHEMA, **answer.to_json())
+    else:
+        print(answer.text())
+    return int(answer.exit_code)
+
+
+@app.command()
 @as_json_option
 def passes(as_json: bool) -> None:
     """List the rewrites in the order they run."""

@@ -113,6 +113,8 @@ EXPLANATIONS: dict[str, str] = {
     "differ. A build runs only what it describes.",
     "E0614": "The spec is not the one the build was made from, or it now decides something else.",
     "E0701": "No pass has this name. `fp8c passes` lists them in the order they run.",
+    "E0615": "`fp8c explain` or a page of `fp8c inspect` was asked for something the build does not have. Uses are named by "
+    "module path, with `:op` for what is no GEMM; the help names what is spelt most like it.",
     "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
     "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
     "model type.",
@@ -139,6 +141,10 @@ EXPLANATIONS: dict[str, str] = {
     "type. fp8c never runs such code; import it in a model.py of your own instead.",
     "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
+    "E0841": "`fp8c numerics --inject` breaks one operand on purpose, to see that it is found. The fault is "
+    "KIND:MODULE[:GEMM.OPERAND] with the kind scale, axis or e5m2, and must hit an operand that the spec quantizes.",
+    "E0842": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
+    "E0845": "`fp8c numerics` compares a spec with BF16, and the spec keeps everything of this model in BF16.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
     "R0411": "A size is no multiple of its group, and the spec pads: the last group is shorter and has a scale of its own. "
     "MLA's 576-wide projection is such a case.",
@@ -187,6 +193,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0951": "Communication needs at least one SM, and so does compute.",
     "E0960": "`simulate` needs exactly one source of durations: a build that holds `durations.json`, or "
     "`--durations FILE`.",
+    "E0963": "`fp8c export --format perfetto` draws a build's schedule, or else its estimated durations. A build has the one "
+    "when its step has collectives, and the other when its target has a cost sheet.",
     "E0961": "The file is no Chrome trace of GPU kernels, or the trace has no kernel that could be read.",
     "W0507": "A GEMM in BF16 reads a payload that was dispatched in FP8, so it sees a rounded copy.",
     "W0509": "wgrad is asked to read BF16, but what backward keeps of its input is FP8, by another rule. Write `cache x "

@@ -60,9 +60,9 @@ def duration_trace(table: Mapping[str, Any]) -> dict[str, Any]:
     events: list[dict[str, Any]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": table["name"]}}]
     events += [{"ph": "M", "pid": 0, "tid": 0, "name": "thread_name", "args": {"name": "compute, in program order"}}]
     layers = [(i, kind) for i, kind in enumerate(kinds) if kind in known]
-    order = [(i, kind, ("F",)) for i, kind in layers]
-    head = [(-1, "head", ("F", "B", "W"))] if "head" in known else []
-    order += [*head, *((i, kind, ("B", "W")) for i, kind in reversed(layers))]
+    order: list[tuple[int, str, tuple[str, ...]]] = [(i, kind, ("F",)) for i, kind in layers]
+    order += [(-1, "head", ("F", "B", "W"))] if "head" in known else []
+    order += [(i, kind, ("B", "W")) for i, kind in reversed(layers)]
     now_us = 0.0
     for layer, kind, phases in order:
         for phase in phases:
@@ -123,10 +123,10 @@ def explorer_graph(half: Half, graphs: BuildGraphs, uses: Mapping[str, Any]) -> 
     inputs = [
         {
             "id": name,
-            "label": graphs.inputs.get(name) or name,
+            "label": graphs.inputs.get(name, ("", ""))[0] or name,
             "namespace": "inputs",
             "attrs": [],
-            "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": graphs.types.get(name, "")}]}],
+            "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": half.types.get(name, "")}]}],
         }
         for name in outside
     ]
@@ -175,7 +175,9 @@ def dot_text(graphs: BuildGraphs, folds: list[list[str]]) -> str:
             lines.append(f'    {_quoted(half.direction + path)} [label={label} fillcolor="{colour}"];')
         lines.append("  }")
         lines += [
-            f"  {_quoted(half.direction + a)} -> {_quoted(half.direction + b)};" for a, b in edges if a in kinds and b in kinds
+            f"  {_quoted(half.direction + a)} -> {_quoted(half.direction + b)};"
+            for a, b in edges
+            if a in kinds and b in kinds
         ]
     return "\n".join([*lines, "}"]) + "\n"
 
@@ -223,4 +225,6 @@ def export(build: Build, format_name: str, out: Path | None) -> str:
         return chosen.write(build, path)
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        raise fail("E0610", f"cannot write {path}: {why}", help="name another file with -o", exit_code=ExitCode.USAGE) from None
+        raise fail(
+            "E0610", f"cannot write {path}: {why}", help="name another file with -o", exit_code=ExitCode.USAGE
+        ) from None
