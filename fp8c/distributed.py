@@ -58,8 +58,7 @@ def init_mesh(device: str, *, comm_sms: int | None = None, **dimensions: int) ->
             )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        gpu = torch.device(device, torch.cuda.current_device()) if device == "cuda" else None
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=gpu)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     override: dict[int | str, Any] = {}
     if device == "cuda" and comm_sms is not None:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
