@@ -154,7 +154,8 @@ def move_router_weights(gm: fx.GraphModule) -> int:
             with gm.graph.inserting_after(arrived):
                 out = gm.graph.call_method("to", (arrived, out_dtype))
             _copy_meta(out, product)
-            arrived.replace_all_uses_with(out, delete_user_cb=lambda user, cast=out: user is not cast)
+            for user in [user for user in arrived.users if user is not out]:
+                user.replace_input_with(arrived, out)
         for dead in (node, *_dead_chain(node, product)):
             gm.graph.erase_node(dead)
         changed += 1

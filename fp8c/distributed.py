@@ -143,8 +143,8 @@ def _mean_in_rank_order(tensors: Sequence[Tensor], group: dist.ProcessGroup, ran
     for rank in range(1, ranks):
         total += theirs[rank * each : (rank + 1) * each]
     mine = (total / ranks).to(flat.dtype)
-    dist.all_gather(list(padded.split(each)), mine, group=group)
-    for tensor, part in zip(tensors, padded[:count].split([t.numel() for t in tensors])):
+    dist.all_gather(list(torch.split(padded, each)), mine, group=group)
+    for tensor, part in zip(tensors, torch.split(padded[:count], [t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -167,7 +167,7 @@ def watch_gradients(step: nn.Module, mesh: DeviceMesh) -> None:
     step.__dict__["fp8c_expert_mesh"] = mesh
     unreduced = _unreduced(step)
     for parameter in replicated_parameters(step):
-        parameter.register_post_accumulate_grad_hook(lambda p: unreduced.add(id(p)))
+        parameter.register_post_accumulate_grad_hook(lambda p: unreduced.add(id(p)))  # type: ignore[no-untyped-call]
 
     def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if unreduced and any(id(p) in unreduced for g in optimizer.param_groups for p in g["params"]):
