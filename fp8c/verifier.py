@@ -32,6 +32,8 @@ SCALED = {
 }
 SCALED_ADD = {ops.scaled_mm_add_.default: 5, ops.scaled_grouped_wgrad_add_.default: 6}  # an accumulator, then a
 _FORMAT_INDEX = SCALED | SCALED_ADD
+#: Operators that make a quantized pair: index of its format among the arguments.
+QUANTIZES = {ops.quantize.default: 1, ops.quantize_delayed.default: 1, ops.requantize.default: 3}
 _GATHERS = frozenset({aten.index.Tensor, aten.index_select.default})
 _WIRE = frozenset({c10d.all_to_all_single.default, c10d.wait_tensor.default, aten.view.dtype, aten.alias.default})
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -65,8 +67,8 @@ def _derive(
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
-    if node.target is operator.getitem and source.target in (ops.quantize.default, ops.requantize.default):
-        text = source.args[1] if source.target is ops.quantize.default else source.args[3]
+    if node.target is operator.getitem and source.target in QUANTIZES:
+        text = source.args[QUANTIZES[source.target]]
         part = "data" if node.args[1] == 0 else "scale"
         return QuantizedType(Format.parse(str(text)), part, source.name)
     known = types.get(source)

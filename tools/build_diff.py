@@ -119,7 +119,10 @@ def _inputs(a: Build, b: Build) -> tuple[tuple[str, str, str], ...]:
 
 def _saved(report: Mapping[str, Any]) -> dict[str, int]:
     """Bytes by layer, neighbours of equal bytes each under one name."""
-    found = {f"layer {row['layer']}" if row["layer"] is not None else "outside of layers": row["fp8c"] for row in report["layers"]}
+    found = {
+        f"layer {row['layer']}" if row["layer"] is not None else "outside of layers": row["fp8c"]
+        for row in report["layers"]
+    }
     return {**found, "together": report["saved_bytes"]["fp8c"]}
 
 
@@ -149,7 +152,10 @@ def _changes(old: Mapping[str, int], new: Mapping[str, int]) -> tuple[Change, ..
 def comparison_text(found: Comparison, limit: int = 40) -> str:
     lines = [f"{what}: {old} -> {new}" for what, old, new in found.inputs]
     if found.decisions:
-        lines += ["", f"decisions: {len(found.decisions)} differ" if len(found.decisions) > 1 else "decisions: 1 differs"]
+        lines += [
+            "",
+            f"decisions: {len(found.decisions)} differ" if len(found.decisions) > 1 else "decisions: 1 differs",
+        ]
         for d in found.decisions[:limit]:
             lines += [f"  {d.field}: {d.old} -> {d.new}", f"      {_uses(d.uses)}; {d.reason}"]
         if len(found.decisions) > limit:
@@ -206,5 +212,3 @@ def _table(changes: Sequence[Change], is_bytes: bool) -> list[str]:
 
 def _indented(texts: Sequence[str]) -> list[str]:
     return [f"  {line}" for text in texts for line in text.splitlines()]
-
-

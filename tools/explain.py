@@ -174,7 +174,9 @@ class _Reader:
             return loads(begin + body, "<selector>", self.build.path / "spec")
         except DiagnosticError as error:
             first = error.diagnostics[0]
-            raise fail(first.code, first.message, span=_shown(text), help=first.help, exit_code=ExitCode.USAGE) from None
+            raise fail(
+                first.code, first.message, span=_shown(text), help=first.help, exit_code=ExitCode.USAGE
+            ) from None
 
     def section(self, what: str) -> list[Explanation]:
         """`dispatch` or `dispatch.payload`."""
@@ -231,7 +233,10 @@ class _Reader:
         meant = [names[n] for n in near[:1] if _alike(n, _without_layer(what))] or [names[n] for n in near]
         help = f"did you mean {' or '.join(meant)}?" if meant else "`fp8c inspect --text` lists the modules"
         return fail(
-            "E0615", f"{self.build.path} has no use, module, section or node '{what}'", help=help, exit_code=ExitCode.USAGE
+            "E0615",
+            f"{self.build.path} has no use, module, section or node '{what}'",
+            help=help,
+            exit_code=ExitCode.USAGE,
         )
 
     # -- answers -------------------------------------------------------------------------------------------------------

@@ -175,7 +175,9 @@ def dot_text(graphs: BuildGraphs, folds: list[list[str]]) -> str:
             lines.append(f'    {_quoted(half.direction + path)} [label={label} fillcolor="{colour}"];')
         lines.append("  }")
         lines += [
-            f"  {_quoted(half.direction + a)} -> {_quoted(half.direction + b)};" for a, b in edges if a in kinds and b in kinds
+            f"  {_quoted(half.direction + a)} -> {_quoted(half.direction + b)};"
+            for a, b in edges
+            if a in kinds and b in kinds
         ]
     return "\n".join([*lines, "}"]) + "\n"
 
@@ -223,4 +225,6 @@ def export(build: Build, format_name: str, out: Path | None) -> str:
         return chosen.write(build, path)
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        raise fail("E0610", f"cannot write {path}: {why}", help="name another file with -o", exit_code=ExitCode.USAGE) from None
+        raise fail(
+            "E0610", f"cannot write {path}: {why}", help="name another file with -o", exit_code=ExitCode.USAGE
+        ) from None

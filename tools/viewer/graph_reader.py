@@ -1,6 +1,6 @@
 """Graph texts of a build as records: the canonical text (`fp8c.graph.graph_text`) read back, without torch.
 
-    %mm = aten.mm(%view, %t) : bf16[1024, 1536]   # fprop model.layers.0.self_attn.q_a_proj  modeling.py:440
+%mm = aten.mm(%view, %t) : bf16[1024, 1536]   # fprop model.layers.0.self_attn.q_a_proj  modeling.py:440
 """
 
 from __future__ import annotations
