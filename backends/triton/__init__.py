@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8c.backends.triton import quantize, requantize
+from fp8c.backends.triton import quantize, requantize, swiglu
 
 _LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
 for _kernel in (
@@ -20,5 +20,8 @@ for _kernel in (
     requantize.requantize,
     requantize.gather_quantized,
     requantize.gather_requantized,
+    swiglu.swiglu_quantize,
+    swiglu.swiglu_quantize_cached,
+    swiglu.swiglu_backward_quantize,
 ):
     _LIBRARY.impl(_kernel.__name__, _kernel, "CUDA")  # type: ignore[no-untyped-call]
