@@ -19,6 +19,7 @@ from fp8c import graph as g
 from fp8c.backends.fusions import fusions_of
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode
+from fp8c.main_grad import mark_gradients
 from fp8c.partition import Halves, partition, trained_inputs
 from fp8c.pass_manager import PassContext, PassManager, PassRecord
 from fp8c.passes import HALF_PASSES, JOINT_PASSES, ROLES
@@ -89,6 +90,8 @@ def rewrite_and_partition(
             observe("after", index, item.name, halves.backward.graph)
     if verify_each:
         verify_halves(halves, ctx)
+    primals = [n.name for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")]
+    mark_gradients(halves.backward.graph, primals, ctx.inputs)
     return Rewritten(halves, ctx.plan, ctx, joint, manager.records)
 
 

@@ -19,7 +19,7 @@ from fp8c import __version__, driver
 from fp8c import graph as g
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import record_json
-from fp8c.build import check_output, graph_file, json_bytes, spec_file, write_build
+from fp8c.build import check_output, graph_file, json_bytes, packed_json, spec_file, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
 from fp8c.durations import DurationTable
 from fp8c.fingerprint import data_types, decisions_digest, parameter_types, portable_hash
@@ -33,6 +33,7 @@ from fp8c.prepare import prepare
 from fp8c.saved import SavedReport, SavedTensor, saved_report
 from fp8c.specs.plan import PrecisionPlan, UsePlan
 from fp8c.tools import report, verify
+from fp8c.tools.graph_notes import NOTES_FILE, TRACE_FILE, graph_notes, schedule_trace
 from fp8c.tools.ir_printing import Observer, Printing, write_reproducer
 from fp8c.tools.progress import Progress
 
@@ -287,6 +288,9 @@ def write(
     for name, graph in graphs.items():
         file, content = graph_file(name, g.graph_text(graph, name))
         files[file] = content
+    files[NOTES_FILE] = packed_json(graph_notes(rewritten, observer.roles))
+    if rewritten.ctx.schedules:
+        files[TRACE_FILE] = packed_json(schedule_trace(rewritten.ctx.schedules))
     durations = durations_of(rewritten, session, request.model)
     if durations is not None:
         files["durations.json"] = json_bytes(durations.to_json())

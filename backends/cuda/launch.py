@@ -39,11 +39,8 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         ("problem", _Problem),
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("a_row", ctypes.c_longlong),
-        ("b_row", ctypes.c_longlong),
         ("scale_a", ctypes.c_void_p),
+        ("scale_a_col", ctypes.c_longlong),
         ("scale_b", ctypes.c_void_p),
         ("scale_b_group", ctypes.c_longlong),
         ("scale_b_row", ctypes.c_longlong),
@@ -107,6 +104,16 @@ def _function(config: GemmConfig, device_index: int) -> ctypes.c_void_p:
 @cache
 def multiprocessors(device_index: int) -> int:
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+
+
+_reserved = 0
+
+
+def reserve_multiprocessors(count: int) -> None:
+    """Start GEMMs on `count` SMs fewer from now on. Their thread blocks share the tiles evenly from the start, so one
+    that has to wait for an SM that communication holds would make the others wait for it."""
+    global _reserved
+    _reserved = count
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def launch(
     index = a.device.index
     with torch.cuda.device(index):
         function = _function(config, index)
-        sms = multiprocessors(index)
+        sms = max(config.cluster, multiprocessors(index) - _reserved)
         map_a, map_b = _payload_map(a, config.tile_m // config.cluster), _payload_map(b, config.tile_n)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)
         map_scale_b = _scale_map(b_scale, config.tile_n) if config.scales is Scales.PER_ROW else map_a
@@ -202,11 +209,8 @@ def launch(
         blocks = config.scales is Scales.PER_BLOCK
         arguments = _Arguments(
             _Problem(a.shape[0], n, a.shape[1], groups, ends),
-            a.data_ptr(),
-            b.data_ptr(),
-            a.stride(0),
-            b.stride(-2),
             a_scale.data_ptr(),
+            a_scale.stride(-1),
             b_scale.data_ptr(),
             b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
             b_scale.stride(-2) if blocks else 0,
