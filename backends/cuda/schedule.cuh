@@ -118,8 +118,8 @@ class RowGroupSchedule {
     }
 };
 
-// Tokens [ends[e-1], ends[e]) of K are the reduction of expert e's own M x N output. 1x128 scales restart there:
-// token t has scale row begin / 128 + e + (t - begin) / 128. `skip_empty`: an expert without tokens has no tiles.
+// Tokens [ends[e-1], ends[e]) are the reduction of expert e's own M x N output. They are stored in whole blocks of 128, from
+// block begin / 128 + e on, zeros behind the last; a block has a scale row. `skip_empty`: an expert without tokens has no tiles.
 template <bool skip_empty>
 class ReductionGroupSchedule {
     const Problem& p;
@@ -138,7 +138,8 @@ class ReductionGroupSchedule {
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
         }
         const int2 at = banded<BAND>(index, row_tiles, col_tiles);
-        tile = {group, at.x * TILE_M, p.m, first_column(at.y), begin, end - begin, begin / 128 + group, 0};
+        const int block = begin / 128 + group;
+        tile = {group, at.x * TILE_M, p.m, first_column(at.y), block * 128, end - begin, block, 0};
         index += index_step();
         return true;
     }
