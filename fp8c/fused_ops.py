@@ -178,6 +178,7 @@ _DATA, _SCALE = Made("data", 1), Made("scale", 1)
 #: What the operators make of values that aren't quantized yet, result by result (None: not quantized).
 MAKES: dict[Any, tuple[Made | None, ...]] = {
     torch.ops.fp8c.quantize.default: (_DATA, _SCALE),
+    torch.ops.fp8c.quantize_delayed.default: (_DATA, _SCALE),
     torch.ops.fp8c.requantize.default: (Made("data", 3), Made("scale", 3)),
     QUANTIZE_BOTH: (_DATA, _SCALE, Made("data", 2, 1), Made("scale", 2, 1)),
     QUANTIZE_WEIGHT: (_DATA, Made("data", 1, is_transposed=True), _SCALE),

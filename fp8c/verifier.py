@@ -34,7 +34,8 @@ SCALED = {
 SCALED_ADD = {ops.scaled_mm_add_.default: 5, ops.scaled_grouped_wgrad_add_.default: 6}  # an accumulator, then a
 _FORMAT_INDEX = SCALED | SCALED_ADD
 _GATHERS = frozenset({aten.index.Tensor, aten.index_select.default})
-_WIRE = frozenset({c10d.all_to_all_single.default, c10d.wait_tensor.default, aten.view.dtype, aten.alias.default})
+#: What leaves rows, columns and values as they are.
+_WIRE = frozenset({c10d.wait_tensor.default, aten.view.dtype, aten.alias.default, aten.clone.default})
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

@@ -20,7 +20,7 @@ struct alignas(16) Tile {
     int row;          // first row of the tile in A (M-grouped: counted over all experts)
     int row_end;      // rows from here on belong to the next group
     int col;          // first row of the tile in B, within the group
-    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first token)
+    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first block)
     int k_length;     // 0: the tile is all zeros
     int scale_row;    // first row of the 1x128 scales along K
     int is_end;       // no tile: the list is at its end
@@ -118,8 +118,8 @@ class RowGroupSchedule {
     }
 };
 
-// Tokens [ends[e-1], ends[e]) are the reduction of expert e's own M x N output. They are stored in whole blocks of 128, from
-// block begin / 128 + e on, zeros behind the last; a block has a scale row. `skip_empty`: an expert without tokens has no tiles.
+// Tokens [ends[e-1], ends[e]) of K are the reduction of expert e's own M x N output. 1x128 scales restart there:
+// token t has scale row begin / 128 + e + (t - begin) / 128. `skip_empty`: an expert without tokens has no tiles.
 template <bool skip_empty>
 class ReductionGroupSchedule {
     const Problem& p;
@@ -138,8 +138,8 @@ class ReductionGroupSchedule {
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
         }
         const int2 at = banded<BAND>(index, row_tiles, col_tiles);
-        const int block = begin / 128 + group;
-        tile = {group, at.x * TILE_M, p.m, first_column(at.y), block * 128, end - begin, block, 0};
+        const int scale_row = begin / 128 + group;  // the groups of scales before it: tokens are stored in whole groups
+        tile = {group, at.x * TILE_M, p.m, first_column(at.y), scale_row * 128, end - begin, scale_row, 0};
         index += index_step();
         return true;
     }
