@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 def captured(contender: Contender) -> Callable[[], object]:
     """A CUDA graph of one run."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
