@@ -292,8 +292,9 @@ def load_one_device_state() -> bool:
 
 def fsdp_step(spec: str) -> dict[str, Any]:
     """Dense parameters sharded by FSDP2 over the same ranks, experts over `ep`; gradients whole."""
-    import fp8c
     from torch.distributed.fsdp import fully_shard
+
+    import fp8c
 
     mesh = mesh_of()
     step = fp8c.compile(build("loop"), spec=spec, target="cpu", mesh=mesh, fullgraph=False)
