@@ -13,6 +13,8 @@ from fp8c.diagnostics import ExitCode, Severity, fail
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 #: `fp8c export`'s formats, spelt here so that --help reads no build code; tests compare them with the table.
 EXPORT_FORMATS = ("perfetto", "model-explorer", "dot")
+#: The one format of weights instead of a build.
+CHECKPOINT_FORMAT = "hf"
 
 
 def print_json(schema: str, **fields: Any) -> None:
@@ -69,15 +71,66 @@ def write(path: Path, content: bytes) -> None:
 
 
 @click.command()
-@click.argument("build", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", required=True, type=click.Choice(EXPORT_FORMATS), help="What to write.")
+@click.argument("build", metavar="BUILD|MODEL")
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--format", "format_name", required=True, type=click.Choice((*EXPORT_FORMATS, CHECKPOINT_FORMAT)))
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Where to; a name in this folder unless given.")
-def export(build: Path, format_name: str, out: Path | None) -> None:
-    """Write BUILD for another tool: a trace for Perfetto, JSON for Model Explorer, Graphviz."""
+@click.option("--spec", "-s", default="deepseek_v3", show_default=True, metavar="NAME|FILE.fp8", help="hf: of a MODEL.")
+@click.option("-a", "overrides", multiple=True, metavar="KEY=VALUE", help="hf: configuration field of a MODEL.")
+@click.option("--ema", is_flag=True, help="hf: the moving average instead of the parameters.")
+@click.option("--mtp", is_flag=True, help="hf: keep the multi-token-prediction layers, left out otherwise.")
+@click.option("--partial-blocks", is_flag=True, help="hf: quantize weights with a partial block as well.")
+@click.option("--force", is_flag=True, help="hf: replace a folder that fp8c did not write.")
+def export(build: str, checkpoint: Path | None, format_name: str, out: Path | None, **options: Any) -> None:
+    """Write BUILD for another tool: a trace for Perfetto, JSON for Model Explorer, Graphviz.
+
+    --format hf writes a training run's CHECKPOINT as an FP8 Hugging Face checkpoint; the first argument is then the build
+    it was trained with, or an hf: model as `fp8c compile` takes it.
+    """
+    if format_name == CHECKPOINT_FORMAT:
+        export_checkpoint(build, checkpoint, out or Path("hf"), **options)
+        return
     from fp8c.build import read_build
     from fp8c.tools.viewer.export import export as run
 
-    print(run(read_build(build), format_name, out))
+    print(run(read_build(Path(build)), format_name, out))
+
+
+def export_checkpoint(
+    model: str,
+    checkpoint: Path | None,
+    out: Path,
+    *,
+    spec: str,
+    overrides: tuple[str, ...],
+    ema: bool,
+    mtp: bool,
+    partial_blocks: bool,
+    force: bool,
+) -> None:
+    if checkpoint is None:
+        raise click.UsageError("--format hf takes a build or model, and a checkpoint of its training")
+    from fp8c.diagnostics import render
+    from fp8c.models import parse_overrides
+    from fp8c.tools.export_hf import ExportRequest
+    from fp8c.tools.export_hf import export as run
+
+    exported = run(
+        ExportRequest(
+            model=model,
+            checkpoint=checkpoint,
+            out=out,
+            spec=spec,
+            overrides=parse_overrides(overrides),
+            source="ema" if ema else "model",
+            mtp=mtp,
+            partial_blocks=partial_blocks,
+            force=force,
+        )
+    )
+    for remark in exported.remarks:
+        print(render(remark), file=sys.stderr)
+    print(exported.text())
 
 
 @click.command()

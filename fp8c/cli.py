@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from fp8c import __version__
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, render
+from fp8c import __version__, build_commands
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, render
 
 _COLOURS = {"error": "\033[1;31m", "warning": "\033[1;33m", "remark": "\033[1;36m"}
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -580,30 +580,6 @@ def numerics(
 
 
 @app.command()
-@click.argument("code")
-@as_json_option
-def explain(code: str, as_json: bool) -> int:
-    """Say what a diagnostic's CODE means and what to do about it."""
-    from fp8c.error_codes import EXPLANATIONS
-
-    code = code.upper()
-    text = EXPLANATIONS.get(code)
-    if text is None:
-        import difflib
-
-        close = difflib.get_close_matches(code, EXPLANATIONS, 3, 0.6)
-        raise click.UsageError(f"no diagnostic has the code {code}" + (f"; near: {', '.join(close)}" if close else ""))
-    severity = {"E": Severity.ERROR, "W": Severity.WARNING}.get(code[0], Severity.REMARK).value
-    if as_json:
-        print_json("fp8c.explanation/1", code=code, severity=severity, text=text)
-    else:
-        import textwrap
-
-        print(f"{severity} {code}\n\n{textwrap.fill(text, 96)}")
-    return int(ExitCode.OK)
-
-
-@app.command()
 @as_json_option
 def passes(as_json: bool) -> None:
     """List the rewrites in the order they run."""
@@ -718,6 +694,10 @@ def profile(trace: Path, as_json: bool) -> None:
         print_json("fp8c.profile/1", **report.to_json())
     else:
         print(tool.profile_text(report))
+
+
+for command in build_commands.COMMANDS:
+    app.add_command(command)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
+from fp8c.structured_trace import TraceObserver, trace_summary
 from fp8c.target_record import TargetRecord
 from fp8c.user_code import is_model_file, short_path
 
@@ -126,10 +127,11 @@ class Session:
             self.resolve,
             target=self.target,
             machine=load_machine(self.target.name) if self.target.name in machine_names() else None,
-            observers=self.observers,
+            observers=(*self.observers, TraceObserver()),
             verify_each=self.verify_each,
             without=self.without,
         )
+        trace_summary(rewritten.plan, rewritten.records)
         self.steps.append(rewritten)
         self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
         if self.plan_only:

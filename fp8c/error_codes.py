@@ -116,6 +116,8 @@ EXPLANATIONS: dict[str, str] = {
     "differ. A build runs only what it describes.",
     "E0614": "The spec is not the one the build was made from, or it now decides something else.",
     "E0701": "No pass has this name. `fp8c passes` lists them in the order they run.",
+    "E0615": "`fp8c explain` or a page of `fp8c inspect` was asked for something the build does not have. Uses are named by "
+    "module path, with `:op` for what is no GEMM; the help names what is spelt most like it.",
     "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
     "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
     "model type.",
@@ -144,6 +146,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
     "E0845": "`fp8c numerics --inject` breaks one operand on purpose, to see that it is found. The fault is "
     "KIND:MODULE[:GEMM.OPERAND] with the kind scale, axis or e5m2, and must hit an operand that the spec quantizes.",
+    "E0842": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
     "E0846": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
     "E0847": "`fp8c numerics` compares a spec with BF16, and the spec keeps everything of this model in BF16.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
@@ -194,6 +197,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0951": "Communication needs at least one SM, and so does compute.",
     "E0960": "`simulate` needs exactly one source of durations: a build that holds `durations.json`, or "
     "`--durations FILE`.",
+    "E0963": "`fp8c export --format perfetto` draws a build's schedule, or else its estimated durations. A build has the one "
+    "when its step has collectives, and the other when its target has a cost sheet.",
     "E0961": "The file is no Chrome trace of GPU kernels, or the trace has no kernel that could be read.",
     "W0507": "A GEMM in BF16 reads a payload that was dispatched in FP8, so it sees a rounded copy.",
     "W0509": "wgrad is asked to read BF16, but what backward keeps of its input is FP8, by another rule. Write `cache x "
@@ -243,8 +248,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
     "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
     "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
-    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or that dimension has more ranks than a layer has "
-    "experts.",
+    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or some of its ranks would own no "
+    "expert: experts are dealt in equal chunks, as DTensor shards an axis.",
     "E0861": "The experts of this loop are found neither in a list of modules or parameters of the module nor in a tensor "
     "whose first axis counts experts, so they can't be sharded.",
     "E0862": "The mesh asked for and the ranks that run differ in number, or a machine was given more ranks than it has "
@@ -272,6 +277,15 @@ EXPLANATIONS: dict[str, str] = {
     "E1132": "The checkpoint was trained under another spec, or the spec's text has changed since.",
     "E1133": "The checkpoint has other tensors than the model, the optimizer or the moving average it is loaded into.",
     "E1134": "Something given to be saved beside the model has a state that is neither plain values nor tensors.",
+    "E1140": "`fp8c export --format hf` writes the weights of a transformers class, and the model is none (or the folder to "
+    "read has no config.json).",
+    "E1141": "The checkpoint's tensors are not those of the model that was named: some are missing, unknown or of another "
+    "shape.",
+    "E1142": "The Hugging Face FP8 format holds E4M3 weights in 128x128 blocks; the plan has others.",
+    "E1150": "A schedule of precision is out of range, or a pattern to switch to BF16 matches no GEMM of the step.",
+    "E1151": "Telemetry needs an interval of at least one step.",
+    "R1143": "Weights with a side that is no multiple of 128 were left in BF16. Programs that derive the size of a block "
+    "from the number of scales, as transformers does on a CPU, would read them wrongly.",
     "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
     "W1101": "AdamW was built on bare parameters or on a module that fp8c did not compile, so no spec says in which "
     "precision to keep moments and masters; it takes the recipe's. Bare parameters also have no names for checkpoints.",

@@ -49,7 +49,7 @@ class Stage:
     halves:    forward returns its outputs, then what backward needs; backward takes that and the outputs' gradients
     values:    for every input of the forward, the tensor of the model it is; None for data
     data:      for every input of the forward, which of the call's tensors it is; None for the model's
-    outputs:   positions of the module's outputs among the forward's results
+    outputs:   positions of the module's differentiable outputs among the forward's results
     kept:      for every input of the backward, its position among the forward's results; None for a gradient
     tangents:  for every input of the backward, which output's gradient it is; None for others
     """
@@ -95,6 +95,9 @@ class Stage:
             is_tangent = str(node.target).startswith("tangents")
             tangents.append(_tangent_of(node, len([t for t in tangents if t is not None])) if is_tangent else None)
             kept.append(None if is_tangent else names.index(str(node.target)))
+        # Dynamo also returns values that the module put into its buffers; those have no gradient.
+        outputs = [at for at in outputs if at in tangents]
+        tangents = [None if at is None else outputs.index(at) for at in tangents]
         parameters = [v if isinstance(v, nn.Parameter) and v.requires_grad else None for v in values]
         made = cls(forward, backward, values, data, outputs, kept, tangents, _parameters=parameters)
         made._given = given  # type: ignore[attr-defined]  # weak references of the capture lead to them
@@ -195,7 +198,7 @@ def _local(value: Any) -> Any:
 
 def _dynamo_index(node: fx.Node, position: int) -> tuple[int, str]:
     """Which input of Dynamo's graph a placeholder is, or is a part of, and the part's name."""
-    described = node.meta.get("desc")
+    described: Any = node.meta.get("desc")
     part = ""
     while hasattr(described, "base"):
         part = str(getattr(described, "attr", ""))

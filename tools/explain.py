@@ -336,7 +336,9 @@ def _costs(name: str, value: str, others: Sequence[str], shape: Mapping[str, Any
     rows, cols = sizes.get(operand, (None, None)) if is_operand or group == "cache" else (None, None)
     if rows is None or cols is None or value == "off":
         return ()
-    common = CACHE_FORMATS if group == "cache" else WEIGHT_FORMATS if operand == "w" else OPERAND_FORMATS
+    common: tuple[str, ...] = (
+        CACHE_FORMATS if group == "cache" else WEIGHT_FORMATS if operand == "w" else OPERAND_FORMATS
+    )
     if group == "wgrad":  # it sums over tokens, so its groups lie along them
         common = tuple(Format.parse(text).transposed.text for text in common)
     texts = dict.fromkeys([value, *(o for o in others if o != "off"), *common])

@@ -58,7 +58,7 @@ def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
         work()
     found = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()
@@ -71,11 +71,7 @@ def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
 def adamw_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
     count = sum(torch.Size(size).numel() for size in sizes)
     rows = []
-    flat = torch.randn(count * 11 // 4, device="cuda")  # as many bytes read and written as the update's
-    other = torch.empty_like(flat)
-    us, spread = timed(lambda: other.copy_(flat))
-    rows.append(Row("copy", us, spread, 2 * flat.numel() * 4))
-    del flat, other
+    rows.append(copy_row(count * 11 // 4))  # as many bytes read and written as the update's
     for name, options, moved in (
         ("update", {"skip_nonfinite": False}, UPDATE_BYTES),
         ("update, checked and clipped", {"max_norm": 1.0}, UPDATE_BYTES + NORM_BYTES),
@@ -89,22 +85,32 @@ def adamw_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
         rows.append(Row(f"fp8c {name}", us, spread, moved * count))
         del params, optimizer
         torch.cuda.empty_cache()
+    return rows + torch_rows(sizes)
+
+
+def copy_row(elements: int) -> Row:
+    source = torch.randn(elements, device="cuda")
+    target = torch.empty_like(source)
+    us, spread = timed(lambda: target.copy_(source))
+    return Row("copy", us, spread, 2 * elements * 4)
+
+
+def torch_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
+    """torch's fused AdamW on FP32 parameters, alone and behind torch's clipping."""
+    count = sum(torch.Size(size).numel() for size in sizes)
     params = parameters(sizes, torch.float32)
     for p in params:
         p.grad = torch.randn(p.shape, device="cuda")
     theirs = torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     us, spread = timed(theirs.step)
-    rows.append(Row("torch fused FP32", us, spread, TORCH_BYTES * count))
+    rows = [Row("torch fused FP32", us, spread, TORCH_BYTES * count)]
 
     def clipped() -> None:
         nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
         theirs.step()
 
     us, spread = timed(clipped)
-    rows.append(Row("torch clip_grad_norm_ and fused FP32", us, spread, (TORCH_BYTES + 12) * count))
-    del params, theirs
-    torch.cuda.empty_cache()
-    return rows
+    return [*rows, Row("torch clip_grad_norm_ and fused FP32", us, spread, (TORCH_BYTES + 12) * count)]
 
 
 def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> dict[str, float]:
@@ -152,7 +158,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--ema-step-ms", type=float, default=100.0, help="length of the loop's step; 0 leaves the EMA out")
+    parser.add_argument(
+        "--ema-step-ms", type=float, default=100.0, help="length of the loop's step; 0 leaves the EMA out"
+    )
     parser.add_argument("--ema-layers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)

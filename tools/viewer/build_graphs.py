@@ -6,6 +6,7 @@ gives no module (sums of gradients, the loss) go where their inputs come from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +15,19 @@ from fp8c.build import Build
 from fp8c.tools.viewer.graph_reader import GEMM_KINDS, Graph, Node, read_graph
 
 NOTES_FILE = "graphs/notes.json"
+_REFERENCE = re.compile(r"%\w+")
 
 
 @dataclass(frozen=True)
 class Half:
-    """One direction of one graph. `modules`: module path by node name; `inputs`: graph inputs by name."""
+    """One direction of one graph. By node name: `modules` its module's path, `types` type texts, also of what it reads
+    from outside."""
 
     when: str  # before | after
     direction: str  # forward | backward
     nodes: tuple[Node, ...]
     modules: Mapping[str, str]
+    types: Mapping[str, str]
     saved: frozenset[str] = frozenset()  # names that cross to backward
 
     @property
@@ -33,12 +37,11 @@ class Half:
 
 @dataclass(frozen=True)
 class BuildGraphs:
-    """halves: before forward, before backward, after forward, after backward. inputs: FQN of each graph input, "" for
-    data. types: type text of every value, after's where both have it."""
+    """halves: before forward, before backward, after forward, after backward. inputs: FQN and type of each graph input,
+    "" for data."""
 
     halves: tuple[Half, ...]
-    inputs: Mapping[str, str]
-    types: Mapping[str, str]
+    inputs: Mapping[str, tuple[str, str]]
     notes: Mapping[str, Any]
 
     def half(self, when: str, direction: str) -> Half:
@@ -54,21 +57,21 @@ def read_graphs(build: Build, uses: Mapping[str, Mapping[str, Any]]) -> BuildGra
     nodes = [_with_role(n, roles.get(n.name, "")) for n in captured.nodes]
     crossing = {n.name for n in backward.nodes if n.op == "input"}
     made = {n.name for n in forward.nodes if n.op != "input"}
+    whole, none = {n.name: n.type for n in captured.nodes}, frozenset[str]()
     parts = (
-        ("before", "forward", nodes[:cut], frozenset[str]()),
-        ("before", "backward", nodes[cut:], frozenset[str]()),
-        ("after", "forward", forward.nodes, frozenset(crossing & made)),
-        ("after", "backward", backward.nodes, frozenset[str]()),
+        ("before", "forward", nodes[:cut], whole, none),
+        ("before", "backward", nodes[cut:], whole, none),
+        ("after", "forward", forward.nodes, {n.name: n.type for n in forward.nodes}, frozenset(crossing & made)),
+        ("after", "backward", backward.nodes, {n.name: n.type for n in backward.nodes}, none),
     )
     halves: list[Half] = []
-    for when, direction, part, saved in parts:
+    for when, direction, part, types, saved in parts:
         calls = tuple(n for n in part if n.op != "input")
         outside = halves[-1].modules if direction == "backward" else {}
         outside = {f"{name}{end}": path for name, path in outside.items() for end in ("", "_q", "_s")}
-        halves.append(Half(when, direction, calls, place_nodes(calls, uses, outside), saved))
-    inputs = {n.name: n.args for g in (captured, forward) for n in g.nodes if n.op == "input"}
-    types = {n.name: n.type for g in (captured, backward, forward) for n in g.nodes}
-    return BuildGraphs(tuple(halves), inputs, types, notes)
+        halves.append(Half(when, direction, calls, place_nodes(calls, uses, outside), types, saved))
+    inputs = {n.name: (n.args, n.type) for g in (captured, forward) for n in g.nodes if n.op == "input"}
+    return BuildGraphs(tuple(halves), inputs, notes)
 
 
 def _with_role(node: Node, role: str) -> Node:
@@ -194,13 +197,11 @@ def _structure(graphs: BuildGraphs, path: str, members: list[tuple[int, int]], s
         for name in node.inputs:
             inner = keys.get((h, name))
             if inner is None:  # from outside: its type, and for a parameter of this module its name in the module
-                fqn = graphs.inputs.get(name, "")
+                fqn, _ = graphs.inputs.get(name, ("", ""))
                 own = fqn[at:] if fqn.startswith(f"{path}.") else ""
-                inner = hash((own, graphs.types.get(name, "")))
+                inner = hash((own, half.types.get(name, "")))
             sources.append(inner)
-        text = node.args
-        for name in node.inputs:
-            text = text.replace(f"%{name}", "%", 1)
+        text = _REFERENCE.sub("%", node.args)
         own_path = half.modules[node.name][at:]
         keys[h, node.name] = hash((h, node.op, text, node.type, node.gemm, own_path, node.place, tuple(sources)))
     inside = sorted((p[at:], s) for p, s in signs.items() if p == path or p.startswith(f"{path}."))

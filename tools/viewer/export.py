@@ -60,9 +60,9 @@ def duration_trace(table: Mapping[str, Any]) -> dict[str, Any]:
     events: list[dict[str, Any]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": table["name"]}}]
     events += [{"ph": "M", "pid": 0, "tid": 0, "name": "thread_name", "args": {"name": "compute, in program order"}}]
     layers = [(i, kind) for i, kind in enumerate(kinds) if kind in known]
-    order = [(i, kind, ("F",)) for i, kind in layers]
-    head = [(-1, "head", ("F", "B", "W"))] if "head" in known else []
-    order += [*head, *((i, kind, ("B", "W")) for i, kind in reversed(layers))]
+    order: list[tuple[int, str, tuple[str, ...]]] = [(i, kind, ("F",)) for i, kind in layers]
+    order += [(-1, "head", ("F", "B", "W"))] if "head" in known else []
+    order += [(i, kind, ("B", "W")) for i, kind in reversed(layers)]
     now_us = 0.0
     for layer, kind, phases in order:
         for phase in phases:
@@ -123,10 +123,10 @@ def explorer_graph(half: Half, graphs: BuildGraphs, uses: Mapping[str, Any]) -> 
     inputs = [
         {
             "id": name,
-            "label": graphs.inputs.get(name) or name,
+            "label": graphs.inputs.get(name, ("", ""))[0] or name,
             "namespace": "inputs",
             "attrs": [],
-            "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": graphs.types.get(name, "")}]}],
+            "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": half.types.get(name, "")}]}],
         }
         for name in outside
     ]

@@ -51,9 +51,10 @@ def memory_rows(
 
     parameters: types of the manifest; sections: those of plan.lock.json
     """
-    floating = [t for t in parameters.values() if main_dtype(t) in ("bf16", "f16", "f32")]
-    elements = sum(type_bytes(t) // ITEM_BYTES[main_dtype(t)] for t in floating)
-    rows = [MemoryRow("parameters and buffers", sum(map(type_bytes, parameters.values())), f"{elements:,} elements")]
+    trained = [t for t in parameters.values() if main_dtype(t) in ("bf16", "f16", "f32") and not t.endswith(" frozen")]
+    elements = sum(type_bytes(t) // ITEM_BYTES[main_dtype(t)] for t in trained)
+    note = f"{elements:,} elements that train, buffers counted with them"
+    rows = [MemoryRow("parameters and buffers", sum(map(type_bytes, parameters.values())), note)]
     optimizer = sections.get("optimizer", {})
     for key, name in _OPTIMIZER:
         decision = optimizer.get(key)
@@ -72,14 +73,13 @@ def memory_rows(
 def traffic_rows(graphs: BuildGraphs) -> list[TrafficRow]:
     counts: dict[str, dict[str, int]] = {name: {} for name in FAMILIES}
     moved: dict[str, dict[str, int]] = {name: {} for name in FAMILIES}
-    types = dict(graphs.types)
     for half in graphs.halves:
         for node in half.nodes:
             name = family(node.op)
             if name not in counts:
                 continue
             counts[name][half.name] = counts[name].get(half.name, 0) + 1
-            moved[name][half.name] = moved[name].get(half.name, 0) + bytes_moved(node, types)
+            moved[name][half.name] = moved[name].get(half.name, 0) + bytes_moved(node, half.types)
     return [TrafficRow(name, counts[name], moved[name]) for name in FAMILIES if counts[name]]
 
 

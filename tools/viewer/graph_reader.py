@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -190,16 +190,8 @@ def precision(node: Node) -> str:
     return main_dtype(node.type)
 
 
-def bytes_moved(node: Node, types: dict[str, str]) -> int:
+def bytes_moved(node: Node, types: Mapping[str, str]) -> int:
     """Bytes the operator reads and writes when it runs on its own; 0 for views. `types`: type text by node name."""
     if node.op in PLUMBING or node.op in ("input", "attribute"):
         return 0
     return type_bytes(node.type) + sum(type_bytes(types.get(name, "")) for name in dict.fromkeys(node.inputs))
-
-
-def known_ops(nodes: Collection[Node]) -> dict[str, int]:
-    """How often each operator occurs."""
-    counts: dict[str, int] = {}
-    for node in nodes:
-        counts[node.op] = counts.get(node.op, 0) + 1
-    return counts

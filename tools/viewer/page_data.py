@@ -10,7 +10,7 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -84,7 +84,7 @@ def page_data(build: Build) -> dict[str, Any]:
         "versions": build.manifest["versions"],
         "plan": build.manifest["plan"],
         "halves": columns,
-        "inputs": [[name, fqn, graphs.types.get(name, "")] for name, fqn in graphs.inputs.items()],
+        "inputs": [[name, fqn, type_] for name, (fqn, type_) in graphs.inputs.items()],
         "folds": folds,
         "sources": graphs.notes.get("sources", {}),
         "uses": [_use(key, use, sets[key]) for key, use in uses.items()],
@@ -166,7 +166,3 @@ def packed(data: Mapping[str, Any]) -> str:
 
 def unpacked(text: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(text)))
-
-
-def number_of_nodes(columns: Iterable[Mapping[str, Any]]) -> int:
-    return sum(len(half["op"]) for half in columns)

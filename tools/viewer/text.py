@@ -61,7 +61,7 @@ def module_rows(graphs: BuildGraphs, uses: Mapping[str, Any], only: str = "") ->
     for i, path in enumerate(counts):
         for cut in _cuts(path):
             order.setdefault(path[: cut if cut >= 0 else None], i)
-    rows = [("module", "forward", "backward", "fprop", "saved")]
+    rows: list[tuple[str, ...]] = [("module", "forward", "backward", "fprop", "saved")]
     for path in sorted(_tree(counts), key=lambda p: _place(p, order)):
         above = [path[: i if i >= 0 else None] for i in _cuts(path)]
         if any(a in hidden for a in above) or only not in path:
@@ -106,7 +106,9 @@ def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         else:
             groups.setdefault((row["bf16"], row["fp8c"]), []).append(row["layer"])
     named = [(f"layer {n[0]}" if len(n) == 1 else f"layers {ranges(n)}, each", *pair) for pair, n in groups.items()]
-    cells = [(name, "-" if old is None else size(old), size(new)) for name, old, new in [*named, *rest]]
+    cells: list[tuple[str, ...]] = [
+        (name, "-" if old is None else size(old), size(new)) for name, old, new in [*named, *rest]
+    ]
     return [("saved bytes", "BF16", "fp8c"), *cells]
 
 

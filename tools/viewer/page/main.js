@@ -192,8 +192,8 @@ class View {
     if (s && s.kind === "module") parts.set("module", s.module.path);
     history.replaceState(null, "", parts.size ? `#${parts}` : location.pathname + location.search);
   }
-  readAddress() {
-    const parts = new URLSearchParams(location.hash.slice(1));
+  goToAddress(hash) {
+    const parts = new URLSearchParams(hash.slice(1));
     if (parts.get("when") === "before") this.setWhen("before");
     const half = this.model.half(this.when, parts.get("half") || "forward");
     const node = parts.has("node") && half ? half.find(parts.get("node")) : undefined;
@@ -267,6 +267,7 @@ function listen(view) {
     const dark = getComputedStyle(document.documentElement).colorScheme.includes("dark") && document.documentElement.dataset.theme !== "light" || document.documentElement.dataset.theme === "dark";
     document.documentElement.dataset.theme = dark ? "light" : "dark";
   });
+  window.addEventListener("hashchange", () => view.goToAddress(location.hash));
   listenToSearch(view);
 }
 
@@ -336,6 +337,7 @@ function across(element, direction) {
 
 async function start() {
   const began = performance.now();
+  const address = location.hash; // drawing writes it anew
   const model = new Model(await unpack(document.getElementById("data").textContent.trim()));
   const view = new View(model);
   document.title = `fp8c: ${model.data.model.name}`;
@@ -348,7 +350,7 @@ async function start() {
   }
   view.show(false);
   for (const column of document.querySelectorAll(".column-body")) column.scrollLeft = (column.scrollWidth - column.clientWidth) / 2;
-  view.readAddress();
+  view.goToAddress(address);
   document.body.dataset.ready = (performance.now() - began).toFixed(1);
 }
 start();
