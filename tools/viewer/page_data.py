@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fp8c.build import Build
+from fp8c.tools.explain import value_words
 from fp8c.tools.viewer.build_graphs import BuildGraphs, Half, identical_siblings, read_graphs
 from fp8c.tools.viewer.figures import gemm_flops, memory_rows, traffic_rows
 from fp8c.tools.viewer.graph_reader import GEMM_KINDS, PLUMBING, precision, type_bytes
@@ -46,8 +47,8 @@ class Decisions:
     def number(self, fields: Mapping[str, Any]) -> int:
         rows = []
         for name, decision in sorted(fields.items()):
-            overrode = [[_text(o["value"]), self.rule(o["reason"])] for o in decision["overrode"]]
-            rows.append([name, _text(decision["value"]), self.rule(decision["reason"]), overrode])
+            overrode = [[value_words(o["value"]), self.rule(o["reason"])] for o in decision["overrode"]]
+            rows.append([name, value_words(decision["value"]), self.rule(decision["reason"]), overrode])
         return self.sets.setdefault(json.dumps(rows), len(self.sets))
 
     def rule(self, reason: Mapping[str, Any] | None) -> int:
@@ -55,10 +56,6 @@ class Decisions:
             return -1
         row = [reason["rule"], reason["spec"], reason["file"], reason["line"], reason["because"]]
         return self.rules.setdefault(json.dumps(row), len(self.rules))
-
-
-def _text(value: Any) -> str:
-    return " ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
 
 def page_data(build: Build) -> dict[str, Any]:

@@ -104,13 +104,13 @@ function drawBox(view, half, box) {
   if (item.kind === "op") {
     const saved = half.savedBy.has(item.node) || savedThroughView(half, item.node);
     head.append(make("div", { class: "title" }, make("span", { class: "name" }, shortOp(half.opOf(item.node))), half.gemm[item.node] && /mm/.test(half.opOf(item.node)) ? make("span", { class: "gemm" }, GEMMS[half.gemm[item.node]]) : null, saved ? make("span", { class: "saved", title: "crosses to backward" }, "saved") : null),
-      make("div", { class: "sub" }, badge(half.precisionOf(item.node)), make("span", { class: "type" }, sizes(half.typeOf(item.node)))));
+      make("div", { class: "sub" }, badge(half.precisionOf(item.node)), half.precisionOf(item.node).includes("×") ? null : make("span", { class: "type" }, sizes(half.typeOf(item.node)))));
   } else {
     const name = labelOf(view, half, item);
     const operators = item.kind === "part" ? item.nodes.length : module.counts[half.index];
     head.append(make("div", { class: "title" }, make("span", { class: "chevron", "aria-hidden": "true" }, open ? "▾" : "▸"), make("span", { class: "name" }, name),
       item.kind === "fold" ? make("span", { class: "times" }, `× ${item.fold.members.length}`) : null, open && module ? moduleBadge(view, half, module) : null));
-    if (!open) head.append(make("div", { class: "sub" }, module ? moduleBadge(view, half, module) : make("span", { class: "type" }, placesOf(item).file), make("span", { class: "type" }, `${count(operators)} op${operators === 1 ? "" : "s"}${item.kind === "fold" ? " each" : ""}`)));
+    if (!open) head.append(make("div", { class: "sub" }, module ? moduleBadge(view, half, module) : null, make("span", { class: "type" }, `${count(operators)} op${operators === 1 ? "" : "s"}${item.kind === "fold" ? " each" : module ? "" : ` of ${placesOf(item).file}`}`)));
   }
   element.append(head);
   if (open && item.kind === "fold") element.append(drawStepper(view, item.fold));

@@ -168,7 +168,7 @@ const shortOp = op => op.replace(/^(aten|fp8c|_c10d_functional|prims)\./, "").re
 
 /** The precision class of a text: `e4m3[1x128] fp32`, `e4m3 × e4m3`, `bf16`. */
 function precisionClass(text) {
-  const words = text.split(" × ").map(w => (w.match(/^(e4m3|e5m2|e5m6|bf16|f16|f32|f64)/) || ["other"])[0]);
+  const words = text.split(" × ").map(w => (w.replace(/^fp/, "f").match(/^(e4m3|e5m2|e5m6|bf16|f16|f32|f64)/) || ["other"])[0]);
   return words.find(w => w.startsWith("e5") || w === "e4m3") || words[0];
 }
 const PRECISION_NAMES = { e4m3: "E4M3", e5m2: "E5M2", e5m6: "E5M6", bf16: "BF16", f16: "FP16", f32: "FP32", f64: "FP64", other: "no float" };

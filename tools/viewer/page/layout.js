@@ -1,6 +1,6 @@
 // Which boxes a module holds, how they are joined, and where they lie. Layouts are made per module, inner ones first.
 
-const BOX = { module: [196, 48], op: [172, 46], gemm: [232, 46], part: [196, 46], pill: [0, 20] };
+const BOX = { module: [196, 48], op: [196, 46], gemm: [232, 46], part: [196, 46], pill: [0, 20] };
 const HEAD = 32, PAD = 12;
 const LAYOUT_LIMIT = 600; // layouts kept
 

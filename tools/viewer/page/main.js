@@ -169,6 +169,7 @@ class View {
   }
   showTab(tab) {
     this.tab = tab;
+    document.body.classList.toggle("on-tables", tab !== "graph");
     for (const b of document.querySelectorAll("[role=tab]")) b.setAttribute("aria-selected", String(b.dataset.tab === tab));
     document.getElementById("graph").hidden = tab !== "graph";
     const page = document.getElementById("tables");

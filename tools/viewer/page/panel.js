@@ -70,7 +70,7 @@ function useBlock(view, use) {
     const [kind, value] = f.name.split(".");
     seen.add(f.rule);
     const size = kind === "cache" ? formatBytes(f.value, ...operandSize(use, value)) : null;
-    const what = kind === "recompute" ? make("span", { class: "badge quiet" }, "computed again") : kind === "cache" ? f.value === "off" ? make("span", { class: "dim" }, "not as FP8") : badge(f.value) : make("span", {}, `moved to ${f.value.replace(" True", ", exactly").replace(" False", "")}`);
+    const what = kind === "recompute" ? make("span", { class: "badge quiet" }, "computed again") : kind === "cache" ? f.value === "off" ? make("span", { class: "dim" }, "not as FP8") : badge(f.value) : make("span", {}, `moved to ${f.value.replace("[", "").replace("]", " groups")}`);
     return make("tr", {}, make("td", { class: "mono" }, `${kind} ${value}`), make("td", {}, what, size ? make("span", { class: "dim small" }, ` ${bytes(size)}`) : null), make("td", {}, ruleLine(view, f.rule), f.overrode.map(([v, r2]) => make("div", { class: "dim small" }, "over ", precisionName(v), " of ", view.model.rule(r2).rule))));
   }))));
   const because = [...seen].map(n => view.model.rule(n)).filter(r => r && r.because);
@@ -105,7 +105,7 @@ function nodePanel(view, half, i) {
   const twins = twinsOf(view, half, i);
   if (twins.length) facts.append(...fact(half.when === "after" ? "before" : "after", twins.slice(0, 6).map(([h, n]) => make("div", {}, nodeLink(view, h, n), make("span", { class: "dim small" }, ` ${shortOp(h.opOf(n))} ${precisionName(h.precisionOf(n))}`)))));
   const others = partnersOf(view, half, i);
-  if (others.length) facts.append(...fact("same weight", others.map(([h, n]) => make("div", {}, nodeLink(view, h, n), make("span", { class: "dim small" }, ` ${GEMMS[h.gemm[n]]}, ${h.direction}`)))));
+  if (others.length) facts.append(...fact("same weight", others.map(([h, n]) => make("div", {}, nodeLink(view, h, n), make("span", { class: "dim small" }, ` ${GEMMS[h.gemm[n]]}${h.direction === "backward" && h.gemm[n] === 1 ? " again" : ""}, ${h.direction}`)))));
   parts.push(facts, sourceBlock(view, place, ""));
   if (use) parts.push(useBlock(view, use));
   return parts;
