@@ -23,6 +23,7 @@ from fp8c.roles import OPERANDS
 from fp8c.specs.load import Spec, loads, shipped
 from fp8c.specs.plan import uses_from_json
 from fp8c.specs.select import Selection, indices
+from fp8c.tools.build_contents import read_lock
 
 SCHEMA = "fp8c.explain/1"
 GRAPHS = ("forward", "backward", "captured")
@@ -120,7 +121,7 @@ class _Reader:
 
     def __init__(self, build: Build) -> None:
         self.build = build
-        self.lock: Mapping[str, Any] = build.json("plan.lock.json")
+        self.lock = read_lock(build)
         self.uses: Mapping[str, Any] = self.lock["uses"]
 
     @cached_property

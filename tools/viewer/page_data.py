@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fp8c.build import Build
+from fp8c.tools.build_contents import read_contents
 from fp8c.tools.explain import value_words
 from fp8c.tools.viewer.build_graphs import BuildGraphs, Half, identical_siblings, read_graphs
 from fp8c.tools.viewer.figures import gemm_flops, memory_rows, traffic_rows
@@ -60,8 +61,8 @@ class Decisions:
 
 def page_data(build: Build) -> dict[str, Any]:
     """Everything the page shows. Raises: DiagnosticError E0612 for a build whose files are not what they should be."""
-    lock, report = build.json("plan.lock.json"), build.json("report.json")
-    uses: dict[str, Any] = lock["uses"]
+    contents = read_contents(build)
+    lock, report, uses = contents.lock, contents.report, contents.uses
     graphs = read_graphs(build, uses)
     decisions = Decisions()
     sets = {key: decisions.number(use["fields"]) for key, use in uses.items()}
