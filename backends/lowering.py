@@ -25,7 +25,7 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
 
     if device == "cuda":
-        # Attention by PyTorch's fused kernels, quantizers in Triton, the GEMMs in CUDA, the portable form of the rest. What the GEMM
+        # Attention by PyTorch's fused kernels, GEMMs in CUDA, quantizers in Triton, the portable form of the rest. What the GEMM
         # kernels can't take (another GPU, no compiler and no cached kernel) they pass on to the portable form, with a remark.
         import fp8c.backends.aten  # noqa: F401
         import fp8c.backends.cuda  # noqa: F401

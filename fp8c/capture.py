@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+import fp8c.exchange  # noqa: F401  (defines the operators that rows travel with)
 from fp8c import graph as g
 
 _SDPA = {torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
@@ -144,14 +145,32 @@ def move_router_weights(gm: fx.GraphModule) -> int:
             wide = gm.graph.call_function(operator.mul, (hidden, weight))
             scaled = gm.graph.call_method("to", (wide, dtype))
             new = gm.graph.call_function(product.target, (scaled, *product.args[1:]), dict(product.kwargs))
-            out = gm.graph.call_method("to", (new, out_dtype)) if out_dtype != dtype else new
-        for made in (wide, scaled, new, out):
+        for made in (wide, scaled, new):
             _copy_meta(made, product)
-        node.replace_all_uses_with(out)
+        node.replace_all_uses_with(new)
+        if out_dtype != dtype:
+            # Rows travel back in the type the GEMM gave them, and become wider where they arrive.
+            arrived = _behind_travel(new)
+            with gm.graph.inserting_after(arrived):
+                out = gm.graph.call_method("to", (arrived, out_dtype))
+            _copy_meta(out, product)
+            for user in [user for user in arrived.users if user is not out]:
+                user.replace_input_with(arrived, out)
         for dead in (node, *_dead_chain(node, product)):
             gm.graph.erase_node(dead)
         changed += 1
     return changed
+
+
+def _behind_travel(node: fx.Node) -> fx.Node:
+    """The node behind operators of expert parallelism that only move rows."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        packet = getattr(user.target, "overloadpacket", user.target)
+        if user.op != "call_function" or packet not in (torch.ops.fp8c.permute_rows, torch.ops.fp8c.exchange):
+            break
+        node = user
+    return node
 
 
 def _dead_chain(node: fx.Node, product: fx.Node) -> list[fx.Node]:

@@ -348,6 +348,27 @@ def spec_import(source: str, name: str, out: str | None, skip: tuple[str, ...], 
     print(f"{out}: next: fp8c spec check {out}")
 
 
+@spec.command("lsp")
+@click.option("--model", default="", metavar="MODEL", help="Say what selectors match in this model; runs its code.")
+@click.option("--target", "-t", default="cpu", show_default=True, metavar="NAME", help="Machine to check for.")
+@click.option("-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the model's factory.")
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch.")
+@click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence.")
+def spec_lsp(model: str, target: str, overrides: tuple[str, ...], batch: int | None, seq: int | None) -> None:
+    """Serve an editor over stdin and stdout: mistakes, what a selector matches, completion, layout."""
+    from fp8c.backends.target import load_target
+
+    load_target(target)
+    try:
+        from fp8c.tools.language_server import serve
+    except ImportError:
+        raise click.UsageError("the language server needs pygls: pip install 'fp8c[lsp]'") from None
+    arguments = [word for override in overrides for word in ("-a", override)]
+    arguments += ["--batch", str(batch)] if batch is not None else []
+    arguments += ["--seq", str(seq)] if seq is not None else []
+    serve(model, target, arguments)
+
+
 @spec.command("list")
 @as_json_option
 def spec_list(as_json: bool) -> None:
@@ -508,6 +529,54 @@ def opt(
 def set_debugging(debug: bool) -> None:
     global _is_debugging
     _is_debugging = _is_debugging or debug
+
+
+@app.command()
+@click.argument("model")
+@spec_option
+@with_model_options
+@click.option(
+    "--batches", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many batches to measure."
+)
+@click.option("--bisect", is_flag=True, help="Name the smallest set of rules and operands that makes the error.")
+@click.option("--search", is_flag=True, help="Write the cheapest spec within an error budget.")
+@click.option("--metric", type=click.Choice(["worst", "gradient", "loss"]), help="What --bisect and --search look at.")
+@click.option("--limit", type=click.FloatRange(min=0), help="--bisect: the largest error that is fine.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0), help="--search: the largest error; half of what formats explain."
+)
+@click.option("--inject", metavar="FAULT", default="", help="Break an operand, for example scale:layers.1.up:fprop.x.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Page (.html), picture (.svg) or document (.json).")
+@click.option("--spec-out", type=click.Path(path_type=Path), help="--search: the new spec; searched.fp8 unless given.")
+@as_json_option
+def numerics(
+    model: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    inject: str,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Run the training step of MODEL in BF16 and under a spec, side by side, on real batches.
+
+    Says where values lose more than their formats explain, which rules and operands make an error, and what the
+    cheapest spec within an error budget is. `fp8c compile --help` says what a MODEL is.
+    """
+    request = model_request(model, spec, target, overrides, batch, seq, weights)
+    from fp8c.tools.numerics import command, measure
+
+    options["metric"] = options["metric"] or ""
+    answer = command.run(request, command.Settings(fault=inject, **options))
+    print_diagnostics(answer.remarks)
+    if as_json:
+        print_json(measure.SCHEMA, **answer.to_json())
+    else:
+        print(answer.text())
+    return int(answer.exit_code)
 
 
 @app.command()

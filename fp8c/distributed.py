@@ -57,6 +57,8 @@ def init_mesh(device: str, *, comm_sms: int | None = None, **dimensions: int) ->
                 exit_code=ExitCode.USAGE,
             )
         torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     override: dict[int | str, Any] = {}
     if device == "cuda" and comm_sms is not None:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -141,8 +143,8 @@ def _mean_in_rank_order(tensors: Sequence[Tensor], group: dist.ProcessGroup, ran
     for rank in range(1, ranks):
         total += theirs[rank * each : (rank + 1) * each]
     mine = (total / ranks).to(flat.dtype)
-    dist.all_gather(list(padded.split(each)), mine, group=group)
-    for tensor, part in zip(tensors, padded[:count].split([t.numel() for t in tensors])):
+    dist.all_gather(list(torch.split(padded, each)), mine, group=group)
+    for tensor, part in zip(tensors, torch.split(padded[:count], [t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -165,7 +167,7 @@ def watch_gradients(step: nn.Module, mesh: DeviceMesh) -> None:
     step.__dict__["fp8c_expert_mesh"] = mesh
     unreduced = _unreduced(step)
     for parameter in replicated_parameters(step):
-        parameter.register_post_accumulate_grad_hook(lambda p: unreduced.add(id(p)))
+        parameter.register_post_accumulate_grad_hook(lambda p: unreduced.add(id(p)))  # type: ignore[no-untyped-call]
 
     def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if unreduced and any(id(p) in unreduced for g in optimizer.param_groups for p in g["params"]):
@@ -238,7 +240,8 @@ def is_distributed() -> bool:
 def group_timeout_s() -> float:
     """How long the default group waits for a rank."""
     try:
-        options = dist.group.WORLD._get_backend(torch.device("cpu")).options  # type: ignore[union-attr]
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        options = dist.group.WORLD._get_backend(device).options  # type: ignore[union-attr]
         return float(options._timeout.total_seconds())
     except (AttributeError, RuntimeError):  # a backend without options
         return 600.0

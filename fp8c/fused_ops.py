@@ -7,6 +7,7 @@ is therefore as exact as the reference, and it is what a kernel is tested agains
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from fp8c.ops import KERNEL_TAGS, check_quantize_input, empty_quantized, empty_s
 _SCHEMAS = {
     "quantize_both": "(Tensor x, str fmt, str fmt_t, Tensor? offs=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "quantize_weight": "(Tensor w, str fmt) -> (Tensor, Tensor, Tensor)",
+    "quantize_transposed": "(Tensor w, str fmt) -> (Tensor, Tensor)",
+    "gather_quantize": "(Tensor x, Tensor rows, str fmt, Tensor? offs=None) -> (Tensor, Tensor)",
     "gather_quantized": "(Tensor q, Tensor s, Tensor rows, str fmt) -> (Tensor, Tensor)",
     "gather_requantized": (
         "(Tensor q, Tensor s, Tensor rows, str src, str dst, Tensor? offs=None) -> (Tensor, Tensor)"
@@ -46,6 +49,20 @@ def quantize_weight(w: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     """
     data, scale = torch.ops.fp8c.quantize(w, fmt)
     return data, data.mT.contiguous(), scale
+
+
+def quantize_transposed(w: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """A weight quantized for dgrad alone: the data transposed (contiguous), and the scale as `quantize` makes it."""
+    _, data, scale = quantize_weight(w, fmt)
+    return data, scale
+
+
+def gather_quantize(x: Tensor, rows: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize(x[rows], fmt, offs)`: the tokens of each expert in groups along the tokens.
+
+    Shapes: x f32|bf16|f16 [T, C], rows i64|i32 [R] within 0..T, offs int32 [E] -> a pair [R, C].
+    """
+    return torch.ops.fp8c.quantize(x[rows], fmt, offs)  # type: ignore[no-any-return]
 
 
 def gather_quantized(q: Tensor, s: Tensor, rows: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
@@ -93,6 +110,16 @@ def _fake_quantize_weight(w: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     return data, data.new_empty([*leading, cols, rows]), scale
 
 
+def _fake_quantize_transposed(w: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    _, data, scale = _fake_quantize_weight(w, fmt)
+    return data, scale
+
+
+def _fake_gather_quantize(x: Tensor, rows: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check_quantize_input(x)
+    return empty_quantized(x, [rows.shape[0], x.shape[1]], quantized_format(fmt), offs)
+
+
 def _fake_gather_quantized(q: Tensor, s: Tensor, rows: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     parsed = quantized_format(fmt)
     scale = empty_scale(s, [rows.shape[0], s.shape[1]], parsed)
@@ -109,6 +136,8 @@ def _fake_gather_requantized(
 _PLAIN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_both": (quantize_both, _fake_quantize_both),
     "quantize_weight": (quantize_weight, _fake_quantize_weight),
+    "quantize_transposed": (quantize_transposed, _fake_quantize_transposed),
+    "gather_quantize": (gather_quantize, _fake_gather_quantize),
     "gather_quantized": (gather_quantized, _fake_gather_quantized),
     "gather_requantized": (gather_requantized, _fake_gather_requantized),
 }
@@ -125,5 +154,43 @@ def plain(name: str) -> Callable[..., Any]:
 
 QUANTIZE_BOTH = torch.ops.fp8c.quantize_both.default
 QUANTIZE_WEIGHT = torch.ops.fp8c.quantize_weight.default
+QUANTIZE_TRANSPOSED = torch.ops.fp8c.quantize_transposed.default
+GATHER_QUANTIZE = torch.ops.fp8c.gather_quantize.default
 GATHER_QUANTIZED = torch.ops.fp8c.gather_quantized.default
 GATHER_REQUANTIZED = torch.ops.fp8c.gather_requantized.default
+
+
+@dataclass(frozen=True)
+class Made:
+    """One result of an operator that quantizes, for the verifier: `format` is the index of its format among the arguments.
+
+    pair: results of one pair have the same number; `is_transposed`: the data of the format, transposed
+    """
+
+    part: str
+    format: int
+    pair: int = 0
+    is_transposed: bool = False
+
+
+_DATA, _SCALE = Made("data", 1), Made("scale", 1)
+
+#: What the operators make of values that aren't quantized yet, result by result (None: not quantized).
+MAKES: dict[Any, tuple[Made | None, ...]] = {
+    torch.ops.fp8c.quantize.default: (_DATA, _SCALE),
+    torch.ops.fp8c.quantize_delayed.default: (_DATA, _SCALE),
+    torch.ops.fp8c.requantize.default: (Made("data", 3), Made("scale", 3)),
+    QUANTIZE_BOTH: (_DATA, _SCALE, Made("data", 2, 1), Made("scale", 2, 1)),
+    QUANTIZE_WEIGHT: (_DATA, Made("data", 1, is_transposed=True), _SCALE),
+    QUANTIZE_TRANSPOSED: (Made("data", 1, is_transposed=True), _SCALE),
+    GATHER_QUANTIZE: (Made("data", 2), Made("scale", 2)),
+    GATHER_REQUANTIZED: (Made("data", 4), Made("scale", 4)),
+}
+
+#: Operators that read one pair, their first two arguments: the index of its format among the arguments.
+READS: dict[Any, int] = {
+    torch.ops.fp8c.dequantize.default: 2,
+    torch.ops.fp8c.requantize.default: 2,
+    GATHER_QUANTIZED: 3,
+    GATHER_REQUANTIZED: 3,
+}

@@ -11,6 +11,7 @@ it happens inside the `step()` of a `torch.optim.Optimizer`; otherwise call `fp8
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from torch import Tensor, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8c import graph as g
+from fp8c import ops
+from fp8c.transpose_op import TRANSPOSED
 
 #: Operators whose results are kept when they read nothing but weights: `fp8c::quantize` and its fused forms.
 _QUANTIZER = "quantize"
@@ -125,6 +128,8 @@ def split_weights(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Chain]]:
     for node in list(graph.nodes):
         if node not in of_weights or not _is_quantizer(node):
             continue
+        node = _in_one_orientation(graph, node)
+        of_weights.add(node)
         results = sorted(node.users, key=lambda n: n.args[1])
         chain = _chain(gm, graph, node, results, places)
         assert last is not None
@@ -140,18 +145,50 @@ def split_weights(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Chain]]:
     return fx.GraphModule(gm, graph), chains
 
 
+def _in_one_orientation(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A weight is kept as it is stored. What reads it transposed (dgrad) gets a transposed copy for as long as it needs it:
+    a second kept copy would cost a byte for each weight all the time, and the copy takes less time than quantizing.
+    """
+    data_of = {"quantize_transposed": 0, "quantize_weight": 1}.get(_name(node))
+    if data_of is None:
+        return node
+    scale_of = {"quantize_transposed": 1, "quantize_weight": 2}[_name(node)]
+    with graph.inserting_before(node):
+        pair = g.emit(graph, ops.QUANTIZE, *node.args, like=node)
+        kept = [g.emit(graph, operator.getitem, pair, i, like=node) for i in range(2)]
+    for user in list(node.users):
+        if user.args[1] == data_of:
+            with graph.inserting_before(user):
+                user.replace_all_uses_with(g.emit(graph, TRANSPOSED, kept[0], like=user))
+        else:
+            user.replace_all_uses_with(kept[1] if user.args[1] == scale_of else kept[0])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    for result in kept:
+        if not result.users:
+            graph.erase_node(result)
+    return pair
+
+
 def _is_pure(node: fx.Node) -> bool:
     target = node.target
+    if target is torch.ops.fp8c.quantize_delayed.default:  # reads and writes a history: once in every forward
+        return False
     return not isinstance(target, torch._ops.OpOverload) or not (
         target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
     )
 
 
 def _is_quantizer(node: fx.Node) -> bool:
+    return _name(node).startswith(_QUANTIZER)
+
+
+def _name(node: fx.Node) -> str:
+    """Name of the fp8c operator a node calls; "" for anything else."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fp8c":
-        return False
-    return target._schema.name.split("::")[1].startswith(_QUANTIZER)
+        return ""
+    return target._schema.name.split("::")[1]
 
 
 def _chain(

@@ -36,6 +36,9 @@ E5M6_BYTES = 12  # ... into twelve bytes, the most significant bits first
 
 _SCHEMAS = {
     "quantize": "(Tensor x, str fmt, Tensor? offs=None) -> (Tensor, Tensor)",
+    "quantize_delayed": (
+        "(Tensor x, str fmt, int history, str algo, int margin, str site, bool replay) -> (Tensor, Tensor)"
+    ),
     "dequantize": ("(Tensor q, Tensor s, str fmt, ScalarType dtype, Tensor? offs=None, SymInt? cols=None) -> Tensor"),
     "requantize": ("(Tensor q, Tensor s, str src, str dst, Tensor? offs=None, SymInt? cols=None) -> (Tensor, Tensor)"),
     "scaled_mm": (
@@ -109,7 +112,8 @@ for _name, _schema in _SCHEMAS.items():
 def quantized_format(text: str) -> Format:
     """Read a format that `quantize` can produce.
 
-    Raises: E0421 for a format without scales, with stochastic rounding or with delayed scales.
+    Raises: E0421 for a format without scales, with stochastic rounding or with delayed scales, which only
+            `quantize_delayed` makes: what it gives has the same format without `delayed(...)`.
     """
     try:
         fmt = Format.parse(text)
@@ -138,9 +142,16 @@ def packed_cols(cols: Size) -> Size:
     return ceil_div(cols, E5M6_CODES) * E5M6_BYTES
 
 
-def data_shape(shape: Sequence[Size], fmt: Format) -> list[Size]:
-    """Shape of the data of a quantized tensor of this shape."""
-    return [*shape[:-1], packed_cols(shape[-1])] if fmt.element is Element.E5M6 else list(shape)
+def data_shape(shape: Sequence[Size], fmt: Format, experts: Size | None = None) -> list[Size]:
+    """Shape of the data of a quantized tensor of this shape; [g0 * (R//g0 + E), C] when groups restart per expert.
+
+    Then data row g0 * r + i belongs to scale row r (`scale_shape`): every expert starts a block of g0 rows, and the rows
+    that no token fills hold 0. It is the data of the tensor whose experts are padded to whole groups, in place.
+    """
+    assert fmt.group is not None
+    *leading, rows, cols = shape
+    stored = rows if experts is None else fmt.group[0] * (rows // fmt.group[0] + experts)
+    return [*leading, stored, packed_cols(cols) if fmt.element is Element.E5M6 else cols]
 
 
 def scale_shape(shape: Sequence[Size], fmt: Format, experts: Size | None = None) -> list[Size]:
@@ -176,6 +187,27 @@ def experts_of(fmt: Format, offs: Tensor | None, ndim: int) -> Size | None:
     return offs.shape[0]
 
 
+def check_no_offsets(name: str, offs: Tensor | None) -> None:
+    """Raises: E0521 for offsets where a pair is read: the blocks of experts are ordinary groups of the data as stored."""
+    if offs is not None:
+        raise fail(
+            "E0521",
+            f"fp8c::{name} takes no offs: experts' data is stored in whole groups, and is read like any other",
+            help="pass offs=None; fp8c.ops.stored_rows tells where each row is",
+        )
+
+
+def stored_rows(offs: Tensor, rows: Size, group: int) -> Tensor:
+    """Where each of `rows` rows is stored when groups of `group` rows restart at each expert: i64 [rows].
+
+    It means nothing for rows past offs[-1], which aren't stored.
+    """
+    row = torch.arange(rows, device=offs.device)  # type: ignore[arg-type]  # takes a SymInt as well
+    expert = torch.searchsorted(offs, row, right=True)
+    start = torch.cat((offs.new_zeros(1), offs)).long()[expert]
+    return (start // group + expert) * group + row - start
+
+
 # Layout: what the GEMMs read without a copy. The copy engine needs the reduction innermost, row strides of 16 bytes.
 DATA_ALIGNMENT = 16  # elements of one byte
 SCALE_ALIGNMENT = 4  # elements of four bytes
@@ -193,7 +225,7 @@ def empty_quantized(
     assert fmt.scale is not None and fmt.group is not None
     experts = experts_of(fmt, offs, len(shape))
     return (
-        empty_data(like, data_shape(shape, fmt), fmt),
+        empty_data(like, data_shape(shape, fmt, experts), fmt),
         empty_scale(like, scale_shape(shape, fmt, experts), fmt),
     )
 
@@ -266,12 +298,27 @@ def _fake_quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Ten
     return empty_quantized(x, x.shape, quantized_format(fmt), offs)
 
 
+def _fake_quantize_delayed(
+    x: Tensor, fmt: str, history: int, algo: str, margin: int, site: str, replay: bool
+) -> tuple[Tensor, Tensor]:
+    check_quantize_input(x)
+    return empty_quantized(x, x.shape, check_delayed(fmt), None)
+
+
+def check_delayed(text: str) -> Format:
+    """Raises: E0421 unless the format has one scale for a tensor."""
+    fmt = quantized_format(text)
+    if fmt.group != (WHOLE, WHOLE) or fmt.element is Element.E5M6:
+        raise fail("E0421", f"format '{text}': delayed scales are for operands with one scale for a tensor")
+    return fmt
+
+
 def _fake_dequantize(
     q: Tensor, s: Tensor, fmt: str, dtype: torch.dtype, offs: Tensor | None = None, cols: Size | None = None
 ) -> Tensor:
     parsed = quantized_format(fmt)
     _check_rank("dequantize", q, (2, 3))
-    experts_of(parsed, offs, q.dim())
+    check_no_offsets("dequantize", offs)
     return q.new_empty(original_shape(q, parsed, cols), dtype=dtype)
 
 
@@ -289,6 +336,7 @@ def _fake_requantize(
 ) -> tuple[Tensor, Tensor]:
     old, new = quantized_format(src), quantized_format(dst)
     _check_rank("requantize", q, (2, 3))
+    check_no_offsets("requantize of groups of several rows", restarts(old, offs))
     return empty_quantized(q, original_shape(q, old, cols), new, restarts(new, offs))
 
 
@@ -396,7 +444,7 @@ def _fake_attention_backward(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_attention(q, k, v, mask, is_causal)
-    dq, dk, dv = (empty_heads_last(t, t.shape) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))  # laid out as their operands: fused kernels write them so
     return dq, dk, dv
 
 
@@ -418,6 +466,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,
+    "quantize_delayed": _fake_quantize_delayed,
     "dequantize": _fake_dequantize,
     "requantize": _fake_requantize,
     "scaled_mm": _fake_scaled_mm,
@@ -461,6 +510,7 @@ torch.library.register_autograd("fp8c::attention", _attention_grad, setup_contex
 
 # The overloads, for passes that build or match nodes.
 QUANTIZE = torch.ops.fp8c.quantize.default
+QUANTIZE_DELAYED = torch.ops.fp8c.quantize_delayed.default
 DEQUANTIZE = torch.ops.fp8c.dequantize.default
 REQUANTIZE = torch.ops.fp8c.requantize.default
 SCALED_MM = torch.ops.fp8c.scaled_mm.default

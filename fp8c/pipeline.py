@@ -16,6 +16,7 @@ from torch import fx
 
 from fp8c import capture, verifier
 from fp8c import graph as g
+from fp8c.backends.fusions import fusions_of
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode
 from fp8c.main_grad import mark_gradients
@@ -67,6 +68,7 @@ def rewrite_and_partition(
         num_fwd_outputs=num_fwd_outputs,
         target=target,
         machine=machine,
+        fusions=fusions_of(target),
     )
     manager = PassManager(verifier.INVARIANTS, verify_each, observers)
     held: set[str] = set()
@@ -75,7 +77,7 @@ def rewrite_and_partition(
     ctx.plan = resolve(list(ctx.uses.values()))
     graph = manager.run(graph, [p for p in JOINT_PASSES if p.name not in without], ctx, held)
     halves = partition(fx.GraphModule(joint, graph), ctx)
-    for item in HALF_PASSES:
+    for item in [p for p in HALF_PASSES if p.name not in without]:
         index = len(manager.records)
         for observe in observers:  # forward first, then backward
             observe("before", index, item.name, halves.forward.graph)
@@ -136,7 +138,7 @@ def verify_halves(halves: Halves, ctx: PassContext) -> None:
     ]
     found += verifier.saved_is_planned(halves, ctx)
     if found:
-        summary = Diagnostic("E0705", "IR is invalid after partition and 'compress-saved'")
+        summary = Diagnostic("E0705", "IR is invalid after the passes on the halves")
         raise DiagnosticError([summary, *found], ExitCode.BUG)
 
 

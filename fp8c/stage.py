@@ -198,7 +198,7 @@ def _local(value: Any) -> Any:
 
 def _dynamo_index(node: fx.Node, position: int) -> tuple[int, str]:
     """Which input of Dynamo's graph a placeholder is, or is a part of, and the part's name."""
-    described = node.meta.get("desc")
+    described: Any = node.meta.get("desc")
     part = ""
     while hasattr(described, "base"):
         part = str(getattr(described, "attr", ""))

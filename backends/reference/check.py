@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fp8c.backends.reference.formats import decode, decode_scale
 from fp8c.backends.reference.gemm import Accumulator
-from fp8c.backends.reference.quantize import apply_scale, expert_groups, expert_ranges
+from fp8c.backends.reference.quantize import apply_scale, expert_blocks, expert_ranges
 from fp8c.backends.reference.tensor_core import FRACTION_BITS, TERMS, promotion_interval
 from fp8c.formats import MIN_NORMAL_EXPONENT, Format
 from fp8c.ops import quantized_format
@@ -175,21 +175,11 @@ def _evaluate_grouped_mm(args: Sequence[Any], accumulator: Accumulator) -> Evalu
 def _evaluate_grouped_wgrad(args: Sequence[Any], accumulator: Accumulator) -> Evaluation:
     a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, out_dtype = args
     left, right = quantized_format(a_fmt), quantized_format(b_fmt)
-    assert left.group is not None and right.group is not None
+    assert left.group is not None
+    size = left.group[1]
     exact, bound = (torch.zeros(len(offs), a.shape[0], b.shape[0], dtype=torch.float64) for _ in range(2))
-    for expert, start, end in expert_ranges(offs, a.shape[1]):
-        columns = slice(start, end)
-        a_groups, b_groups = (expert_groups(g, expert, start, end) for g in (left.group[1], right.group[1]))
-        part = _evaluate(
-            a[:, columns],
-            a_scale[:, a_groups],
-            b[:, columns],
-            b_scale[:, b_groups],
-            left,
-            right,
-            promote_every,
-            out_dtype,
-            accumulator,
-        )
+    for expert, columns, groups in expert_blocks(offs, size, a.shape[1] // size):
+        operands = (a[:, columns], a_scale[:, groups], b[:, columns], b_scale[:, groups])
+        part = _evaluate(*operands, left, right, promote_every, out_dtype, accumulator)
         exact[expert], bound[expert] = part.exact, part.bound
     return Evaluation(exact, bound)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from fp8c.backends.triton import quantize, requantize
+from fp8c.backends.triton import quantize, requantize, transpose
 
 _LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
 for _kernel in (
     quantize.quantize,
     quantize.quantize_both,
     quantize.quantize_weight,
+    quantize.quantize_transposed,
+    quantize.gather_quantize,
     requantize.dequantize,
     requantize.requantize,
     requantize.gather_quantized,
     requantize.gather_requantized,
+    transpose.transposed,
 ):
     _LIBRARY.impl(_kernel.__name__, _kernel, "CUDA")  # type: ignore[no-untyped-call]

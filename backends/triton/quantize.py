@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8c.backends.triton.numerics import fp8_codes, magnitude_bits, quotient, reciprocal, scale_of, store_scale
-from fp8c.backends.triton.tiles import group_rows, load_tile, store_column_groups, store_row_groups, zero_column_tail
+from fp8c.backends.triton.tiles import group_rows, load_tile, store_column_groups, store_row_groups
 from fp8c.formats import Element, Format, ScaleKind
 from fp8c.fused_ops import plain
 from fp8c.ops import check_quantize_input, empty_quantized, experts_of, is_stored_transposed, portable, quantized_format
@@ -55,11 +55,14 @@ def row_kernel(
 
 @triton.jit
 def column_kernel(
-    x_ptr, q_ptr, s_ptr, offs_ptr, R, C, experts, x_row, q_col, s_row, s_col,
-    COLS: tl.constexpr, G: tl.constexpr, E_PAD: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, rows_ptr, q_ptr, s_ptr, offs_ptr, R, C, experts, x_row, q_col, s_row, s_col,
+    COLS: tl.constexpr, G: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one group of G rows by COLS columns. E_PAD: experts rounded up, 0 when groups don't restart."""
+    """One program: one group of G rows by COLS columns. E_PAD: experts rounded up, 0 when groups don't restart.
+
+    GATHER: row t is row rows[t] of x.
+    """
     tiles = tl.cdiv(C, COLS)
     pid = tl.program_id(0)
     group = pid // tiles
@@ -68,13 +71,17 @@ def column_kernel(
         begin = group * G
         end = tl.minimum(begin + G, R)
     else:
-        begin, end, last = group_rows(offs_ptr, experts, group, G, E_PAD)
-        zero_column_tail(q_ptr, last, R, cols, C, q_col, group, tl.num_programs(0) // tiles, G)
+        begin, end, _ = group_rows(offs_ptr, experts, group, G, E_PAD)
     rows = begin + tl.arange(0, G)
     row_ok = rows < end
+    stored = group * G + tl.arange(0, G)
+    stored_ok = row_ok if E_PAD == 0 else stored >= 0  # experts' blocks are filled up with zeros
+    source = tl.load(rows_ptr + rows, mask=row_ok, other=0) if GATHER else rows
     mask = row_ok[:, None] if EVEN else row_ok[:, None] & (cols < C)[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_column_groups(x, q_ptr, s_ptr, rows, row_ok, cols, C, group, q_col, s_row, s_col, EVEN, ELEMENT, KIND, WIDE)
+    x = tl.load(x_ptr + source.to(tl.int64)[:, None] * x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    store_column_groups(
+        x, q_ptr, s_ptr, stored, stored_ok, cols, C, group, q_col, s_row, s_col, EVEN, ELEMENT, KIND, WIDE
+    )
 
 
 @triton.jit
@@ -88,22 +95,20 @@ def both_kernel(
     pid = tl.program_id(0)
     tile = pid % tiles
     group = pid // tiles
-    cols = tile * 128 + tl.arange(0, 128)
     if E_PAD == 0:
         begin = group * 128
         end = tl.minimum(begin + 128, R)
     else:
         begin, end, last = group_rows(offs_ptr, experts, group, 128, E_PAD)
         programs = tl.num_programs(0) // tiles
-        zero_column_tail(qt_ptr, last, R, cols, C, qt_col, group, programs, 128)
         share = (R - last + programs - 1) // programs
         tail_end = tl.minimum(last + (group + 1) * share, R)
-        for first in range(last + group * share, tail_end, 128):  # rows of no expert have row groups all the same
-            tail = first + tl.arange(0, 128)
+        for first in range(last + group * share, tail_end, ROWS):  # rows of no expert have row groups all the same
+            tail = first + tl.arange(0, ROWS)
             x = load_tile(x_ptr, tail, tail < tail_end, tile, C, x_row, EVEN)
             store_row_groups(
                 x, q_ptr, s_ptr, tail, tail < tail_end, tile, C, q_row, s_row, s_col,
-                128, 128, EVEN, ELEMENT, KIND, WIDE,
+                ROWS, 128, EVEN, ELEMENT, KIND, WIDE,
             )  # fmt: skip
     # Two rounds over the same tile, the second from the L1 cache: half the registers, so more programs in flight.
     for first in range(0, 128, ROWS):
@@ -115,21 +120,24 @@ def both_kernel(
         )  # fmt: skip
     rows = begin + tl.arange(0, 128)
     row_ok = rows < end
+    stored = group * 128 + tl.arange(0, 128)
+    stored_ok = row_ok if E_PAD == 0 else stored >= 0
     for first in range(0, 128, COLS):
         part = tile * 128 + first + tl.arange(0, COLS)
         mask = row_ok[:, None] if EVEN else row_ok[:, None] & (part < C)[None, :]
         x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_row + part[None, :], mask=mask, other=0.0).to(tl.float32)
         store_column_groups(
-            x, qt_ptr, st_ptr, rows, row_ok, part, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
+            x, qt_ptr, st_ptr, stored, stored_ok, part, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
         )  # fmt: skip
 
 
 @triton.jit
 def block_kernel(
     x_ptr, q_ptr, qt_ptr, s_ptr, R, C, x_matrix, x_row,
-    EVEN: tl.constexpr, BOTH: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, STRAIGHT: tl.constexpr, TURNED: tl.constexpr,
+    ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one 128 x 128 block of one matrix; BOTH: the transposed data as well. Outputs are contiguous."""
+    """One program: one 128 x 128 block of one matrix; the data as it is, transposed, or both. Outputs are contiguous."""
     tiles = tl.cdiv(C, 128)
     bands = tl.cdiv(R, 128)
     pid = tl.program_id(0)
@@ -143,9 +151,10 @@ def block_kernel(
     lift, lifted, inverse = reciprocal(scale, KIND)
     codes = fp8_codes(quotient(x, lift, lifted, inverse, KIND, WIDE), ELEMENT)
     store_scale(s_ptr + pid, scale, None, KIND)
-    q_ptr += matrix * R * C
-    tl.store(q_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], codes, mask=mask)
-    if BOTH:
+    if STRAIGHT:
+        q_ptr += matrix * R * C
+        tl.store(q_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], codes, mask=mask)
+    if TURNED:
         qt_ptr += matrix * R * C
         tl.store(qt_ptr + cols.to(tl.int64)[None, :] * R + rows[:, None], codes, mask=mask)
 
@@ -167,7 +176,7 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     if g0 in COLUMN_GROUPS and is_stored_transposed(parsed, x.dim()):
         return _columns(x, parsed, offs)
     if parsed.group == BLOCK and offs is None and parsed.element is not Element.E5M6:
-        return _blocks(x, parsed, both=False)[::2]  # type: ignore[return-value]
+        return _blocks(x, parsed, straight=True, turned=False)[::2]
     return portable("quantize")(x, fmt, offs)  # type: ignore[no-any-return]
 
 
@@ -201,7 +210,16 @@ def quantize_weight(w: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
     check_quantize_input(w)
     if w.numel() == 0 or parsed.group != BLOCK or parsed.element is Element.E5M6:
         return plain("quantize_weight")(w, fmt)  # type: ignore[no-any-return]
-    return _blocks(w, parsed, both=True)
+    return _blocks(w, parsed, straight=True, turned=True)
+
+
+def quantize_transposed(w: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """`fp8c::quantize_transposed`."""
+    parsed = quantized_format(fmt)
+    check_quantize_input(w)
+    if w.numel() == 0 or parsed.group != BLOCK or parsed.element is Element.E5M6:
+        return plain("quantize_transposed")(w, fmt)  # type: ignore[no-any-return]
+    return _blocks(w, parsed, straight=False, turned=True)[1:]
 
 
 def _rows(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -221,32 +239,44 @@ def _rows(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return q, s
 
 
-def _columns(x: Tensor, fmt: Format, offs: Tensor | None) -> tuple[Tensor, Tensor]:
+def gather_quantize(x: Tensor, rows: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fp8c::gather_quantize`."""
+    parsed = quantized_format(fmt)
+    check_quantize_input(x)
+    fits = parsed.group is not None and parsed.group[0] in COLUMN_GROUPS and is_stored_transposed(parsed, x.dim())
+    if x.numel() == 0 or rows.numel() == 0 or not fits:
+        return plain("gather_quantize")(x, rows, fmt, offs)  # type: ignore[no-any-return]
+    return _columns(x, parsed, offs, rows.contiguous())
+
+
+def _columns(x: Tensor, fmt: Format, offs: Tensor | None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     assert fmt.group is not None
     x = readable(x)
-    q, s = empty_quantized(x, x.shape, fmt, offs)
-    height, width = x.shape
+    height, width = x.shape if rows is None else (rows.shape[0], x.shape[1])
+    q, s = empty_quantized(x, (height, width), fmt, offs)
     experts = 0 if offs is None else offs.shape[0]
     column_kernel[(s.shape[0] * triton.cdiv(width, COLUMN_TILE),)](
-        x, q.view(torch.uint8), scale_bytes(s), x if offs is None else as_ends(offs),
+        x, x if rows is None else rows, q.view(torch.uint8), scale_bytes(s), x if offs is None else as_ends(offs),
         height, width, experts, x.stride(0), q.stride(1), s.stride(0), s.stride(1),
-        COLS=COLUMN_TILE, G=fmt.group[0], E_PAD=padded(experts), EVEN=width % 128 == 0, **codes_of(fmt),
-        WIDE=is_wide(x), num_warps=COLUMN_WARPS,
+        COLS=COLUMN_TILE, G=fmt.group[0], E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
+        **codes_of(fmt), WIDE=is_wide(x), num_warps=COLUMN_WARPS,
     )  # fmt: skip
     return q, s
 
 
-def _blocks(w: Tensor, fmt: Format, both: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks(w: Tensor, fmt: Format, straight: bool, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Data, data transposed, scale; the data that isn't asked for is the other one."""
     w = readable(w)
     q, s = empty_quantized(w, w.shape, fmt)
     *leading, height, width = w.shape
     matrices = w.shape[0] if leading else 1
-    qt = q.new_empty((*leading, width, height)) if both else q
+    qt = q.new_empty((*leading, width, height)) if turned else q
+    q = q if straight else qt
     block_kernel[(matrices * triton.cdiv(height, 128) * triton.cdiv(width, 128),)](
         w, q.view(torch.uint8), qt.view(torch.uint8), scale_bytes(s), height, width,
         w.stride(0) if leading else 0, w.stride(-2),
-        EVEN=height % 128 == 0 and width % 128 == 0, BOTH=both, **codes_of(fmt), WIDE=is_wide(w),
-        num_warps=BLOCK_WARPS,
+        EVEN=height % 128 == 0 and width % 128 == 0, STRAIGHT=straight, TURNED=turned,
+        **codes_of(fmt), WIDE=is_wide(w), num_warps=BLOCK_WARPS,
     )  # fmt: skip
     return q, qt, s
 

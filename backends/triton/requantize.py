@@ -18,7 +18,6 @@ from fp8c.backends.triton.tiles import (
     load_quantized,
     store_column_groups,
     store_row_groups,
-    zero_column_tail,
 )
 from fp8c.formats import Element, Format
 from fp8c.fused_ops import plain
@@ -67,14 +66,15 @@ def columns_kernel(
         begin = group * 128
         end = tl.minimum(begin + 128, R)
     else:
-        begin, end, last = group_rows(offs_ptr, experts, group, 128, E_PAD)
-        zero_column_tail(qt_ptr, last, R, cols, C, qt_col, group, tl.num_programs(0) // tiles, 128)
+        begin, end, _ = group_rows(offs_ptr, experts, group, 128, E_PAD)
     rows = begin + tl.arange(0, 128)
     row_ok = rows < end
+    stored = group * 128 + tl.arange(0, 128)
+    stored_ok = row_ok if E_PAD == 0 else stored >= 0  # experts' blocks are filled up with zeros
     source = tl.load(rows_ptr + rows, mask=row_ok, other=0) if GATHER else rows
     x = load_quantized(q_ptr, s_ptr, source, row_ok, first, C, q_row, s_row, s_col, 128, COLS, EVEN, ELEMENT, KIND)
     store_column_groups(
-        x, qt_ptr, st_ptr, rows, row_ok, cols, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
+        x, qt_ptr, st_ptr, stored, stored_ok, cols, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
     )  # fmt: skip
 
 

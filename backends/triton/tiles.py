@@ -30,9 +30,9 @@ from fp8c.backends.triton.numerics import (
 
 @triton.jit
 def group_rows(offs_ptr, experts, index, G: tl.constexpr, E_PAD: tl.constexpr):
-    """First and one past the last row of scale row `index`, where groups restart per expert; empty if no expert owns it.
+    """First and one past the last row of group `index`, where groups restart per expert; none if no expert owns it.
 
-    Also the last expert's end. The rule is `fp8c.ops.scale_shape`'s: expert e has scale rows from start_e // G + e on.
+    Also where the last expert ends. The rule is `fp8c.ops.scale_shape`'s: expert e has scale rows from start_e // G + e on.
     """
     e = tl.arange(0, E_PAD)
     is_expert = e < experts
@@ -116,27 +116,14 @@ def store_row_groups(
 
 @triton.jit
 def store_column_groups(
-    x, q_ptr, s_ptr, rows, row_ok, cols, C, group, q_col, s_row, s_col, EVEN: tl.constexpr,
+    x, q_ptr, s_ptr, stored, stored_ok, cols, C, group, q_col, s_row, s_col, EVEN: tl.constexpr,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Quantize a tile whose rows are one group of every column and store it transposed: the rows are contiguous."""
+    """Quantize a tile whose rows are one group of every column and store it transposed: `stored` rows are contiguous."""
     scale = scale_of(tl.max(magnitude_bits(x), 0), ELEMENT, KIND)
     lift, lifted, inverse = reciprocal(scale, KIND)
     codes = fp8_codes(quotient(x, lift[None, :], lifted[None, :], inverse[None, :], KIND, WIDE), ELEMENT)
     col_ok = cols < C
     store_scale(s_ptr + group.to(tl.int64) * s_row + cols.to(tl.int64) * s_col, scale, col_ok, KIND)
-    mask = row_ok[:, None] if EVEN else row_ok[:, None] & col_ok[None, :]
-    tl.store(q_ptr + cols.to(tl.int64)[None, :] * q_col + rows[:, None], codes, mask=mask)
-
-
-@triton.jit
-def zero_column_tail(q_ptr, last, R, cols, C, q_col, program, programs, ROWS: tl.constexpr):
-    """Payload 0 in the rows that no expert owns, each program its share."""
-    share = (R - last + programs - 1) // programs
-    first = last + program * share
-    end = tl.minimum(first + share, R)
-    for begin in range(first, end, ROWS):
-        rows = begin + tl.arange(0, ROWS)
-        pointers = q_ptr + cols.to(tl.int64)[None, :] * q_col + rows[:, None]
-        zeros = tl.zeros(pointers.shape, tl.uint8)
-        tl.store(pointers, zeros, mask=(rows < end)[:, None] & (cols < C)[None, :])
+    mask = stored_ok[:, None] if EVEN else stored_ok[:, None] & col_ok[None, :]
+    tl.store(q_ptr + cols.to(tl.int64)[None, :] * q_col + stored[:, None], codes, mask=mask)

@@ -188,7 +188,7 @@ def fold(average: Tensor, parameter: Tensor, decay: float) -> None:
     if not is_dense(average) or average.stride() != parameter.stride():
         average.lerp_(parameter.float(), 1.0 - decay)
         return
-    pieces = zip(in_memory_order(average).split(PIECE), in_memory_order(parameter).split(PIECE))
+    pieces = zip(torch.split(in_memory_order(average), PIECE), torch.split(in_memory_order(parameter), PIECE))
     scratch = torch.empty(min(PIECE, average.numel()), dtype=torch.float32)
     for old, new in pieces:
         old.lerp_(scratch[: len(new)].copy_(new), 1.0 - decay)
@@ -224,8 +224,8 @@ class Snapshot:
         packed = self.packed if self.packed is not None else self.host
         self.packed_views = [view(packed, offsets[i], self.params[i]) for i in self.small]
         self.small_end = small_end
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.event = torch.cuda.Event() if on_gpu else None
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self.event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _is_large(p: Tensor) -> bool:
@@ -273,4 +273,4 @@ def placed_like(value: Tensor, param: Tensor) -> Tensor:
 
     spec = param._spec
     meta = TensorMeta(param.shape, param.stride(), value.dtype)
-    return DTensor(value, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)  # type: ignore[call-arg]
+    return DTensor(value, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]

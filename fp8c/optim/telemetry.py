@@ -173,4 +173,3 @@ def rows_of(number: int, names: Sequence[tuple[str, str, str, str]], values: Ten
     for (path, phase, operand, fmt), (amax, before, after, saturated) in zip(names, values.tolist(), strict=True):
         lost = 1.0 - after / before if before else 0.0
         yield Row(number, path, phase, operand, fmt, amax, max(0.0, lost), saturated)
-

@@ -47,7 +47,7 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
         if hasattr(part, "fp8c_ranks"):
             continue
         if is_hf_experts(part):
-            experts: int = part.num_experts  # type: ignore[assignment]
+            experts: int = part.num_experts
             tables = [n for n, p in part.named_parameters(recurse=False) if p.shape[:1] == (experts,)]
         elif loops := rewritten_loops(part):
             experts = loops[0].experts
@@ -68,7 +68,7 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
         for table in dict.fromkeys(tables):
             _shard(part, table, experts, group)
         names = names or (group.get_group().group_name, control_group(group).group_name)
-        part.fp8c_ranks = Ranks(*names, group.get_local_rank(), chunks(experts, ranks))  # type: ignore[assignment]
+        part.fp8c_ranks = Ranks(*names, group.get_local_rank(), chunks(experts, ranks))
         sharded[name] = experts
     if problems:
         raise DiagnosticError(problems, ExitCode.MODEL)
@@ -106,7 +106,7 @@ def control_group(mesh: DeviceMesh) -> dist.ProcessGroup:
         return group
     if group not in _CONTROL_GROUPS:
         ranks = dist.get_process_group_ranks(group)
-        _CONTROL_GROUPS[group] = dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-untyped-call]
+        _CONTROL_GROUPS[group] = dist.new_group(ranks, use_local_synchronization=True)
     return _CONTROL_GROUPS[group]
 
 
@@ -145,7 +145,7 @@ def _shard(part: nn.Module, path: str, experts: int, mesh: DeviceMesh) -> None:
         case _:
             return  # a buffer over experts: every rank keeps all of it
     if not any(isinstance(hook, _ShardOnLoad) for hook in holder._load_state_dict_pre_hooks.values()):
-        holder.register_load_state_dict_pre_hook(_ShardOnLoad(experts))
+        holder.register_load_state_dict_pre_hook(_ShardOnLoad(experts))  # type: ignore[no-untyped-call]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ def _parameter(full: Tensor, mesh: DeviceMesh, requires_grad: bool | None = None
     mine = full[first : first + sizes[mesh.get_local_rank()]]
     if _has_values(full):
         group = mesh.get_group()
-        outgoing = [t.contiguous() for t in full.split([s for s in sizes if s])]
+        outgoing = [t.contiguous() for t in torch.split(full, [s for s in sizes if s])]
         mine = torch.empty_like(mine)
         dist.scatter(mine, outgoing if mesh.get_local_rank() == 0 else None, group_src=0, group=group)
     shard = DTensor.from_local(mine.clone(), mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())

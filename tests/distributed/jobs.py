@@ -222,3 +222,146 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.moe(self.norm(x))
         return x + (y[0] if isinstance(y, tuple) else y)
+
+
+def save_step(folder: str) -> dict[str, Tensor]:
+    """Train one step with AdamW and save model and optimizer with DCP; all parameters and moments, whole."""
+    step, optimizer = trained(2.0)
+    write_state(step, optimizer, folder)
+    return whole_state(step, optimizer)
+
+
+def load_step(folder: str) -> dict[str, Tensor]:
+    """Load what another number of ranks saved into a model and optimizer that were trained differently."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    step, optimizer = trained(0.5)
+    model_state, optimizer_state = get_state_dict(step, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(step, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return whole_state(step, optimizer)
+
+
+def trained(factor: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A step of AdamW on gradients that need no backward: a multiple of the parameters."""
+    import fp8c
+    from fp8c import distributed
+
+    step = fp8c.compile(build("loop"), spec="bf16", target="cpu", mesh=mesh_of())
+    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-2, foreach=False)
+    for parameter in step.parameters():
+        parameter.grad = parameter.detach() * factor
+    distributed.reduce_gradients(step)
+    optimizer.step()
+    return step, optimizer
+
+
+def write_state(step: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model_state, optimizer_state = get_state_dict(step, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def whole_state(step: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in step.named_parameters():
+        found[name] = whole(parameter.detach())
+        for key, value in optimizer.state[parameter].items():
+            if value.ndim:
+                found[f"{name} {key}"] = whole(value)
+    return found
+
+
+def load_one_device_state() -> bool:
+    """A one-device model's state dict, experts in a list, loads into a sharded one and gives the same numbers back."""
+    import fp8c
+
+    plain = build("loop")
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(3.0)
+    step = fp8c.compile(build("loop"), spec="bf16", target="cpu", mesh=mesh_of())
+    step.load_state_dict(plain.state_dict())
+    theirs = dict(plain.named_parameters())
+    return all(torch.equal(whole(p.detach()), stacked(theirs, n)) for n, p in step.named_parameters())
+
+
+def fsdp_step(spec: str) -> dict[str, Any]:
+    """Dense parameters sharded by FSDP2 over the same ranks, experts over `ep`; gradients whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    import fp8c
+
+    mesh = mesh_of()
+    step = fp8c.compile(build("loop"), spec=spec, target="cpu", mesh=mesh, fullgraph=False)
+    experts = {p for n, p in step.named_parameters() if isinstance(p, DTensor)}
+    fully_shard(step, mesh=mesh, ignored_params=experts)
+    tokens = batch(dist.get_rank())
+    logits = logits_of(step(input_ids=tokens))
+    loss_of(logits, tokens).backward()
+    gradients = {n: whole(p.grad) for n, p in step.named_parameters()}
+    return {"logits": logits.detach(), "gradients": gradients}
+
+
+def different_specs() -> str:
+    """Ranks that ask for different recipes: the error's text."""
+    import fp8c
+
+    try:
+        fp8c.compile(build("loop"), spec=("bf16", "deepseek_v3")[dist.get_rank()], target="cpu", mesh=mesh_of())
+    except fp8c.DiagnosticError as error:
+        return str(error)
+    return ""
+
+
+def different_graphs() -> str:
+    """Ranks whose batches give different graphs: the error's text."""
+    import fp8c
+
+    step = fp8c.compile(build("loop"), spec="bf16", target="cpu", mesh=mesh_of())
+    tokens = batch(0)[:, : LENGTH - 8 * dist.get_rank()]
+    try:
+        step(input_ids=tokens)
+    except fp8c.DiagnosticError as error:
+        return str(error)
+    return ""
+
+
+def lose_a_rank() -> str:
+    """Rank 1 dies after the first step; what rank 0 is told in the second."""
+    import os
+
+    import fp8c
+
+    step = fp8c.compile(build("loop"), spec="bf16", target="cpu", mesh=mesh_of())
+    tokens = batch(0)
+    loss_of(logits_of(step(input_ids=tokens)), tokens).backward()
+    if dist.get_rank() == 1:
+        os._exit(7)
+    try:
+        loss_of(logits_of(step(input_ids=tokens)), tokens).backward()
+    except fp8c.DiagnosticError as error:
+        return str(error)
+    return ""
+
+
+def unreduced_gradients() -> str:
+    """An optimizer that is given gradients of one rank's batch alone: the error's text, then none after reducing."""
+    import fp8c
+    from fp8c import distributed
+
+    step = fp8c.compile(build("loop"), spec="bf16", target="cpu", mesh=mesh_of())
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    logits_of(step(input_ids=batch(dist.get_rank()))).float().square().mean().backward()
+    text = ""
+    try:
+        optimizer.step()
+    except fp8c.DiagnosticError as error:
+        text = str(error)
+    distributed.reduce_gradients(step)
+    optimizer.step()
+    return text

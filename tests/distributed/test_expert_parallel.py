@@ -84,3 +84,60 @@ def test_four_ranks_compute_what_one_device_does(
 ) -> None:
     """The second with seven experts (2, 2, 2, 1 of them on the ranks) and every token at experts 5 and 6."""
     check_step(four, jobs, 4, kind, spec, expert, experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "spec"), [("hf", "bf16"), ("loop", "deepseek_v3")])
+def test_pairs_of_micro_batches_give_the_same_bits(two: Run, kind: str, spec: str) -> None:
+    """Scheduled pairs of a forward and a backward against autograd, one micro-batch after another."""
+    for found in two("paired_steps", kind, spec):
+        plain, paired = found["plain"], found["paired"]
+        assert found["moved"] > 0
+        for name in ("outputs", "dx"):
+            assert len(plain[name]) == len(paired[name]) == 3
+            assert all(torch.equal(a, b) for a, b in zip(plain[name], paired[name])), name
+        assert plain["gradients"].keys() == paired["gradients"].keys()
+        assert all(torch.equal(a, paired["gradients"][n]) for n, a in plain["gradients"].items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_loads_on_four(two: Run, four: Run, tmp_path: Path) -> None:
+    saved = two("save_step", str(tmp_path / "checkpoint"))[0]
+    for loaded in four("load_step", str(tmp_path / "checkpoint")):
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
+
+
+@pytest.mark.slow
+def test_a_one_device_checkpoint_loads(two: Run) -> None:
+    assert two("load_one_device_state") == [True, True]
+
+
+@pytest.mark.slow
+def test_fsdp2_around_the_dense_parameters(two: Run, jobs: ModuleType) -> None:
+    got = two("fsdp_step", "bf16")
+    for rank, found in enumerate(got):
+        alone = jobs.one_device_step("loop", "bf16", [rank])
+        assert torch.equal(found["logits"], alone["logits"])
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_told_before_they_exchange_anything(two: Run) -> None:
+    for text in two("different_specs"):
+        assert "E0863" in text and "ranks 0 and 1 differ in spec" in text
+    for text in two("different_graphs"):
+        assert "E0863" in text and "ranks 0 and 1 differ in graph" in text
+
+
+@pytest.mark.slow
+def test_an_optimizer_refuses_gradients_that_differ_between_ranks(two: Run) -> None:
+    for text in two("unreduced_gradients"):
+        assert "E0864" in text and "reduce_gradients" in text
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_reported(jobs: ModuleType) -> None:
+    with load("ranks").pool(2, 30.0) as run:
+        told, died = run("lose_a_rank")
+    assert died == (7,)
+    assert "E0865" in told

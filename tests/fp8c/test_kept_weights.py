@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8c
+import fp8c.backends.reference  # noqa: F401  (the CPU's kernels)
 from fp8c import driver
 from fp8c.kept_weights import WeightStore
 from tests.models.harness import count_executed, gradients, loss_of
@@ -192,3 +193,39 @@ def test_bf16_weights_of_a_tied_model_are_no_quantized_ones() -> None:
     train(step)
     assert all(v.dtype in (torch.float8_e4m3fn, torch.float32) for e in store.entries.values() for v in e.values)
     assert BF16 not in {v.dtype for e in store.entries.values() for v in e.values}
+
+
+def test_a_transposed_copy_is_made_of_the_kept_one() -> None:
+    """Backward's transposed weight (fuse-casts) shares the forward's quantize instead of keeping a second copy."""
+    pytest.importorskip("fp8c.fused_ops")
+    from torch import fx
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from fp8c.kept_weights import split_weights
+
+    ops, fmt = torch.ops.fp8c, "e4m3[128x128] fp32"
+    w, x = torch.randn(256, 128).to(BF16), torch.randn(256, 4)
+
+    def half(name: str) -> fx.GraphModule:
+        def run(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            if name == "forward":
+                q, s = ops.quantize(w, fmt)
+                return q.float() @ x.new_ones(128, 4) * s[0, 0], s
+            qt, s = ops.quantize_transposed(w, fmt)
+            return qt.float() @ x, s
+
+        gm = make_fx(run, tracing_mode="fake")(w, x)
+        gm.graph.find_nodes(op="placeholder")[0].meta["fp8c_name"] = "w"
+        return gm
+
+    store = WeightStore()
+    with torch.no_grad():
+        for name in ("forward", "backward"):
+            gm = half(name)
+            main, chains = split_weights(gm)
+            (chain,) = chains
+            values = store.values(chain, [w])
+            found = main(w, x, *(values[i] for i in chain.reads))
+            assert all(torch.equal(a, b) for a, b in zip(found, gm(w, x), strict=True))
+    assert store.refreshed == 1 and len(store.entries) == 1
+    assert sum(v.numel() for e in store.entries.values() for v in e.values) == w.numel() + 2

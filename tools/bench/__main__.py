@@ -3,10 +3,11 @@
 import functools
 import sys
 
-from fp8c.tools.bench import gemm, optimizer, step
+from fp8c.tools.bench import gemm, kernels, optimizer, step
 
 BENCHMARKS = {
     "gemm": gemm.main,
+    "kernels": kernels.main,
     "layer": functools.partial(step.main, "layer"),
     "optimizer": optimizer.main,
     "step": functools.partial(step.main, "step"),

@@ -58,7 +58,7 @@ def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
         work()
     found = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()

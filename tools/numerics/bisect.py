@@ -12,6 +12,7 @@ Source: A. Zeller, R. Hildebrandt, Simplifying and Isolating Failure-Inducing In
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from fp8c.tools.numerics.step import CapturedStep, Part, Reading, RunResult
 
 Metric = Literal["worst", "gradient", "loss"]
 METRICS: dict[str, str] = {
-    "worst": "largest error of an FP8 weight gradient, in units of its tolerance",
+    "worst": "largest error of an FP8 GEMM's output, in units of its tolerance",
     "gradient": "relative error of all gradients together",
     "loss": "relative error of the loss",
 }
@@ -122,8 +123,8 @@ class Trials:
 def value_of(found: Numerics, metric: Metric) -> float:
     match metric:
         case "worst":
-            wgrads = [o for (_, gemm), o in found.outputs.items() if gemm == "wgrad" and o.is_quantized]
-            return max((o.relative_error / o.tolerance for o in wgrads), default=0.0)
+            outputs = [o for o in found.outputs.values() if o.is_quantized]
+            return max((o.relative_error / o.tolerance for o in outputs), default=0.0)
         case "gradient":
             return found.total_gradient.relative_error
         case "loss":
@@ -143,6 +144,33 @@ class Blamed:
 
 
 @dataclass(frozen=True)
+class Suspect:
+    """A place in the model where operands lose more than their format explains, whatever the metric says."""
+
+    place: str  # the longest module path they share
+    parts: tuple[Part, ...]
+    of: int  # how many FP8 operands are below that path
+    worst_excess: float
+
+
+def suspects_of(measured: Numerics) -> tuple[Suspect, ...]:
+    """Operands outside their tolerance, together by layer."""
+    by_layer: dict[Hashable, list[Part]] = {}
+    for part, stats in measured.operands.items():
+        if not stats.is_within:
+            by_layer.setdefault(_layer_of(measured, part), []).append(part)
+    found = []
+    for parts in by_layer.values():
+        paths = [part.use.partition("#")[0].partition(":")[0].split(".") for part in parts]
+        shared = list(itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths)))
+        place = ".".join(names[0] for names in shared)
+        below = [p for p in measured.operands if f"{p.use}.".startswith(f"{place}.") or not place]
+        worst = max(measured.operands[part].excess for part in parts)
+        found.append(Suspect(place, tuple(parts), len(below), worst))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class Bisection:
     """What `--bisect` found. `blamed` is empty when the error is within the limit, or not due to any format."""
 
@@ -153,6 +181,7 @@ class Bisection:
     error_bf16: float  # with everything switched off
     rules: tuple[str, ...]
     blamed: tuple[Blamed, ...]
+    suspects: tuple[Suspect, ...]
     runs: int
 
     @property
@@ -166,8 +195,15 @@ class Bisection:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **{name: getattr(self, name) for name in ("metric", "limit", "error", "error_without", "error_bf16", "runs")},
+            **{
+                name: getattr(self, name)
+                for name in ("metric", "limit", "error", "error_without", "error_bf16", "runs")
+            },
             "rules": list(self.rules),
+            "suspects": [
+                {"place": s.place, "operands": [str(p) for p in s.parts], "of": s.of, "worst_excess": s.worst_excess}
+                for s in self.suspects
+            ],
             "blamed": [
                 {"use": b.part.use, "gemm": b.part.gemm, "operand": b.part.operand, "format": b.format}
                 | {"rule": b.rule, "place": b.place, "error_without": b.error_without, "excess": b.excess}
@@ -178,9 +214,19 @@ class Bisection:
     def lines(self) -> list[str]:
         what = f"{METRICS[self.metric]}: {self.error:.4g}, limit {self.limit:.4g}"
         if self.is_within:
-            return [f"bisect: within the limit ({what})"]
-        if self.is_elsewhere:
-            return [f"bisect: not a format's ({what}; with all of them switched off it is still {self.error_bf16:.4g})"]
+            lines = [f"bisect: within the limit ({what})"]
+        elif self.is_elsewhere:
+            still = f"with all of them switched off it is still {self.error_bf16:.4g}"
+            lines = [f"bisect: no format makes the error ({what}; {still})"]
+        else:
+            lines = self._blamed_lines(what)
+        for suspect in self.suspects:
+            count = f"{len(suspect.parts)} of {suspect.of} FP8 operands"
+            excess = f"up to {suspect.worst_excess:.2g} times ideal rounding's error"
+            lines.append(f"  outside their tolerance: {count} of {suspect.place or 'the model'}, {excess}")
+        return lines
+
+    def _blamed_lines(self, what: str) -> list[str]:
         head = f"bisect: {len(self.blamed)} operand{'s' if len(self.blamed) > 1 else ''} of {', '.join(self.rules)}"
         lines = [f"{head} ({what}; {self.error_without:.4g} without; {self.runs} runs)"]
         width = max(len(str(b.part)) for b in self.blamed)
@@ -201,7 +247,7 @@ def bisect(trials: Trials, measured: Numerics, limit: float | None = None) -> Bi
     limit = trials.tolerance() if limit is None else limit
     error, bf16 = trials.error(), trials.error(parts)
     if error <= limit or not bf16 <= limit:
-        return Bisection(trials.metric, limit, error, error, bf16, (), (), trials.runs)
+        return Bisection(trials.metric, limit, error, error, bf16, (), (), suspects_of(measured), trials.runs)
     suspects = tuple(part for part in parts if not measured.operands[part].is_within)
     kept: tuple[Part, ...] = ()
     if suspects:  # they lose more than their format explains: begin with them, whatever else there is
@@ -218,7 +264,9 @@ def bisect(trials: Trials, measured: Numerics, limit: float | None = None) -> Bi
         stats = measured.operands[part]
         blamed.append(Blamed(part, stats.format, rule, place, trials.error((part,)), stats.excess))
     rules = tuple(dict.fromkeys(b.rule for b in blamed))
-    return Bisection(trials.metric, limit, error, without, bf16, rules, tuple(blamed), trials.runs)
+    return Bisection(
+        trials.metric, limit, error, without, bf16, rules, tuple(blamed), suspects_of(measured), trials.runs
+    )
 
 
 def _smallest(

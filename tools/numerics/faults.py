@@ -11,16 +11,17 @@ This is a hook for tests: nothing but the numerics command reads it, and no buil
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from fp8c.backends.reference.quantize import apply_scale, dequantize_f32, quantize
 from fp8c.backends.reference.formats import decode, decode_scale
+from fp8c.backends.reference.quantize import apply_scale, dequantize_f32, quantize
 from fp8c.diagnostics import ExitCode, fail
-from fp8c.formats import Element
+from fp8c.formats import Element, Format
 from fp8c.roles import OPERANDS
+from fp8c.tools.numerics.step import Part, Reading
 
 KINDS = ("scale", "axis", "e5m2")
 
@@ -37,20 +38,20 @@ class Fault:
     def __str__(self) -> str:
         return f"{self.kind}:{self.module}" + (f":{self.gemm}.{self.operand}" if self.gemm else "")
 
-    def hits(self, part: Any) -> bool:
+    def hits(self, part: Part) -> bool:
         path = part.use.partition("#")[0]
         is_below = path == self.module or path.startswith(self.module + ".") or part.use == self.module
         return is_below and part.gemm != "cache" and self.gemm in ("", part.gemm) and self.operand in ("", part.operand)
 
 
 def parse_fault(text: str) -> Fault:
-    """Read `KIND:MODULE[:GEMM.OPERAND]`. Raises: DiagnosticError E0841."""
+    """Read `KIND:MODULE[:GEMM.OPERAND]`. Raises: DiagnosticError E0845."""
     kind, _, rest = text.partition(":")
     module, _, where = rest.partition(":")
     gemm, _, operand = where.partition(".")
     if kind not in KINDS or not module or (where and operand not in OPERANDS.get(gemm, ())):
         raise fail(
-            "E0841",
+            "E0845",
             f"'{text}' is no fault",
             help="write for example scale:layers.1.up:fprop.x, axis:layers.1.up:wgrad.dy or e5m2:layers.1",
             exit_code=ExitCode.USAGE,
@@ -58,19 +59,31 @@ def parse_fault(text: str) -> Fault:
     return Fault(kind, module, gemm, operand)
 
 
-def check_hits(fault: Fault, parts: list[Any]) -> None:
-    """Raises: DiagnosticError E0841 for a fault that no operand of the step has."""
-    if not any(fault.hits(part) for part in parts):
-        names = sorted({part.use for part in parts})
+def check_hits(fault: Fault, formats: Mapping[Part, str]) -> None:
+    """Raises: DiagnosticError E0845 for a fault that no operand of the step has, or that changes none of them."""
+    hit = [Format.parse(text) for part, text in formats.items() if fault.hits(part)]
+    if not hit:
+        names = sorted({part.use for part in formats})
         raise fail(
-            "E0841",
+            "E0845",
             f"fault '{fault}' hits no quantized operand",
             help=f"modules with FP8 operands are for example {', '.join(names[:4])}" if names else "",
             exit_code=ExitCode.USAGE,
         )
+    same: dict[str, Callable[[Format], bool]] = {
+        "axis": lambda f: f.transposed.group == f.group,
+        "e5m2": lambda f: f.element is Element.E5M2,
+    }
+    if fault.kind in same and all(same[fault.kind](fmt) for fmt in hit):
+        raise fail(
+            "E0845",
+            f"fault '{fault}' changes nothing: the operand is {hit[0].text}",
+            help="choose another operand, or the kind `scale`",
+            exit_code=ExitCode.USAGE,
+        )
 
 
-def broken(reading: Any, fault: Fault) -> Tensor | None:
+def broken(reading: Reading, fault: Fault) -> Tensor | None:
     """The operand as the fault leaves it; None where the fault does not hit."""
     if not fault.hits(reading.part):
         return None

@@ -119,7 +119,7 @@ class _Recorder(driver.Session):
     def _partition(self, joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.joint = fx.GraphModule(joint, g.copy_graph(joint.graph))
         self.names, self.num_fwd_outputs = options["names"], options["num_fwd_outputs"]
-        return partitioners.default_partition(joint, inputs, num_fwd_outputs=self.num_fwd_outputs)  # type: ignore[no-any-return]
+        return partitioners.default_partition(joint, inputs, num_fwd_outputs=self.num_fwd_outputs)
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Any:
         def record(values: list[Any]) -> Any:
@@ -207,7 +207,9 @@ class CapturedStep:
         known = dict(zip((n.name for n in self._placeholders), self._with_tangents(inputs)))
         with _undisturbed():
             forward = _Interpreter(halves.forward, state)
-            results = list(forward.run(*(known[name] for name in _inputs_of(halves.forward)), enable_io_processing=False))
+            results = list(
+                forward.run(*(known[name] for name in _inputs_of(halves.forward)), enable_io_processing=False)
+            )
             outputs = g.output_node(halves.forward.graph).args[0]
             assert isinstance(outputs, (list, tuple))
             known |= {n.name: v for n, v in zip(outputs, results) if isinstance(n, fx.Node)}
@@ -280,7 +282,11 @@ def _topk(routing: Mapping[str, Tensor], node: fx.Node, own: Any, args: Sequence
     if recorded is None or recorded.shape != own[1].shape:
         return own, 0, 0
     dim = args[2] if len(args) > 2 else -1
-    same = (own[1].unsqueeze(-1) == recorded.unsqueeze(-2)).any(-1) if dim in (-1, own[1].dim() - 1) else own[1] == recorded
+    same = (
+        (own[1].unsqueeze(-1) == recorded.unsqueeze(-2)).any(-1)
+        if dim in (-1, own[1].dim() - 1)
+        else own[1] == recorded
+    )
     return (args[0].gather(dim, recorded), recorded), same.numel(), int((~same).sum())
 
 
@@ -334,7 +340,11 @@ class _State:
 
 
 #: Operators that move the rows or axes of what they read: a shadow takes the same way.
-_MOVES = g.TRANSPOSES | {aten.index.Tensor, aten.index_select.default, torch.ops._c10d_functional.all_to_all_single.default}
+_MOVES = g.TRANSPOSES | {
+    aten.index.Tensor,
+    aten.index_select.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
+}
 _KEEPS = frozenset({aten.view.dtype, aten.alias.default, torch.ops._c10d_functional.wait_tensor.default})
 _EXPONENT_SCALES = ("pow2", "e8m0")
 
@@ -371,7 +381,7 @@ class _Interpreter(fx.Interpreter):
         if not isinstance(source, fx.Node):
             return
         shadows = self.state.shadows
-        if n.target is ops.quantize.default:
+        if n.target in (ops.quantize.default, ops.quantize_delayed.default):
             shadows[n.name] = Shadow(self.env[source], 1)
         elif n.target is ops.requantize.default and source.name in shadows:
             before = shadows[source.name]
@@ -386,7 +396,7 @@ class _Interpreter(fx.Interpreter):
         elif n.target in _MOVES:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             before = shadows[source.name]
-            moved = n.target(before.value, *args[1:], **kwargs)  # type: ignore[operator]
+            moved = n.target(before.value, *args[1:], **kwargs)
             shadows[n.name] = Shadow(moved, before.roundings)
 
     def dequantize(self, n: fx.Node) -> Any:

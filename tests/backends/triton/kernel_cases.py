@@ -120,9 +120,21 @@ def fused_cases() -> Iterator[tuple[str, Case]]:
     def weight(fmt: str, w: Tensor) -> Case:
         def case(device: str) -> None:
             same(kernels.quantize_weight(w.to(device), fmt), ops.quantize_weight(w, fmt), (fmt, w.shape))
+            same(kernels.quantize_transposed(w.to(device), fmt), ops.quantize_transposed(w, fmt), (fmt, w.shape))
 
         return case
 
+    def gathered(fmt: str, x: Tensor, rows: Tensor, offs: Tensor | None) -> Case:
+        def case(device: str) -> None:
+            expected = ops.gather_quantize(x, rows, fmt, offs)
+            on_device = [None if t is None else t.to(device) for t in (x, rows, offs)]
+            same(kernels.gather_quantize(on_device[0], on_device[1], fmt, on_device[2]), expected, (fmt, rows, offs))
+
+        return case
+
+    rows_of_tokens = torch.randint(0, 130, (300,), generator=torch.Generator().manual_seed(4))
+    for offs in (None, OFFSETS[1], OFFSETS[4]):
+        yield "gather and quantize", gathered("e4m3[128x1] pow2", filled(130, 200), rows_of_tokens, offs)
     act, act_t = "e4m3[1x128] fp32", "e4m3[128x1] fp32"
     for rows, cols in SIZES:
         yield f"both {rows}x{cols}", both(act, act_t, filled(rows, cols))
