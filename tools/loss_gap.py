@@ -216,9 +216,14 @@ Runs = dict[tuple[str, int], list[float]]  # (variant, seed) -> losses
 
 
 def gap(runs: Runs, variant: str, base: str = "bf16") -> tuple[Gap, int]:
-    """Relative gap of a variant against another, seed by seed, over the last fifth of the steps that all of them took."""
-    seeds = sorted(s for v, s in runs if v == variant and (base, s) in runs)
-    steps = min((len(runs[v, s]) for v in (variant, base) for s in seeds), default=0)
+    """Relative gap of a variant against another, seed by seed, over the last fifth of the steps; and how many steps.
+
+    Of runs that were stopped early so many steps count as three seeds (or all, when there are fewer) have reached.
+    """
+    both = [s for v, s in runs if v == variant and (base, s) in runs]
+    reached = {s: min(len(runs[variant, s]), len(runs[base, s])) for s in sorted(both)}
+    steps = sorted(reached.values(), reverse=True)[:3][-1] if reached else 0
+    seeds = [s for s, count in reached.items() if count >= steps]
     last = {(v, s): final_loss(runs[v, s][:steps]) for v in (variant, base) for s in seeds}
     return Gap(tuple(last[variant, s] / last[base, s] - 1 for s in seeds)), steps
 
