@@ -1,7 +1,7 @@
 """Train the Mixture-of-Experts transformer under a precision spec: the plain loop, with everything around it.
 
-    python examples/train.py --steps 200 --out runs/a                          FP8 under deepseek_v3, checkpoints in runs/a
-    python examples/train.py --steps 400 --out runs/a                          goes on where the first left off
+    python examples/train.py --steps 200 --out runs/a                               FP8 under deepseek_v3
+    python examples/train.py --steps 400 --out runs/a                               goes on where the first left off
     torchrun --nproc-per-node 2 examples/train.py --parallel fsdp --out runs/b      FSDP2, layers compiled one by one
     torchrun --nproc-per-node 2 examples/train.py --parallel zero1 --out runs/c     states divided, parameters whole
     python examples/train.py --spec off                                        plain BF16

@@ -100,9 +100,8 @@ def draw(runs: Runs) -> str:
         points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curves[variant])
         lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.3" points="{points}"/>')
         seeds = sum(v == variant for v, _ in runs)
-        lines.append(
-            f'<text x="{WIDTH - 230}" y="{TOP + 16 + 16 * number}" fill="{colour}">{NAMES[variant]}, {seeds} seeds</text>'
-        )
+        place = f'x="{WIDTH - 230}" y="{TOP + 16 + 16 * number}"'
+        lines.append(f'<text {place} fill="{colour}">{NAMES[variant]}, {seeds} seeds</text>')
         rows = differences.get(variant, [])
         if rows:
             band = [(x, y + e) for x, y, e in rows] + [(x, y - e) for x, y, e in reversed(rows)]
