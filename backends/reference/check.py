@@ -12,7 +12,8 @@ Hopper's accumulator (`tensor_core.py`) makes one instruction of each 32 terms. 
 sum) are cut below 2**(top - 13), and so is the result. 2**top is at most the largest term or running sum, and cutting
 toward zero never makes a sum larger than the sum of magnitudes, so one instruction loses at most 34 * 2**-13 * M of its
 promotion interval, where a subnormal operand counts as the smallest normal number, whose exponent it has. An interval of
-L elements has ceil(L / 32) instructions; the promotions and scales add the FP32 bound.
+L elements has ceil(L / 32) instructions, or one more where they do not start with the interval (a kernel may cut an expert's
+tokens at multiples of 32 from an aligned address on); the promotions and scales add the FP32 bound.
 
 The result is then rounded once to its dtype.
 """
@@ -146,6 +147,7 @@ def _evaluate(
     promote_every: int,
     out_dtype: torch.dtype,
     accumulator: Accumulator,
+    extra_instructions: int = 0,
 ) -> Evaluation:
     k = a.shape[1]
     left, right = _dequantize_f64(a, a_scale, a_fmt), _dequantize_f64(b, b_scale, b_fmt)
@@ -153,7 +155,7 @@ def _evaluate(
     bound = _summation_bound(left.abs() @ right.abs().T, k)
     if accumulator == "hopper":
         interval = min(promotion_interval(promote_every, a_fmt, b_fmt, k), max(k, 1))
-        instructions = -(-interval // TERMS)
+        instructions = -(-interval // TERMS) + extra_instructions
         magnitude = _lifted_f64(a, a_scale, a_fmt) @ _lifted_f64(b, b_scale, b_fmt).T
         bound = bound + instructions * (TERMS + 2) * 2.0**-FRACTION_BITS * magnitude
     return Evaluation(exact, _rounded_bound(bound, exact, out_dtype))
@@ -190,6 +192,7 @@ def _evaluate_grouped_wgrad(args: Sequence[Any], accumulator: Accumulator) -> Ev
             promote_every,
             out_dtype,
             accumulator,
+            extra_instructions=1,
         )
         exact[expert], bound[expert] = part.exact, part.bound
     return Evaluation(exact, bound)

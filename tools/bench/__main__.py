@@ -2,9 +2,9 @@
 
 import sys
 
-from fp8c.tools.bench import gemm
+from fp8c.tools.bench import gemm, gemm_table
 
-BENCHMARKS = {"gemm": gemm.main}
+BENCHMARKS = {"gemm": gemm.main, "gemm-table": gemm_table.main}
 
 
 def main(arguments: list[str]) -> int:
