@@ -114,10 +114,10 @@ def gather_kernel(
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * out_row + cols[None, :], data, mask=mask)
     if pid % tiles == 0:
         group = tl.arange(0, G_PAD)
-        mask = row_ok[:, None] & (group < groups)[None, :]
-        scale = tl.load(s_ptr + source[:, None] * s_row + group.to(tl.int64)[None, :] * s_col, mask=mask, other=0)
+        group_mask = row_ok[:, None] & (group < groups)[None, :]
+        scale = tl.load(s_ptr + source[:, None] * s_row + group.to(tl.int64)[None, :] * s_col, mask=group_mask, other=0)
         pointers = out_s_ptr + rows.to(tl.int64)[:, None] * out_s_row + group.to(tl.int64)[None, :] * out_s_col
-        tl.store(pointers, scale, mask=mask)
+        tl.store(pointers, scale, mask=group_mask)
 
 
 # Launchers ----------------------------------------------------------------------------------------------------------
