@@ -348,6 +348,27 @@ def spec_import(source: str, name: str, out: str | None, skip: tuple[str, ...], 
     print(f"{out}: next: fp8c spec check {out}")
 
 
+@spec.command("lsp")
+@click.option("--model", default="", metavar="MODEL", help="Say what selectors match in this model; runs its code.")
+@click.option("--target", "-t", default="cpu", show_default=True, metavar="NAME", help="Machine to check for.")
+@click.option("-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the model's factory.")
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch.")
+@click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence.")
+def spec_lsp(model: str, target: str, overrides: tuple[str, ...], batch: int | None, seq: int | None) -> None:
+    """Serve an editor over stdin and stdout: mistakes, what a selector matches, completion, layout."""
+    from fp8c.backends.target import load_target
+
+    load_target(target)
+    try:
+        from fp8c.tools.language_server import serve
+    except ImportError:
+        raise click.UsageError("the language server needs pygls: pip install 'fp8c[lsp]'") from None
+    arguments = [word for override in overrides for word in ("-a", override)]
+    arguments += ["--batch", str(batch)] if batch is not None else []
+    arguments += ["--seq", str(seq)] if seq is not None else []
+    serve(model, target, arguments)
+
+
 @spec.command("list")
 @as_json_option
 def spec_list(as_json: bool) -> None:

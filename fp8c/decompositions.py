@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 
-from fp8c.formats import MAX, WHOLE, Element, Format, ScaleKind
+from fp8c.delayed import active_scales
+from fp8c.formats import MAX, WHOLE, Delayed, Element, Format, ScaleKind
 from fp8c.ops import (
     DATA_DTYPE,
     E5M6_CODES,
     Size,
     check_accumulator,
     check_attention,
+    check_delayed,
     check_no_offsets,
     check_quantize_input,
     empty_heads_last,
@@ -170,6 +172,23 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     scale = _scale_of(groups.abs().amax((-3, -1)), parsed)
     payload = _join(groups / scale[..., :, None, :, None], rows, cols)
     return lay_out(_encode(payload, parsed.element), _store_scale(scale, parsed), parsed)
+
+
+def quantize_delayed(
+    x: Tensor, fmt: str, history: int, algo: str, margin: int, site: str, replay: bool
+) -> tuple[Tensor, Tensor]:
+    """`quantize` with the scale of `site` in the histories in force (`fp8c.delayed`), on every device.
+
+    Shapes: x f32|bf16|f16 [R, C] or [E, N, K] -> data alike, scale f32|e8m0 [1, 1] or [E, 1, 1].
+    Larger values than the history knew are clamped to the element's largest.
+    """
+    parsed = check_delayed(fmt)
+    check_quantize_input(x)
+    x = x.float()
+    amax = x.abs().amax((-2, -1)) if x.numel() else x.new_zeros(x.shape[:-2])
+    how = Delayed(history, algo, margin)
+    scale = active_scales().scale(site, amax, how, lambda m: _scale_of(m, parsed), replay=replay)[..., None, None]
+    return _encode(x / scale, parsed.element), _store_scale(scale, parsed)
 
 
 def dequantize(
@@ -366,5 +385,6 @@ for _implementation in (
     scaled_grouped_wgrad_add_,
     attention,
     attention_backward,
+    quantize_delayed,
 ):
     register_portable(_implementation.__name__, _implementation)

@@ -30,6 +30,7 @@ from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
+from fp8c.delayed import DelayedScales
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
 from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
 from fp8c.graph import portable_hash
@@ -61,6 +62,7 @@ class Session:
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
     main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
     model:   the compiled module, for these two
+    scales:  histories of delayed scales; their `state_dict()` belongs into a checkpoint
     """
 
     spec: Spec
@@ -80,11 +82,12 @@ class Session:
     examples: list[Any] = field(default_factory=list)  # what the inputs of the last captured graph were
     baseline: Baseline | None = None
     weights: WeightStore = field(default_factory=WeightStore)
+    scales: DelayedScales = field(default_factory=DelayedScales)
     model: weakref.ref[nn.Module] | None = None
 
     def fresh(self) -> Session:
         """The same settings for another model: nothing captured yet."""
-        return replace(self, remarks=[], steps=[], weights=WeightStore(), model=None)
+        return replace(self, remarks=[], steps=[], weights=WeightStore(), scales=DelayedScales(), model=None)
 
     def resolve(self, uses: Sequence[Any]) -> PrecisionPlan:
         plan = resolve(self.spec, uses, self.target, partial=self.partial)
@@ -151,8 +154,16 @@ class Session:
         return run_with_accumulators(run, names, module) if names and module is not None else run
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        lowered = lowering.lower(gm, inputs, how)
+        lowered = self._lower_with_scales(gm, inputs, how=how)
         return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
+
+    def _lower_with_scales(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_inference: bool = False
+    ) -> Callable[..., Any]:
+        """Histories of delayed scales live outside of the graph, so a graph that reads them runs as it is written."""
+        if not gm.graph.find_nodes(op="call_function", target=torch.ops.fp8c.quantize_delayed.default):
+            return lowering.lower(gm, inputs, how, is_inference=is_inference)
+        return self.scales.around(lowering.lower(gm, inputs, "reference"))
 
     def _behind_weights(
         self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]
@@ -180,7 +191,9 @@ class Session:
         rewritten = pipeline.rewrite_inference(
             gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
         )
-        return self._behind_weights(rewritten, inputs, functools.partial(lowering.lower, how=how, is_inference=True))
+        return self._behind_weights(
+            rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
+        )
 
 
 def communicates(graph: fx.Graph) -> bool:

@@ -56,7 +56,10 @@ EXPLANATIONS: dict[str, str] = {
     "backend is imported: fp8c.backends.reference for the CPU, fp8c.decompositions for plain tensor operations on any "
     "device.",
     "E0421": "The format cannot be produced by fp8c::quantize: it is not a quantized format, or it asks for stochastic "
-    "rounding or delayed scales, which no kernel implements.",
+    "rounding, which no kernel implements, or for delayed scales where there are none: they are for GEMM operands with one "
+    "scale for a tensor.",
+    "E0422": "The state of delayed scales that was loaded does not hold a history and a scale for each site: it is not what "
+    "`session_of(step).scales.state_dict()` gave.",
     "E0423": "The tensor-core model promotes after whole instructions of 32 elements of K; the promotion interval, or a group "
     "size along K, is no multiple of 32.",
     "E0501": "`retile ... exact` promises that changing the tiles adds no rounding. That needs power-of-two scales (pow2 "
@@ -141,10 +144,11 @@ EXPLANATIONS: dict[str, str] = {
     "type. fp8c never runs such code; import it in a model.py of your own instead.",
     "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
-    "E0841": "`fp8c numerics --inject` breaks one operand on purpose, to see that it is found. The fault is "
+    "E0845": "`fp8c numerics --inject` breaks one operand on purpose, to see that it is found. The fault is "
     "KIND:MODULE[:GEMM.OPERAND] with the kind scale, axis or e5m2, and must hit an operand that the spec quantizes.",
     "E0842": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
-    "E0845": "`fp8c numerics` compares a spec with BF16, and the spec keeps everything of this model in BF16.",
+    "E0846": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
+    "E0847": "`fp8c numerics` compares a spec with BF16, and the spec keeps everything of this model in BF16.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
     "R0411": "A size is no multiple of its group, and the spec pads: the last group is shorter and has a scale of its own. "
     "MLA's 576-wide projection is such a case.",

@@ -94,6 +94,8 @@ def canonical_path(path: str) -> str:
     path = re.sub(r"^_?(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     parts = [p for p in path.split(".") if p and p not in _WRAPPERS]
+    if parts[:1] == ["__self__"]:  # the call of a module of torch's own, which Dynamo sees as a bound method
+        parts = parts[1:]
     if parts[:1] == ["module"]:  # DistributedDataParallel, and fp8c's own StepModule
         parts = parts[1:]
     return ".".join(parts)

@@ -114,7 +114,7 @@ def node_operator(node: fx.Node) -> Operator | None:
         return _gemm(node, is_bf16=True)
     if target in (ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default):
         return _gemm(node, is_bf16=False)
-    if target is ops.quantize.default:
+    if target in (ops.quantize.default, ops.quantize_delayed.default):
         return Quantize(_elements(_tensor(node, 0)))
     if target is ops.requantize.default:
         return Retile(_elements(_tensor(node, 0)))

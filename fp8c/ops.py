@@ -36,6 +36,9 @@ E5M6_BYTES = 12  # ... into twelve bytes, the most significant bits first
 
 _SCHEMAS = {
     "quantize": "(Tensor x, str fmt, Tensor? offs=None) -> (Tensor, Tensor)",
+    "quantize_delayed": (
+        "(Tensor x, str fmt, int history, str algo, int margin, str site, bool replay) -> (Tensor, Tensor)"
+    ),
     "dequantize": ("(Tensor q, Tensor s, str fmt, ScalarType dtype, Tensor? offs=None, SymInt? cols=None) -> Tensor"),
     "requantize": ("(Tensor q, Tensor s, str src, str dst, Tensor? offs=None, SymInt? cols=None) -> (Tensor, Tensor)"),
     "scaled_mm": (
@@ -109,7 +112,8 @@ for _name, _schema in _SCHEMAS.items():
 def quantized_format(text: str) -> Format:
     """Read a format that `quantize` can produce.
 
-    Raises: E0421 for a format without scales, with stochastic rounding or with delayed scales.
+    Raises: E0421 for a format without scales, with stochastic rounding or with delayed scales, which only
+            `quantize_delayed` makes: what it gives has the same format without `delayed(...)`.
     """
     try:
         fmt = Format.parse(text)
@@ -294,6 +298,21 @@ def _fake_quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Ten
     return empty_quantized(x, x.shape, quantized_format(fmt), offs)
 
 
+def _fake_quantize_delayed(
+    x: Tensor, fmt: str, history: int, algo: str, margin: int, site: str, replay: bool
+) -> tuple[Tensor, Tensor]:
+    check_quantize_input(x)
+    return empty_quantized(x, x.shape, check_delayed(fmt), None)
+
+
+def check_delayed(text: str) -> Format:
+    """Raises: E0421 unless the format has one scale for a tensor."""
+    fmt = quantized_format(text)
+    if fmt.group != (WHOLE, WHOLE) or fmt.element is Element.E5M6:
+        raise fail("E0421", f"format '{text}': delayed scales are for operands with one scale for a tensor")
+    return fmt
+
+
 def _fake_dequantize(
     q: Tensor, s: Tensor, fmt: str, dtype: torch.dtype, offs: Tensor | None = None, cols: Size | None = None
 ) -> Tensor:
@@ -447,6 +466,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,
+    "quantize_delayed": _fake_quantize_delayed,
     "dequantize": _fake_dequantize,
     "requantize": _fake_requantize,
     "scaled_mm": _fake_scaled_mm,
@@ -490,6 +510,7 @@ torch.library.register_autograd("fp8c::attention", _attention_grad, setup_contex
 
 # The overloads, for passes that build or match nodes.
 QUANTIZE = torch.ops.fp8c.quantize.default
+QUANTIZE_DELAYED = torch.ops.fp8c.quantize_delayed.default
 DEQUANTIZE = torch.ops.fp8c.dequantize.default
 REQUANTIZE = torch.ops.fp8c.requantize.default
 SCALED_MM = torch.ops.fp8c.scaled_mm.default

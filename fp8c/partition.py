@@ -50,7 +50,15 @@ def partition(joint: fx.GraphModule, ctx: PassContext) -> Halves:
         joint, saved, saved_sym_nodes=sizes, num_fwd_outputs=ctx.num_fwd_outputs
     )
     backward = partitioners.reordering_to_mimic_autograd_engine(backward)
+    replay_scales(backward.graph)
     return Halves(forward, backward, ctx.num_fwd_outputs)
+
+
+def replay_scales(backward: fx.Graph) -> None:
+    """A delayed quantize of the forward that backward computes again takes the forward's scale, and notes nothing."""
+    for node in g.calls(backward, {torch.ops.fp8c.quantize_delayed.default}):
+        if not g.is_backward(node):
+            node.args = (*node.args[:-1], True)
 
 
 def default_min_cut(joint: fx.GraphModule, inputs: object, num_fwd_outputs: int) -> Halves:

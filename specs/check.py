@@ -33,6 +33,16 @@ def _doc(statement: Statement) -> str:
     return "\n".join(d.text[2:].strip() for d in statement.docs)
 
 
+def examine(source: Source) -> tuple[ast.File | None, tuple[Diagnostic, ...]]:
+    """The tree of what could be read, None where nothing could, and every mistake: for editors, whose text is half written."""
+    checker = _Checker(source)
+    try:
+        file = checker.file(parse(source))
+    except DiagnosticError as e:
+        return None, e.diagnostics
+    return file, tuple(checker.diagnostics[:MAX_DIAGNOSTICS])
+
+
 class _Checker:
     def __init__(self, source: Source) -> None:
         self.source = source

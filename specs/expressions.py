@@ -86,7 +86,11 @@ def read_literal_format(cursor: Cursor) -> Format:
             rounding = Rounding(cursor.take("WORD", "a rounding").text)
         elif cursor.text in ("online", "delayed") and not timed:
             timed = True
-            if cursor.take("WORD", "`online`").text == "delayed":
+            word = cursor.take("WORD", "`online`")
+            if word.text == "delayed":
+                if group != (WHOLE, WHOLE):
+                    help = "write `[tensor]`"
+                    cursor.fail("delayed scales are for one scale for a tensor", code="E0421", at=word, help=help)
                 delayed = read_delayed(cursor.bracket("(", "`(` after `delayed`"))
         else:
             choices = ("online", "delayed", *vocab.ROUNDINGS)

@@ -16,6 +16,7 @@ from fp8c.backends.cuda.wgmma import wgmma_header
 SHARED_LIMIT_BYTES = 232_448  # of one block on sm_90 (CUDA programming guide, compute capabilities)
 BLOCK_K = 128  # length of a scale group along K
 MAX_STAGES = 8  # the loop over a round of stages is unrolled
+MAX_SMALL_STAGES = 16  # of small tiles, whose rounds are shorter
 TILE_SLOTS = 4  # of the ring that carries tiles from the producer to the consumers
 
 
@@ -48,7 +49,8 @@ class GemmConfig:
     """One instance of the kernel.
 
     `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A;
-    `unroll`: a round of stages is straight-line code.
+    `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time;
+    `direct_output`: rows of 128 bytes are written by ordinary stores instead of TMA.
     """
 
     scales: Scales
@@ -62,7 +64,9 @@ class GemmConfig:
     cluster: int = 1
     promote: bool = True
     unroll: bool = True
-    staging_bytes: int = 4096  # of one consumer warp: two chunks of the output, or one where a stage more counts more
+    flight: int = 1
+    direct_output: bool = True
+    staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -105,19 +109,25 @@ class GemmConfig:
     @cached_property
     def stages(self) -> int:
         """As many as fit."""
-        return max(s for s in range(1, MAX_STAGES + 1) if self._shared_bytes(s) <= SHARED_LIMIT_BYTES)
+        limit = MAX_SMALL_STAGES if self.flight > 1 else MAX_STAGES
+        counts = range(self.flight, limit + 1, self.flight)
+        return max(s for s in counts if self._shared_bytes(s) <= SHARED_LIMIT_BYTES)
 
     @property
     def shared_bytes(self) -> int:
         return self._shared_bytes(self.stages)
 
     def _shared_bytes(self, stages: int) -> int:
-        scale_b = {Scales.PER_ROW: _round_up(self.tile_n * 4, 128), Scales.PER_BLOCK: 32, Scales.PER_TENSOR: 0}[
-            self.scales
-        ]
+        segments = self.wave_n // math.gcd(self.wave_n, 128)
+        slots = segments if segments <= 2 else _round_up(segments, 4)
+        scale_b = {
+            Scales.PER_ROW: _round_up(self.tile_n * 4, 128),
+            Scales.PER_BLOCK: _round_up(self.waves_n * slots * 4, 16),
+            Scales.PER_TENSOR: 0,
+        }[self.scales]
         operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + self.scale_a_bytes + scale_b)  # multiples of 16
         tiles = TILE_SLOTS * (32 + 2 * 8)
-        barriers = 3 * stages * 8
+        barriers = 2 * stages * 8
         return operands + 4 * self.warpgroups * self.staging_bytes + tiles + barriers
 
     def headers(self) -> dict[str, str]:
@@ -129,6 +139,7 @@ class GemmConfig:
             "WAVE_N": self.wave_n,
             "STAGES": self.stages,
             "CLUSTER": self.cluster,
+            "FLIGHT": self.flight,
             "UNROLL": max(self.stages - 1, 1) if self.unroll else 1,
             "BAND": self.band,
             "STAGING_BYTES": self.staging_bytes,
@@ -142,6 +153,7 @@ class GemmConfig:
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
+            f"constexpr bool DIRECT_OUTPUT = {str(self.direct_output).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
             f"constexpr Output OUTPUT = Output::{self.output.name};",

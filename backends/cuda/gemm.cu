@@ -28,20 +28,27 @@ __device__ constexpr int greatest_common_divisor(int a, int b) { return b == 0 ?
 
 constexpr int BLOCK_K = 128;
 constexpr int WAVES = WAVES_M * WAVES_N;
-constexpr bool A_IN_REGISTERS = WAVES_M == 1 && WAVE_N <= 128;
+constexpr bool A_IN_REGISTERS = WAVES_M == 1 && WAVE_N <= 128 && FLIGHT == 1;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.
-// Warps of the producer's warpgroup: one drives TMA, one walks the schedule, one fetches 128x128 scales, and with K groups
-// the rest repairs their edges. Several jobs for several warps, because each has few registers.
-constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0, REPAIR_WARPS = GROUPING == REDUCTION_GROUPS ? 2 - SCALE_WARPS : 0;
-constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, REPAIR_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
-constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS + REPAIR_WARPS;
+// Warps of the producer's warpgroup: one drives TMA, one walks the schedule, one fetches 128x128 scales, one those of few
+// rows. Several jobs for several warps, because each has few registers.
+constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0;
+constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, FEW_ROWS_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
+constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS;
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
 static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
-static_assert(WAVE_N % 8 == 0 && (WAVES + 1) * WAVE_N / 2 <= 192, "accumulators and one wave's result must fit into registers");
+static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
+static_assert(WAVE_N % 8 == 0 && (WAVES + FLIGHT) * WAVE_N / 2 <= 192, "accumulators and what is in flight must fit into registers");
+
+// PER_BLOCK: columns of a segment, the largest common part of wave and 128x128 block, have the same scale of B. Each stage
+// holds one number a segment, so that a wave may straddle blocks in any way.
+constexpr int SEGMENT = greatest_common_divisor(WAVE_N, 128), SEGMENTS = WAVE_N / SEGMENT;
+constexpr int SEGMENT_SLOTS = SEGMENTS <= 2 ? SEGMENTS : (SEGMENTS + 3) / 4 * 4;  // read as vectors
+constexpr int BLOCKS_OF_WAVE = (WAVE_N + 255 - SEGMENT) / 128;  // that a wave can touch
 
 // Shared memory: STAGES x A, x B, staging of the output, STAGES x scales of A, x scales of B, ring of tiles, barriers.
 constexpr int A_BYTES = TILE_M * BLOCK_K, B_BYTES = TILE_N * BLOCK_K;
@@ -53,8 +60,9 @@ constexpr int SCALE_A_BYTES = SCALES == PER_TENSOR ? 0 : SCALE_A_BOXES * SCALE_A
 static_assert(SCALE_A_BOX == SCALE_A_BOX_OF_HOST, "the host's map of A's scales has other boxes");
 constexpr int SCALE_A_STRIDE = (SCALE_A_BYTES + 127) / 128 * 128;
 constexpr int SCALE_B_BYTES = SCALES == PER_ROW ? TILE_N * 4 : 0;
-// TMA writes to multiples of 128 bytes; PER_BLOCK keeps up to two numbers for each wave.
-constexpr int SCALE_B_STRIDE = SCALES == PER_BLOCK ? 32 : (SCALE_B_BYTES + 127) / 128 * 128;
+// TMA writes to multiples of 128 bytes.
+constexpr int SCALE_B_STRIDE =
+    SCALES == PER_BLOCK ? (WAVES_N * SEGMENT_SLOTS * 4 + 15) / 16 * 16 : (SCALE_B_BYTES + 127) / 128 * 128;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SCALE_A_BYTES + SCALE_B_BYTES;
 constexpr int OFFSET_B = STAGES * A_BYTES, OFFSET_STAGING = OFFSET_B + STAGES * B_BYTES;
 constexpr int OFFSET_SCALE_A = OFFSET_STAGING + CONSUMER_WARPS * STAGING_BYTES;
@@ -63,15 +71,13 @@ constexpr int OFFSET_TILES = OFFSET_SCALE_B + STAGES * SCALE_B_STRIDE;
 constexpr int TILE_SLOTS = 4;  // consumer warpgroups may be some tiles apart when K is short
 constexpr int OFFSET_STAGE_BARRIERS = OFFSET_TILES + TILE_SLOTS * sizeof(Tile);
 constexpr int OFFSET_TILE_BARRIERS = OFFSET_STAGE_BARRIERS + 2 * STAGES * 8;
-constexpr int OFFSET_LANDED_BARRIERS = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;  // one a stage, for tails
-constexpr int SHARED_BYTES = OFFSET_LANDED_BARRIERS + STAGES * 8;
+constexpr int SHARED_BYTES = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;
 static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "config.py and the kernel disagree about shared memory");
 
 struct Arguments {
     Problem problem;
-    const uint8 *a, *b;       // REDUCTION_GROUPS: what TMA can't reach
-    long long a_row, b_row;   // strides in bytes
-    const float* scale_a;  // PER_TENSOR
+    const float* scale_a;
+    long long scale_a_col;  // stride along K / 128
     const float* scale_b;  // PER_TENSOR, PER_BLOCK
     long long scale_b_group, scale_b_row, scale_b_col;  // strides of PER_BLOCK scales along E, N / 128, K / 128
     void* out;
@@ -97,16 +103,19 @@ using Schedule = ScheduleOf<GROUPING>::type;
 
 // Producer -------------------------------------------------------------------------------------------------------
 
-// K groups start and end anywhere. TMA can't start at a token that is no multiple of 16, so all k-blocks of such an expert
-// are copied by the repair warps; and the last k-block of any expert reads into the next one, which they clear.
-DEVICE bool needs_copy(const Tile& tile) { return GROUPING == REDUCTION_GROUPS && tile.k_begin % 16 != 0; }
-DEVICE bool needs_repair(const Tile& tile, int block) {
-    return GROUPING == REDUCTION_GROUPS && (tile.k_length - block * BLOCK_K < BLOCK_K || tile.k_begin % 16 != 0);
-}
+// K groups begin at multiples of 128 of K, and what lies between a group's end and the next multiple is zero (`fp8c.ops`):
+// nothing is masked.
+DEVICE int blocks_of(const Tile& tile) { return ceil_div(tile.k_length, BLOCK_K); }
 
-// Every tile takes whole rounds of the ring, the last one with idle stages if need be: the consumers' loop over a round is
-// unrolled, and with the stage known at compile time the addresses in it are constants.
-DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, STAGES) * STAGES; }
+// Every tile takes whole rounds of stages, the last one with idle stages if need be: the consumers' loop over a round is
+// unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
+constexpr int ROUND = FLIGHT == 1 ? STAGES : FLIGHT;
+DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, ROUND) * ROUND; }
+
+// With few rows all thread blocks would ask for the same few sectors of A's scales, k-block by k-block; then a warp
+// reads those of many k-blocks at a time instead of TMA.
+constexpr int FEW_ROWS = FLIGHT > 1 && GROUPING == DENSE ? 16 : 0;
+DEVICE bool has_few_rows(const Problem& p) { return FEW_ROWS > 0 && p.m <= FEW_ROWS; }
 
 using StageRing = Ring<STAGES>;
 using TileRing = Ring<TILE_SLOTS>;
@@ -155,7 +164,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         barrier_arrive(tiles.empty());
         tiles.advance();
         if (tile.is_end) return;
-        const int blocks = ceil_div(tile.k_length, BLOCK_K), padded = whole_rounds(blocks);
+        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
 #pragma unroll 1
         for (int block = 0; block < padded; ++block, stages.advance()) {
@@ -166,18 +175,18 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                 barrier_arrive(stages.full());
                 continue;
             }
-            const uint32 arrived = needs_repair(tile, block) ? shared + OFFSET_LANDED_BARRIERS + s * 8 : stages.full();
+            const uint32 arrived = stages.full();
             // Rows and columns past the tensors' ends arrive as zeros.
-            barrier_arrive_expect(arrived, needs_copy(tile) ? SCALE_A_BYTES + SCALE_B_BYTES : STAGE_BYTES);
-            if (needs_copy(tile)) {
-            } else if constexpr (CLUSTER == 1) {
+            const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
+            barrier_arrive_expect(arrived, scales_a ? STAGE_BYTES : A_BYTES + B_BYTES + SCALE_B_BYTES);
+            if constexpr (CLUSTER == 1) {
                 load_tile(shared + s * A_BYTES, map_a, arrived, k, tile.row);
             } else {  // each block of the cluster fetches one half of A for both
                 const int half = cluster_rank() * (TILE_M / 2);
                 load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, arrived, k, tile.row + half);
             }
-            if (!needs_copy(tile)) load_tile(shared + OFFSET_B + s * B_BYTES, map_b, arrived, k, row_b);
-            if constexpr (SCALES != PER_TENSOR)
+            load_tile(shared + OFFSET_B + s * B_BYTES, map_b, arrived, k, row_b);
+            if (scales_a)
 #pragma unroll
                 for (int i = 0; i < SCALE_A_BOXES; ++i)
                     load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + i * SCALE_A_BOX * 4, map_scale_a, arrived,
@@ -188,96 +197,6 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         }
     }
 }
-
-// Clears bytes [valid, 128) of every row of a swizzled operand tile; `worker` of `workers` threads.
-DEVICE void clear_columns(uint32 tile, int rows, int valid, int worker, int workers) {
-#pragma unroll 1
-    for (int row = worker; row < rows; row += workers)
-#pragma unroll 1
-        for (int piece = valid / 16; piece < 8; ++piece) {
-            const uint32 address = tile + row * BLOCK_K + ((piece ^ (row & 7)) << 4);
-            int4 v = {0, 0, 0, 0};
-            if (piece * 16 < valid) {
-                v = load_shared4(address);
-                int* words = &v.x;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int kept = min(max(valid - piece * 16 - i * 4, 0), 4);  // bytes
-                    words[i] = kept == 4 ? words[i] : words[i] & ((1 << (8 * kept)) - 1);
-                }
-            }
-            store_shared4(address, v);
-        }
-}
-
-// Fills the swizzled operand tile of A or B from rows `row0` .. at any address: bytes [0, valid) of each row from column
-// `k`, the rest zero. Reads whole aligned words that hold at least one of these bytes.
-template <bool is_a>
-DEVICE void copy_columns(const Arguments& args, uint32 tile, int row0, int k, int valid, int worker, int workers) {
-    const int rows = min((is_a ? args.problem.m : args.problem.n) - row0, is_a ? TILE_M : TILE_N);
-#pragma unroll 1
-    for (int i = worker; i < (is_a ? TILE_M : TILE_N) * 8; i += workers) {
-        const int row = i / 8, piece = i % 8, count = row < rows ? min(valid - piece * 16, 16) : 0;  // bytes
-        const uint8* from = is_a ? args.a + (row0 + row) * args.a_row : args.b + (row0 + row) * args.b_row;
-        from += k + piece * 16;
-        const int shift = reinterpret_cast<uint64>(from) % 4;
-        const uint32* aligned = reinterpret_cast<const uint32*>(from - shift);
-        int v[4];
-        uint32 word = count > 0 ? __ldg(aligned) : 0;
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            const uint32 next = (w + 1) * 4 < count + shift ? __ldg(aligned + w + 1) : 0;
-            const int kept = min(max(count - w * 4, 0), 4);  // bytes
-            const uint32 joined = __funnelshift_r(word, next, shift * 8);
-            v[w] = kept == 4 ? joined : joined & ((1u << (8 * kept)) - 1);
-            word = next;
-        }
-        store_shared4(tile + row * BLOCK_K + ((piece ^ (row & 7)) << 4), {v[0], v[1], v[2], v[3]});
-    }
-}
-
-// The repair warps: between TMA and the consumers of an expert's last k-block they zero the tokens of the
-// next expert in both operands (in both, because zero times a NaN that lives there would be NaN).
-DEVICE void repair_k_groups(const Arguments& args, uint32 shared) {
-    constexpr int WORKERS = REPAIR_WARPS * 32;
-    const int worker = threadIdx.x - REPAIR_WARP * 32;
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    uint32 uses = 0;    // of stages before this tile
-    uint32 phases = 0;  // bit s: parity of stage s's next `landed`
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        release_tile(tiles);
-        if (tile.is_end) return;
-        const int blocks = ceil_div(tile.k_length, BLOCK_K);
-#pragma unroll 1
-        for (int block = needs_copy(tile) ? 0 : tile.k_length / BLOCK_K; block < blocks; ++block) {
-            const uint32 s = (uses + block) % STAGES;
-            barrier_wait(shared + OFFSET_LANDED_BARRIERS + s * 8, phases >> s & 1);
-            phases ^= 1u << s;
-            const int valid = min(tile.k_length - block * BLOCK_K, BLOCK_K);
-            if (needs_copy(tile)) {
-                const int k = tile.k_begin + block * BLOCK_K;
-                copy_columns<true>(args, shared + s * A_BYTES, tile.row, k, valid, worker, WORKERS);
-                copy_columns<false>(args, shared + OFFSET_B + s * B_BYTES, tile.col, k, valid, worker, WORKERS);
-            } else {
-                clear_columns(shared + s * A_BYTES, TILE_M, valid, worker, WORKERS);
-                clear_columns(shared + OFFSET_B + s * B_BYTES, TILE_N, valid, worker, WORKERS);
-            }
-            fence_async();
-            named_barrier(1, WORKERS);
-            if (worker == 0) barrier_arrive(shared + OFFSET_STAGE_BARRIERS + s * 8);
-        }
-        uses += whole_rounds(blocks);
-    }
-}
-
-// PER_BLOCK: a wave's columns lie in one 128x128 block of B or, when they straddle a multiple of 128, in two. Columns of
-// one segment, the largest common part of wave and block, always lie in the same.
-constexpr int SEGMENT = greatest_common_divisor(WAVE_N, 128);
-constexpr bool STRADDLES = SCALES == PER_BLOCK && SEGMENT != WAVE_N;
-static_assert(!STRADDLES || WAVE_N <= 128 + SEGMENT, "a wave may not touch three blocks");
-constexpr int BLOCKS_OF_WAVE = STRADDLES ? 2 : 1;
 
 // One warp: a lane fetches the scales of one k-block for all waves, 32 k-blocks at a time,
 // and hands them over stage by stage.
@@ -291,11 +210,11 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
         const Tile tile = read_tile(shared, tiles);
         release_tile(tiles);
         if (tile.is_end) return;
-        const int blocks = ceil_div(tile.k_length, BLOCK_K), padded = whole_rounds(blocks);
+        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* scales = args.scale_b + tile.scale_row * args.scale_b_col;
         if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
         for (int first = 0; first < padded; first += 32) {
-            float values[WAVES_N][2];
+            float values[WAVES_N][BLOCKS_OF_WAVE];
 #pragma unroll
             for (int w = 0; w < WAVES_N; ++w)
 #pragma unroll
@@ -311,10 +230,49 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
 #pragma unroll
                 for (int w = 0; w < WAVES_N; ++w)
 #pragma unroll
-                    for (int j = 0; j < BLOCKS_OF_WAVE; ++j) store_shared(slot + (w * BLOCKS_OF_WAVE + j) * 4, values[w][j]);
+                    for (int segment = 0; segment < SEGMENTS; ++segment) {
+                        const int block = ((tile.col + w * WAVE_N) % 128 + segment * SEGMENT) / 128;
+                        float value = values[w][0];
+#pragma unroll
+                        for (int j = 1; j < BLOCKS_OF_WAVE; ++j) value = block == j ? values[w][j] : value;
+                        store_shared(slot + (w * SEGMENT_SLOTS + segment) * 4, value);
+                    }
                 barrier_arrive(stages.full());
             }
             __syncwarp();
+        }
+    }
+}
+
+// One warp, dense problems of few rows: a lane fetches one row's scales of A of four k-blocks. The lanes lie along rows
+// (a power of two of them) and k-blocks.
+DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
+    constexpr int LOADS = 4;
+    const int lane = threadIdx.x % 32, shift = 32 - __clz(args.problem.m - 1), at_once = 32 >> shift;
+    const int row = lane & ((1 << shift) - 1), own = lane >> shift;
+    StageRing stages(shared + OFFSET_STAGE_BARRIERS);
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    while (true) {
+        tiles.wait_full();
+        const Tile tile = read_tile(shared, tiles);
+        release_tile(tiles);
+        if (tile.is_end) return;
+        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
+        for (int first = 0; first < padded; first += LOADS * at_once) {
+            float values[LOADS];
+#pragma unroll
+            for (int j = 0; j < LOADS; ++j) {
+                const int block = first + j * at_once + own;
+                if (block < blocks && row < args.problem.m) values[j] = __ldg(args.scale_a + row + block * args.scale_a_col);
+            }
+#pragma unroll
+            for (int j = 0; j < LOADS; ++j)
+#pragma unroll 1
+                for (int i = 0; i < min(at_once, padded - first - j * at_once); ++i, stages.advance()) {
+                    stages.wait_empty();
+                    if (own == i) store_shared(shared + OFFSET_SCALE_A + stages.slot() * SCALE_A_STRIDE + row * 4, values[j]);
+                    barrier_arrive(stages.full());
+                }
         }
     }
 }
@@ -325,19 +283,18 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
 // of its warp's 16 rows.
 constexpr int PART = WAVE_N / 2;
 
-// Columns below `edge` lie in the wave's first block of B, the others in its second.
 DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
-                           const float (&b)[2], int edge) {
-    const float low0 = a[0] * b[0], low1 = a[1] * b[0];
-    const float high0 = STRADDLES ? a[0] * b[1] : 0, high1 = STRADDLES ? a[1] * b[1] : 0;
+                           const float (&b)[SEGMENT_SLOTS]) {
 #pragma unroll
-    for (int i = 0; i < WAVE_N / 8; ++i) {
-        const bool low = !STRADDLES || i * 8 / SEGMENT * SEGMENT < edge;
-        const float s0 = low ? low0 : high0, s1 = low ? low1 : high1;
-        acc[4 * i] += s0 * part[4 * i];
-        acc[4 * i + 1] += s0 * part[4 * i + 1];
-        acc[4 * i + 2] += s1 * part[4 * i + 2];
-        acc[4 * i + 3] += s1 * part[4 * i + 3];
+    for (int segment = 0; segment < SEGMENTS; ++segment) {
+        const float s0 = a[0] * b[segment], s1 = a[1] * b[segment];
+#pragma unroll
+        for (int i = segment * (SEGMENT / 8); i < (segment + 1) * (SEGMENT / 8); ++i) {
+            acc[4 * i] += s0 * part[4 * i];
+            acc[4 * i + 1] += s0 * part[4 * i + 1];
+            acc[4 * i + 2] += s1 * part[4 * i + 2];
+            acc[4 * i + 3] += s1 * part[4 * i + 3];
+        }
     }
 }
 
@@ -357,14 +314,18 @@ DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const fl
 // A warp writes its 16 x WAVE_N result in chunks of 16 x CHUNK through its own staging memory, without waiting for any
 // other warp. Chunks of 128-byte rows are swizzled like TMA does it, others are dense.
 constexpr int OUT_BYTES = OUTPUT == BF16 ? 2 : 4;
-constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0;
+constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0, DIRECT = OUT_SWIZZLED && DIRECT_OUTPUT;
 constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
                       : OUTPUT == BF16 ? WAVE_N / (WAVE_N > 128 ? 2 : 1)
                                        : greatest_common_divisor(WAVE_N, 16);
 constexpr int CHUNK_BYTES = 16 * CHUNK * OUT_BYTES, CHUNKS = WAVE_N / CHUNK;
-constexpr int BUFFERS = 2 * CHUNK_BYTES <= STAGING_BYTES && WAVES * CHUNKS % 2 == 0 ? 2 : 1;
-static_assert(BUFFERS * CHUNK_BYTES <= STAGING_BYTES);
-static_assert(WAVES * CHUNKS % BUFFERS == 0, "the next tile starts with the first buffer");
+__device__ constexpr int staging_buffers() {
+    int buffers = STAGING_BYTES / CHUNK_BYTES;
+    while (WAVES * CHUNKS % buffers != 0) --buffers;  // the next tile starts with the first buffer
+    return buffers;
+}
+constexpr int BUFFERS = staging_buffers();
+static_assert(CHUNK_BYTES <= STAGING_BYTES);
 static_assert(CHUNK == CHUNK_OF_HOST, "the host's output map has other boxes");
 
 DEVICE uint32 staged(uint32 buffer, int row, int byte) {
@@ -397,7 +358,23 @@ DEVICE void stage_chunk(uint32 buffer, const float (&acc)[PART], int chunk, int 
     }
 }
 
-// Copies a staged chunk with ordinary stores: for rows that end inside the 16 of a warp, and outputs TMA can't address.
+// Writes a whole staged chunk of 128-byte rows with ordinary stores of 16 bytes a lane, or adds it. Unlike a store by TMA
+// it leaves the buffer free at once: the wait for TMA's read took longer than staging.
+DEVICE void write_whole_chunk(const Arguments& args, uint32 buffer, const Tile& tile, int row0, int col0, int lane) {
+    const int row = lane / 8, byte = lane % 8 * 16;
+    const long long at = (GROUPING == REDUCTION_GROUPS ? tile.group * args.out_group : 0) + (row0 + row) * args.out_row + col0;
+    uint8* out = static_cast<uint8*>(args.out) + at * OUT_BYTES + byte;
+    int4 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = load_shared4(staged(buffer, row + 4 * i, byte));
+#pragma unroll
+    for (int i = 0; i < 4; ++i, out += 4 * OUT_BYTES * args.out_row) {
+        if constexpr (OUTPUT == FP32_ADD) add_global4(out, v[i]);
+        else *reinterpret_cast<int4*>(out) = v[i];
+    }
+}
+
+// Writes any part of a chunk: where rows or columns end inside it, and outputs whose rows aren't aligned to 16 bytes.
 DEVICE void copy_chunk(const Arguments& args, uint32 buffer, const Tile& tile, int row0, int col0, int lane) {
     constexpr int PIECES = CHUNK * OUT_BYTES / 16, PER_PIECE = 16 / OUT_BYTES;
 #pragma unroll 1
@@ -436,7 +413,7 @@ DEVICE constexpr int wave_col(int w) { return WAVES_N == 1 ? 0 : w * WAVE_N; }
 
 // Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:
 // were this a loop that the compiler chose not to unroll, `acc` would be indexed at run time and move to local memory.
-// Each chunk is a group of stores, empty where TMA has nothing to write, so that chunks alternate between the buffers.
+// With TMA, each chunk is a group of stores, empty where there is nothing to write, so that chunks alternate between buffers.
 template <int index>
 DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32 staging, const Tile& tile,
                          const float (&acc)[WAVES][PART], int row0, int lane) {
@@ -445,20 +422,29 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
         const int row = row0 + wave_row(wave), col = tile.col + wave_col(wave) + chunk * CHUNK;
         if (row < tile.row_end && col < args.problem.n) {
             const uint32 buffer = staging + index % BUFFERS * CHUNK_BYTES;
-            wait_stores_read<BUFFERS - 1>();
-            __syncwarp();
-            stage_chunk(buffer, acc[wave], chunk, lane);
-            fence_async();
-            __syncwarp();
-            // TMA clips at the tensor's last row, not at a group's.
-            if (!args.out_aligned || (tile.row_end - row < 16 && tile.row_end != args.problem.m)) {
-                copy_chunk(args, buffer, tile, row, col, lane);
-            } else if (lane == 0) {
-                if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, buffer, col, row, tile.group);
-                else store_tile(map_out, buffer, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+            if constexpr (DIRECT) {
+                __syncwarp();
+                stage_chunk(buffer, acc[wave], chunk, lane);
+                __syncwarp();
+                const bool is_whole = args.out_aligned && tile.row_end - row >= 16 && args.problem.n - col >= CHUNK;
+                if (is_whole) write_whole_chunk(args, buffer, tile, row, col, lane);
+                else copy_chunk(args, buffer, tile, row, col, lane);
+            } else {
+                wait_stores_read<BUFFERS - 1>();
+                __syncwarp();
+                stage_chunk(buffer, acc[wave], chunk, lane);
+                fence_async();
+                __syncwarp();
+                // TMA clips at the tensor's last row, not at a group's.
+                if (!args.out_aligned || (tile.row_end - row < 16 && tile.row_end != args.problem.m)) {
+                    copy_chunk(args, buffer, tile, row, col, lane);
+                } else if (elect_one()) {
+                    if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, buffer, col, row, tile.group);
+                    else store_tile(map_out, buffer, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+                }
             }
         }
-        commit_stores();
+        if constexpr (!DIRECT) commit_stores();
         write_chunks<index + 1>(args, map_out, staging, tile, acc, row0, lane);
     }
 }
@@ -493,25 +479,39 @@ DEVICE void release_stage(const Consumer& c, uint32 s) {
     }
 }
 
-// One k-block out of stage `s`, and the fragment of A of the next one, if there is one, out of stage `next`.
-template <bool last_of_tile_possible>
-DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool accumulate,
-                           const int (&edge)[WAVES_N]) {
+DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
+    if constexpr (SEGMENT_SLOTS == 1) {
+        scales[0] = load_shared(address);
+    } else if constexpr (SEGMENT_SLOTS == 2) {
+        const float2 v = load_shared2(address);
+        scales[0] = v.x, scales[1] = v.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < SEGMENT_SLOTS; i += 4) {
+            const int4 v = load_shared4(address + i * 4);
+            scales[i] = __int_as_float(v.x), scales[i + 1] = __int_as_float(v.y);
+            scales[i + 2] = __int_as_float(v.z), scales[i + 3] = __int_as_float(v.w);
+        }
+    }
+}
+
+// One k-block out of stage `s`, the first `waves` waves of it, and the fragment of A of the next one, if there is one, out
+// of stage `next`.
+template <bool last_of_tile_possible, int waves>
+DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool accumulate) {
     float part[PART];
     float2 b_columns[WAVE_N / 8];
     float a_scale[2];
 #pragma unroll
-    for (int w = 0; w < WAVES; ++w) {
+    for (int w = 0; w < waves; ++w) {
         const int wm = WAVES_M == 1 ? 0 : w, wn = WAVES_N == 1 ? 0 : w;
         if (SCALES != PER_TENSOR && (w == 0 || WAVES_M > 1)) {
             const uint32 address = c.scale_a + s * SCALE_A_STRIDE + wave_row(wm) * 4;
             a_scale[0] = load_shared(address), a_scale[1] = load_shared(address + 8 * 4);
         }
-        float b_scale[2];
+        float b_scale[SEGMENT_SLOTS];
         if constexpr (SCALES == PER_BLOCK)
-#pragma unroll
-            for (int j = 0; j < BLOCKS_OF_WAVE; ++j)
-                b_scale[j] = load_shared(c.scale_b + s * SCALE_B_STRIDE + (wn * BLOCKS_OF_WAVE + j) * 4);
+            load_block_scales(b_scale, c.scale_b + s * SCALE_B_STRIDE + wn * SEGMENT_SLOTS * 4);
 
         float(&result)[PART] = PROMOTE ? part : c.acc[w];
         pin(result);
@@ -530,9 +530,9 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
             for (int i = 0; i < WAVE_N / 8; ++i)
                 b_columns[i] = load_shared2(c.scale_b + s * SCALE_B_STRIDE + (wave_col(wn) + i * 8) * 4);
         pin(result);
-        wgmma_wait();
+        wgmma_wait<0>();
 
-        if (w == WAVES - 1) {
+        if (w == waves - 1) {
             __syncwarp();
             release_stage(c, s);  // nothing of it is read below
             // Before the promotion, so that the loads' latency hides behind it.
@@ -541,11 +541,107 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
                 if constexpr (A_IN_REGISTERS) load_a(c, next);
             }
         }
-        if constexpr (SCALES == PER_BLOCK) promote_blocks(c.acc[w], part, a_scale, b_scale, edge[wn]);
+        if constexpr (SCALES == PER_BLOCK) promote_blocks(c.acc[w], part, a_scale, b_scale);
         else if constexpr (SCALES == PER_ROW) promote_rows(c.acc[w], part, a_scale, b_columns);
         else if constexpr (PROMOTE)
 #pragma unroll
             for (int i = 0; i < PART; ++i) c.acc[w][i] += part[i];
+    }
+}
+
+// Of a tile with no more than half of its rows only the first wave of a warpgroup is needed. With K groups the code for this
+// would cost registers that the main loop needs.
+constexpr bool HALVES = WAVES_M == 2 && GROUPING != REDUCTION_GROUPS;
+
+// The k-blocks of one tile; `phase` is of the ring of stages, which the tile begins and ends at stage 0.
+template <int waves>
+DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
+    if (blocks > 0) {
+        barrier_wait(c.barriers, phase);
+        if constexpr (A_IN_REGISTERS) load_a(c, 0);
+    }
+    int block = 0;
+    for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
+#pragma unroll UNROLL
+        for (int s = 0; s + 1 < STAGES; ++s)
+            multiply_block<false, waves>(c, s, s + 1, phase, true, !PROMOTE && block + s > 0);
+        multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, !PROMOTE);
+    }
+    if (block < blocks) {
+#pragma unroll 1
+        for (int s = 0; block < blocks; ++s, ++block)
+            multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, !PROMOTE && block > 0);
+#pragma unroll 1
+        for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
+            barrier_wait(c.barriers + s * 8, phase);
+            __syncwarp();
+            release_stage(c, s);
+        }
+        phase ^= 1;
+    }
+}
+
+// The same for small tiles, whose one wave is too short to hide the time from a stage's arrival to its promotion: the
+// products of FLIGHT k-blocks are under way, each with registers of its own, and promoted in their order.
+struct InFlight {
+    float part[PART];
+    float a_scale[2], b_scale[SEGMENT_SLOTS];
+    uint32 stage;
+};
+
+DEVICE void start_block(Consumer& c, InFlight& x, uint32 s, uint32 phase) {
+    barrier_wait(c.barriers + s * 8, phase);
+    x.stage = s;
+    const uint32 address = c.scale_a + s * SCALE_A_STRIDE;
+    x.a_scale[0] = load_shared(address), x.a_scale[1] = load_shared(address + 8 * 4);
+    load_block_scales(x.b_scale, c.scale_b + s * SCALE_B_STRIDE);
+    pin(x.part);
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        wgmma(x.part, c.a_descriptor + (s * A_BYTES + k * 32) / 16, c.b_descriptor + (s * B_BYTES + k * 32) / 16, k > 0);
+    wgmma_commit();
+}
+
+// `pending` younger ones may still be under way.
+template <int pending>
+DEVICE void finish_block(Consumer& c, InFlight& x) {
+    wgmma_wait<pending>();
+    pin(x.part);
+    __syncwarp();
+    release_stage(c, x.stage);
+    promote_blocks(c.acc[0], x.part, x.a_scale, x.b_scale);
+}
+
+template <int index>
+DEVICE void finish_all(Consumer& c, InFlight (&x)[FLIGHT]) {
+    if constexpr (index < FLIGHT) {
+        finish_block<FLIGHT - 1 - index>(c, x[index]);
+        finish_all<index + 1>(c, x);
+    }
+}
+
+DEVICE void multiply_in_flight(Consumer& c, int blocks, StageRing& stages) {
+    if constexpr (FLIGHT > 1) {
+        InFlight x[FLIGHT];
+        int block = 0;
+#pragma unroll 1
+        for (; block + FLIGHT <= blocks; block += FLIGHT) {
+#pragma unroll
+            for (int i = 0; i < FLIGHT; ++i, stages.advance()) start_block(c, x[i], stages.slot(), stages.phase());
+            finish_all<0>(c, x);
+        }
+#pragma unroll 1
+        for (; block < whole_rounds(blocks); ++block, stages.advance()) {
+            if (block < blocks) {
+                start_block(c, x[0], stages.slot(), stages.phase());
+                finish_block<0>(c, x[0]);
+            } else {  // an idle stage
+                stages.wait_full();
+                __syncwarp();
+                release_stage(c, stages.slot());
+            }
+        }
     }
 }
 
@@ -566,44 +662,22 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     c.scale_b = shared + OFFSET_SCALE_B + (SCALES == PER_ROW ? lane % 4 * 8 : 0);
 
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    uint32 phase = 0;  // of the ring of stages
+    StageRing stages(c.barriers);  // FLIGHT > 1
+    uint32 phase = 0;              // of the ring of stages, else
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
         if (tile.is_end) break;
-        const int blocks = ceil_div(tile.k_length, BLOCK_K);
+        const int blocks = blocks_of(tile);
         if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
-        int edge[WAVES_N];
-#pragma unroll
-        for (int w = 0; w < WAVES_N; ++w) edge[w] = 128 - (tile.col + wave_col(w)) % 128;
 #pragma unroll
         for (int w = 0; w < WAVES; ++w)
 #pragma unroll
             for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
 
-        if (blocks > 0) {
-            barrier_wait(c.barriers, phase);
-            if constexpr (A_IN_REGISTERS) load_a(c, 0);
-        }
-        int block = 0;
-        for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
-#pragma unroll UNROLL
-            for (int s = 0; s + 1 < STAGES; ++s)
-                multiply_block<false>(c, s, s + 1, phase, true, !PROMOTE && block + s > 0, edge);
-            multiply_block<true>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, !PROMOTE, edge);
-        }
-        if (block < blocks) {
-#pragma unroll 1
-            for (int s = 0; block < blocks; ++s, ++block)
-                multiply_block<true>(c, s, s + 1, phase, block + 1 < blocks, !PROMOTE && block > 0, edge);
-#pragma unroll 1
-            for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
-                barrier_wait(c.barriers + s * 8, phase);
-                __syncwarp();
-                release_stage(c, s);
-            }
-            phase ^= 1;
-        }
+        if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
+        else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
+        else multiply_tile<WAVES>(c, blocks, phase);
 
         if constexpr (SCALES == PER_TENSOR) {
             const float scale = __ldg(args.scale_a) * __ldg(args.scale_b);
@@ -633,9 +707,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const uint32 warp = uniform(threadIdx.x / 32);
 
     if (threadIdx.x == 0) {
-        StageRing::init(shared + OFFSET_STAGE_BARRIERS, 1 + SCALE_WARPS, CONSUMER_WARPS * CLUSTER);
-        TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS);
-        for (int s = 0; s < STAGES; ++s) barrier_init(shared + OFFSET_LANDED_BARRIERS + s * 8, 1);
+        const int few_rows = has_few_rows(args.problem);
+        const int writers = 1 + SCALE_WARPS + 32 * few_rows;
+        StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
+        TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
         barrier_init_done();
         prefetch_map(map_a);
         prefetch_map(map_b);
@@ -648,13 +723,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (warp >= CONSUMER_WARPS) {
         lower_register_limit<PRODUCER_REGISTERS>();
         if (warp == LOAD_WARP) {
-            if (threadIdx.x % 32 == 0) load_operands(args.problem, shared, map_a, map_b, map_scale_a, map_scale_b);
+            if (elect_one()) load_operands(args.problem, shared, map_a, map_b, map_scale_a, map_scale_b);
         } else if (warp == SCHEDULE_WARP) {
             if (threadIdx.x % 32 == 0) schedule_tiles(args.problem, shared);
         } else if (SCALE_WARPS > 0 && warp == SCALE_WARP) {
             fetch_block_scales(args, shared);
-        } else if (REPAIR_WARPS > 0) {
-            repair_k_groups(args, shared);
+        } else if (warp == FEW_ROWS_WARP && has_few_rows(args.problem)) {
+            fetch_few_row_scales(args, shared);
         }
     } else {
         raise_register_limit<CONSUMER_REGISTERS>();

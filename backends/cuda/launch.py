@@ -39,11 +39,8 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         ("problem", _Problem),
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("a_row", ctypes.c_longlong),
-        ("b_row", ctypes.c_longlong),
         ("scale_a", ctypes.c_void_p),
+        ("scale_a_col", ctypes.c_longlong),
         ("scale_b", ctypes.c_void_p),
         ("scale_b_group", ctypes.c_longlong),
         ("scale_b_row", ctypes.c_longlong),
@@ -212,11 +209,8 @@ def launch(
         blocks = config.scales is Scales.PER_BLOCK
         arguments = _Arguments(
             _Problem(a.shape[0], n, a.shape[1], groups, ends),
-            a.data_ptr(),
-            b.data_ptr(),
-            a.stride(0),
-            b.stride(-2),
             a_scale.data_ptr(),
+            a_scale.stride(-1),
             b_scale.data_ptr(),
             b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
             b_scale.stride(-2) if blocks else 0,

@@ -18,6 +18,14 @@ DEVICE uint32 shared_address(const void* p) { return static_cast<uint32>(__cvta_
 // A value that is the same in all lanes: the compiler may then keep it, and what follows from it, in uniform registers.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// True in one lane of the warp. Unlike `lane == 0`, it tells the compiler that there is only one: around each TMA
+// instruction it then needs no loop over active lanes.
+DEVICE bool elect_one() {
+    uint32 elected;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(elected));
+    return elected != 0;
+}
+
 // threadIdx.x and gridDim.x, read afresh: they and what is computed from them take no registers over the loops in between.
 DEVICE uint32 thread_index_again() {
     uint32 x;
@@ -59,10 +67,6 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
         "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
         "@done bra passed;\n\tbra again;\n"
         "passed:\n\t}" ::"r"(barrier), "r"(parity) : "memory");
-}
-// Hardware barrier `id` (0 is __syncthreads) among `threads` threads.
-DEVICE void named_barrier(uint32 id, uint32 threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor core.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -161,6 +165,11 @@ DEVICE void add_global(float* address, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
+DEVICE void add_global4(void* address, int4 v) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(__int_as_float(v.x)),
+                 "f"(__int_as_float(v.y)), "f"(__int_as_float(v.z)), "f"(__int_as_float(v.w)) : "memory");
+}
+
 // Tensor core ----------------------------------------------------------------------------------------------------
 
 // Descriptor of a K-major operand tile of 128-byte rows under TMA's 128-byte swizzle (PTX ISA, "matrix descriptor"):
@@ -170,7 +179,10 @@ DEVICE uint64 operand_descriptor(uint32 address) {
 }
 DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int pending>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
 
 // The tensor core reads and writes registers behind the compiler's back; this pins their uses to one side of it.
 template <int count>

@@ -20,7 +20,7 @@ struct alignas(16) Tile {
     int row;          // first row of the tile in A (M-grouped: counted over all experts)
     int row_end;      // rows from here on belong to the next group
     int col;          // first row of the tile in B, within the group
-    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first token)
+    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first block)
     int k_length;     // 0: the tile is all zeros
     int scale_row;    // first row of the 1x128 scales along K
     int is_end;       // no tile: the list is at its end
@@ -36,7 +36,8 @@ struct Ring {
     DEVICE uint32 slot() const { return uses % slots; }
     DEVICE uint32 full() const { return barriers + slot() * 8; }
     DEVICE uint32 empty() const { return barriers + (slots + slot()) * 8; }
-    DEVICE void wait_full() const { barrier_wait(full(), uses / slots & 1); }
+    DEVICE uint32 phase() const { return uses / slots & 1; }
+    DEVICE void wait_full() const { barrier_wait(full(), phase()); }
     DEVICE void wait_empty() const { barrier_wait(empty(), ~(uses / slots) & 1); }
     DEVICE void advance() { ++uses; }
     static DEVICE void init(uint32 barriers, uint32 writers, uint32 readers) {
@@ -68,6 +69,8 @@ DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
     return {static_cast<int>(band * height_limit + rest % height), static_cast<int>(rest / height)};
 }
 
+// The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into
+// halves of TILE_M / 2 rows: for those a warpgroup makes one of its two waves.
 class DenseSchedule {
     const Problem& p;
     int index;
@@ -76,9 +79,14 @@ class DenseSchedule {
     DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
         const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
-        if (index >= row_tiles * col_tiles) return false;
-        const int2 at = banded<BAND>(index, row_tiles, col_tiles);
-        tile = {0, at.x * TILE_M, p.m, first_column(at.y), 0, p.k, 0, 0};
+        const int tiles = row_tiles * col_tiles, last = tiles % index_step(), whole = tiles - last;
+        const bool halve = WAVES_M == 2 && 2 * last <= index_step() && index >= whole;
+        const int of_tile = halve ? whole + (index - whole) / 2 : index;
+        if (of_tile >= tiles) return false;
+        const int2 at = banded<BAND>(of_tile, row_tiles, col_tiles);
+        const int row = at.x * TILE_M, middle = min(row + TILE_M / 2, p.m);
+        const bool is_second = halve && (index - whole) % 2 == 1;
+        tile = {0, is_second ? middle : row, halve && !is_second ? middle : p.m, first_column(at.y), 0, p.k, 0, 0};
         index += index_step();
         return true;
     }
@@ -130,7 +138,8 @@ class ReductionGroupSchedule {
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
         }
         const int2 at = banded<BAND>(index, row_tiles, col_tiles);
-        tile = {group, at.x * TILE_M, p.m, first_column(at.y), begin, end - begin, begin / 128 + group, 0};
+        const int scale_row = begin / 128 + group;  // the groups of scales before it: tokens are stored in whole groups
+        tile = {group, at.x * TILE_M, p.m, first_column(at.y), scale_row * 128, end - begin, scale_row, 0};
         index += index_step();
         return true;
     }

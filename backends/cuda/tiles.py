@@ -20,6 +20,7 @@ _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
 _WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+_WIDE = (144, 160, 176, 192)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def candidates(
     """All tile shapes, without clusters."""
 
     def columns(warpgroups: int, wave_n: int, waves_n: int = 1) -> GemmConfig:
+        # In flight: what registers allow, and only where one scale of B serves a whole segment of columns.
+        in_flight = {Scales.PER_BLOCK: 4 if wave_n <= 64 else 2}.get(scales, 1) if waves_n == 1 and wave_n <= 128 else 1
         return GemmConfig(
             scales,
             grouping,
@@ -64,17 +67,20 @@ def candidates(
             wave_n=wave_n,
             promote=promote,
             unroll=scales is not Scales.PER_ROW,
+            flight=in_flight,
+            staging_bytes=2048 if in_flight == 4 and output is Output.BF16 else 4096,
             a_type=a_type,
             b_type=b_type,
         )
 
-    # Groups of rows end anywhere, and half a tile of 128 rows is a smaller loss than half a tile of 256.
-    if grouping is not Grouping.ROW_GROUPS:
-        yield replace(two_row_waves(scales, grouping, output, promote=promote), a_type=a_type, b_type=b_type)
+    yield replace(two_row_waves(scales, grouping, output, promote=promote), a_type=a_type, b_type=b_type)
     if scales is not Scales.PER_ROW:  # there, B's scales would be read anew for each wave
         if output is Output.BF16:  # FP32 stores cost the registers that this one lacks
             yield columns(2, 128, waves_n=2)
         yield columns(2, 64, waves_n=3)
+    if scales is Scales.PER_BLOCK:
+        for wave_n in _WIDE:
+            yield columns(2, wave_n)
     for wave_n in _WIDTHS:
         yield columns(2, wave_n)
         yield columns(1, wave_n)

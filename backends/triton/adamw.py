@@ -27,7 +27,7 @@ ALIGNMENT_BYTES = 16
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _tensor(addresses, row, n, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The pointer in `addresses[row, tensor]`, typed, with what is known of its alignment."""
     pointer = tl.load(addresses + row * n + tensor).to(tl.pointer_type(DTYPE))
@@ -37,7 +37,7 @@ def _tensor(addresses, row, n, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexp
     return pointer
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def square_sum_kernel(  # type: ignore[no-untyped-def]
     addresses,
     sizes,
@@ -66,7 +66,7 @@ def square_sum_kernel(  # type: ignore[no-untyped-def]
     tl.store(partials + program, tl.sum(total))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def decide_kernel(  # type: ignore[no-untyped-def]
     steps, betas, corrections, square_sum, control, n, grad_scale, max_norm, COUNT: tl.constexpr, CHECKED: tl.constexpr
 ):
@@ -99,7 +99,7 @@ def decide_kernel(  # type: ignore[no-untyped-def]
         tl.store(corrections + 2 * tensor + 1, (1.0 / tl.sqrt(1.0 - kept2)).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def adamw_kernel(  # type: ignore[no-untyped-def]
     addresses,
     sizes,
@@ -156,7 +156,7 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _elements(  # type: ignore[no-untyped-def]
     param, grad, master, first, second, inside, stored, factor,
     gain1, gain2, kept2, step_size, root2, lr, eps, weight_decay,

@@ -257,7 +257,7 @@ class AdamW(Optimizer):
             table = fused.step_table(steps, betas, self._tables.get("steps"))
             self._tables["steps"] = table
             fused.decide(table, total, control, scale, limit, self.skip_nonfinite)
-            corrections = list(table.corrections.split([len(work.bucket.steps) for work in works]))
+            corrections = list(torch.split(table.corrections, [len(work.bucket.steps) for work in works]))
         else:
             portable.decide(steps, total, control, scale, limit, self.skip_nonfinite)
         for number, work in enumerate(works):

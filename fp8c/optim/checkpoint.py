@@ -31,8 +31,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail
 from fp8c.optim.adamw import STATES, AdamW, local
@@ -80,7 +83,7 @@ def save(
     _barrier()
     tensors, record = state_of(module, optimizer, ema)
     with _single_process_is_meant(world):
-        dcp.save(tensors, checkpoint_id=partial, no_dist=world == 1)
+        save_tensors(tensors, checkpoint_id=partial, no_dist=world == 1)
     _write(
         partial / f"rank-{rank}.json",
         {"random": random_state(), "others": {k: pack(_state(v)) for k, v in others.items()}},
@@ -126,7 +129,7 @@ def load(
     tensors, own = state_of(module, optimizer, ema)
     check_fits(path, record, own, tensors, other_spec)
     with _single_process_is_meant(world):
-        dcp.load(tensors, checkpoint_id=path, no_dist=world == 1)
+        load_tensors(tensors, checkpoint_id=path, no_dist=world == 1)
     apply_record(record, optimizer, ema)
     if world != record["world"]:
         text = f"the checkpoint is of {record['world']} ranks, this run has {world}: it goes on, but not bit for bit"
@@ -191,13 +194,13 @@ def check_fits(
             help="compile with that spec, or load(..., other_spec=True) to go on under the new one",
             exit_code=ExitCode.SPEC,
         )
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = stored(path)
     wanted = {f"{part}.{name}": tensor for part, group in tensors.items() for name, tensor in group.items()}
     missing = sorted(wanted.keys() - metadata.keys())
     shapes = [
         f"{name} is {list(metadata[name].size)} there and {list(tensor.shape)} here"
         for name, tensor in wanted.items()
-        if name in metadata and hasattr(metadata[name], "size") and metadata[name].size != tensor.shape
+        if name in metadata and metadata[name].size != tensor.shape
     ]
     if missing or shapes:
         lacks = (
@@ -211,6 +214,12 @@ def check_fits(
             help="build model, optimizer and moving average as the run that saved it did",
             exit_code=ExitCode.MODEL,
         )
+
+
+def stored(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Sizes and types of a checkpoint's tensors."""
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: item for name, item in metadata.items() if isinstance(item, TensorStorageMetadata)}
 
 
 def apply_record(record: Mapping[str, Any], optimizer: AdamW | None, ema: EMA | None) -> None:
@@ -364,7 +373,7 @@ def model_tensors(path: str | Path, source: str = "model") -> dict[str, Tensor]:
     if found is None:
         raise fail("E1131", f"{path} holds no checkpoint", exit_code=ExitCode.USAGE)
     read_record(found)
-    metadata = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
+    metadata = stored(found)
     prefix = f"{source}."
     names: Iterable[str] = [name for name in metadata if name.startswith(prefix)]
     if not names:
@@ -374,5 +383,5 @@ def model_tensors(path: str | Path, source: str = "model") -> dict[str, Tensor]:
         for name in names
     }
     with _single_process_is_meant(1):
-        dcp.load({source: tensors}, checkpoint_id=found, no_dist=True)
+        load_tensors({source: tensors}, checkpoint_id=found, no_dist=True)
     return tensors

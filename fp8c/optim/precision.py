@@ -128,7 +128,7 @@ class Precision:
     def _use(self, key: tuple[str, ...]) -> None:
         variant = self._variant(key)
         self._current = key
-        self.step._compiled_call_impl = variant.run  # type: ignore[assignment]
+        self.step._compiled_call_impl = variant.run
 
     def _variant(self, key: tuple[str, ...]) -> Variant:
         if key not in self._variants:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8c
+import fp8c.backends.reference  # noqa: F401  (the CPU's kernels)
 from fp8c import driver
 from fp8c.kept_weights import WeightStore
 from tests.models.harness import count_executed, gradients, loss_of

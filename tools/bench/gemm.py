@@ -117,7 +117,10 @@ def make_operands(p: Problem) -> Operands:
         (p.m * p.groups if p.kind == "m-grouped" else p.m),
         (p.k * p.groups if p.kind == "k-grouped" else p.k),
     )
-    blocks = tokens // BLOCK_K + p.groups if p.kind == "k-grouped" else math.ceil(p.k / BLOCK_K)
+    blocks = math.ceil(p.k / BLOCK_K)
+    if p.kind == "k-grouped":  # each expert's tokens in whole blocks
+        blocks = tokens // BLOCK_K + p.groups
+        tokens = blocks * BLOCK_K
     leading = (p.groups,) if p.kind == "m-grouped" else ()
     block_scale = _scales(*leading, math.ceil(p.n / BLOCK_K), blocks)
     is_wgrad = p.kind in ("wgrad", "k-grouped")
@@ -192,22 +195,33 @@ def _caller(config: GemmConfig, x: Operands, b_scale: Tensor) -> Callable[[], ob
 
 def label(config: GemmConfig) -> str:
     waves = f"{config.waves_m}x{config.waves_n} waves" if config.waves_m * config.waves_n > 1 else "one wave"
-    return f"{config.tile_m}x{config.tile_n}, {waves}, cluster {config.cluster}, band {config.band}"
+    more = f", {config.flight} in flight" if config.flight > 1 else ""
+    return (
+        f"{config.tile_m}x{config.tile_n}, {waves}{more}, cluster {config.cluster}, band {config.band}, "
+        f"{config.stages} stages{'' if config.direct_output else ', TMA stores'}"
+    )
 
 
 def _candidates(rule: GemmConfig, p: Problem) -> Iterator[GemmConfig]:
     """Neighbours of the rule's choice, to check it by measurement."""
-    one = replace(rule, warpgroups=2, waves_m=1, waves_n=1, staging_bytes=4096, band=16, cluster=1)
-    two = replace(rule, warpgroups=2, waves_m=2, waves_n=1, wave_n=128, staging_bytes=2048, band=8, cluster=1)
+    one = replace(rule, warpgroups=2, waves_m=1, waves_n=1, staging_bytes=4096, band=16, cluster=1, flight=1)
+    two = replace(rule, warpgroups=2, waves_m=2, waves_n=1, wave_n=128, staging_bytes=2048, band=8, cluster=1, flight=1)
     if p.m * p.groups <= 128:
-        yield from (replace(one, warpgroups=g, wave_n=n) for g in (1, 2) for n in (16, 32, 64))
+        for g, n, f in (
+            (1, 16, 4),
+            (1, 32, 4),
+            (1, 64, 4),
+            (1, 112, 2),
+            (1, 32, 1),
+            (1, 64, 1),
+            (2, 32, 4),
+            (2, 64, 4),
+        ):
+            yield replace(one, warpgroups=g, wave_n=n, flight=f, staging_bytes=2048 if f == 4 else 4096)
         return
-    yield from (two, replace(two, cluster=2), replace(two, cluster=2, band=16))
-    if rule.scales is Scales.PER_BLOCK:
-        yield replace(one, wave_n=192, cluster=2)
-        if p.n < 4096:
-            yield from (replace(one, wave_n=n) for n in (192, 160, 144))
-        yield from (replace(one, wave_n=128, waves_n=2, cluster=c) for c in (1, 2))
+    yield from (replace(two, cluster=c, direct_output=d) for d in (True, False) for c in (1, 2))
+    if rule.scales is Scales.PER_BLOCK and p.n < 4096:
+        yield from (replace(one, wave_n=n) for n in (192, 176, 144))
 
 
 def cublaslt_contender(p: Problem, x: Operands) -> dict[str, Callable[[], object]]:
@@ -226,13 +240,25 @@ def cublaslt_contender(p: Problem, x: Operands) -> dict[str, Callable[[], object
     return {"cublaslt": lambda: scaled_mm(x.a, x.b.t(), x.a_scale, ScalingType.BlockWise1x128, scale, kind)}
 
 
+def per_tensor_contender(p: Problem, x: Operands) -> dict[str, Callable[[], object]]:
+    """cuBLASLt with one scale a tensor and no promotion: other numerics, and a measure of what power and clock allow."""
+    if p.kind != "fprop" or p.m < 1024:
+        return {}
+    one = torch.ones((), device="cuda")
+    return {
+        "cublaslt per tensor": lambda: torch._scaled_mm(
+            x.a, x.b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    }
+
+
 def measure(p: Problem, peers: list[Any], with_candidates: bool, seconds: float, idle_seconds: float) -> dict[str, Any]:
     x = make_operands(p)
     own = own_contenders(p, x, with_candidates)
     calls: dict[str, Callable[[], object]] = {}
     for peer in peers:
         calls |= peer.contenders(p, x)
-    calls |= cublaslt_contender(p, x) | {name: call for name, (_, call) in own.items()}
+    calls |= cublaslt_contender(p, x) | per_tensor_contender(p, x) | {name: call for name, (_, call) in own.items()}
     times = time_in_turn(calls, max(SHORTEST_US, p.flops / EXPECTED_FLOPS * 1e6), seconds, idle_seconds)
     contenders = {}
     for name, t in times.items():

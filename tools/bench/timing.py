@@ -1,8 +1,8 @@
 """Timing of contenders in turn, in one process, through CUDA graphs.
 
 A GPU at its power limit runs a kernel up to a fifth slower or faster depending on what ran before it. So each contender is
-timed twice: sustained (median over `seconds` of back-to-back runs, after a warm-up) and burst (20 ms after `idle_seconds`
-of rest), and only figures of one process are compared. Graphs keep launch overhead out of short kernels.
+timed twice: sustained (median over `seconds` of back-to-back runs, in `ROUNDS` turns with the order reversed from turn to
+turn, each after a warm-up) and burst (20 ms after `idle_seconds` of rest), and only figures of one process are compared. Graphs keep launch overhead out of short kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-WARMUP_SECONDS = 0.03
+ROUNDS = 4
+WARMUP_SECONDS = 0.02
 BURST_SECONDS = 0.02
 GRAPH_MICROSECONDS = 2000  # of work in one graph, so that its replay hides the next one's launch
 
@@ -40,16 +41,17 @@ def time_in_turn(
         except Exception as error:
             print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
             torch.cuda.synchronize()
-    sustained = {}
-    for name, graph in graphs.items():
-        _median_us(graph, calls, WARMUP_SECONDS)
-        sustained[name] = _median_us(graph, calls, seconds)
+    sustained: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(ROUNDS):
+        for name in list(graphs)[:: -1 if turn % 2 else 1]:
+            _times_us(graphs[name], calls, WARMUP_SECONDS)
+            sustained[name] += _times_us(graphs[name], calls, seconds / ROUNDS)
     burst = {}
     for name, graph in graphs.items():
         torch.cuda.synchronize()
         time.sleep(idle_seconds)
-        burst[name] = _median_us(graph, calls, BURST_SECONDS)
-    return {name: Timing(sustained[name], burst[name]) for name in graphs}
+        burst[name] = statistics.median(_times_us(graph, calls, BURST_SECONDS))
+    return {name: Timing(statistics.median(sustained[name]), burst[name]) for name in graphs}
 
 
 def _capture(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
@@ -66,7 +68,7 @@ def _capture(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _median_us(graph: torch.cuda.CUDAGraph, calls: int, seconds: float) -> float:
+def _times_us(graph: torch.cuda.CUDAGraph, calls: int, seconds: float) -> list[float]:
     batch = 8
     times: list[float] = []
     start = time.perf_counter()
@@ -78,4 +80,4 @@ def _median_us(graph: torch.cuda.CUDAGraph, calls: int, seconds: float) -> float
             event.record()
         events[-1].synchronize()
         times += [x.elapsed_time(y) * 1e3 / calls for x, y in zip(events, events[1:])]
-    return statistics.median(times)
+    return times

@@ -76,8 +76,8 @@ class Answer:
 def run(request: Request, settings: Settings) -> Answer:
     """Measure a model under a spec, then bisect or search where asked.
 
-    Raises: DiagnosticError for model, spec and target; E0840 for a model without weights, E0841 for a fault that fits
-            nothing, E0842 for a budget that nothing reaches
+    Raises: DiagnosticError for model, spec and target; E0840 for a model without weights, E0845 for a fault that fits
+            nothing, E0846 for a budget that nothing reaches
     """
     metric = settings.metric or ("gradient" if settings.search else "worst")
     if metric not in METRICS:
@@ -97,7 +97,7 @@ def run(request: Request, settings: Settings) -> Answer:
     found = measure(step, rewritten, batches, fault, model=request.model)
     if not found.operands:
         raise fail(
-            "E0845",
+            "E0847",
             f"spec `{session.spec.name}` quantizes nothing of this model",
             help="there is nothing to compare with BF16",
             exit_code=ExitCode.USAGE,

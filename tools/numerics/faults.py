@@ -45,13 +45,13 @@ class Fault:
 
 
 def parse_fault(text: str) -> Fault:
-    """Read `KIND:MODULE[:GEMM.OPERAND]`. Raises: DiagnosticError E0841."""
+    """Read `KIND:MODULE[:GEMM.OPERAND]`. Raises: DiagnosticError E0845."""
     kind, _, rest = text.partition(":")
     module, _, where = rest.partition(":")
     gemm, _, operand = where.partition(".")
     if kind not in KINDS or not module or (where and operand not in OPERANDS.get(gemm, ())):
         raise fail(
-            "E0841",
+            "E0845",
             f"'{text}' is no fault",
             help="write for example scale:layers.1.up:fprop.x, axis:layers.1.up:wgrad.dy or e5m2:layers.1",
             exit_code=ExitCode.USAGE,
@@ -60,12 +60,12 @@ def parse_fault(text: str) -> Fault:
 
 
 def check_hits(fault: Fault, formats: Mapping[Part, str]) -> None:
-    """Raises: DiagnosticError E0841 for a fault that no operand of the step has, or that changes none of them."""
+    """Raises: DiagnosticError E0845 for a fault that no operand of the step has, or that changes none of them."""
     hit = [Format.parse(text) for part, text in formats.items() if fault.hits(part)]
     if not hit:
         names = sorted({part.use for part in formats})
         raise fail(
-            "E0841",
+            "E0845",
             f"fault '{fault}' hits no quantized operand",
             help=f"modules with FP8 operands are for example {', '.join(names[:4])}" if names else "",
             exit_code=ExitCode.USAGE,
@@ -76,7 +76,7 @@ def check_hits(fault: Fault, formats: Mapping[Part, str]) -> None:
     }
     if fault.kind in same and all(same[fault.kind](fmt) for fmt in hit):
         raise fail(
-            "E0841",
+            "E0845",
             f"fault '{fault}' changes nothing: the operand is {hit[0].text}",
             help="choose another operand, or the kind `scale`",
             exit_code=ExitCode.USAGE,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8c.backends.reference.quantize import expert_groups, expert_ranges
+from fp8c.backends.reference.quantize import expert_blocks
 from fp8c.formats import MANTISSA_BITS, MAX, Format
 from fp8c.pipeline import Rewritten
 from fp8c.specs.plan import Reason
@@ -156,8 +156,8 @@ def _scale_exponents(reading: Reading) -> Counter[int]:
         group = reading.format.group
         assert group is not None
         owned = torch.zeros(scale.shape[-1], dtype=torch.bool)
-        for expert, start, end in expert_ranges(reading.offs, reading.value.shape[-1]):
-            owned[expert_groups(group[1], expert, start, end)] = True
+        for _, _, groups in expert_blocks(reading.offs, group[1], scale.shape[-1]):
+            owned[groups] = True
         scale = scale[..., owned]
     finite = scale[scale.isfinite() & (scale > 0)]
     exponents, counts = torch.frexp(finite)[1].sub(1).unique(return_counts=True)  # type: ignore[no-untyped-call]

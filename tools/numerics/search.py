@@ -113,7 +113,7 @@ def search(
     """Propose a spec whose error is within `budget`, in the metric's unit.
 
     base: the spec as it was asked for, a shipped one's name or a file;  out: where the result will lie
-    Raises: DiagnosticError E0842 when no choice of formats reaches the budget
+    Raises: DiagnosticError E0846 when no choice of formats reaches the budget
     """
     target = load_target_of(trials)
     uses = [plan.use for plan in trials.rewritten.plan.uses.values()]
@@ -125,7 +125,7 @@ def search(
     floor = trials.error(part for choice in choices for part in choice.parts)
     if base_error > budget and floor > budget:
         raise fail(
-            "E0842",
+            "E0846",
             f"no choice of formats brings the error within {budget:.4g}: without any FP8 GEMM it is {floor:.4g}",
             help="raise --budget",
             exit_code=ExitCode.CHECK_FAILED,
@@ -144,7 +144,7 @@ def search(
             break
         more = next((c for c in cheapest if c not in kept), None)
         if more is None:
-            raise fail("E0842", f"no choice of formats brings the error within {budget:.4g}: it is {error:.4g}")
+            raise fail("E0846", f"no choice of formats brings the error within {budget:.4g}: it is {error:.4g}")
         kept.append(more)
     saved = 1 - 1 / speedup(target)
     fp8 = sum(c.flops for c in choices)

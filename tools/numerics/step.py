@@ -381,7 +381,7 @@ class _Interpreter(fx.Interpreter):
         if not isinstance(source, fx.Node):
             return
         shadows = self.state.shadows
-        if n.target is ops.quantize.default:
+        if n.target in (ops.quantize.default, ops.quantize_delayed.default):
             shadows[n.name] = Shadow(self.env[source], 1)
         elif n.target is ops.requantize.default and source.name in shadows:
             before = shadows[source.name]

@@ -36,12 +36,13 @@ extern "C" __global__ void accumulator_model(Operand a, Operand b, float* out, l
     if (index >= static_cast<long long>(m) * n) return;
     const int i = index / n, j = index % n;
     float total = 0, sum = 0;
-    for (int k0 = 0; k0 < k; k0 += 32) {
+    for (int k0 = 0, k1; k0 < k; k0 = k1) {
+        k1 = min(k, k0 + 32);
         int top = sum != 0 ? (__float_as_int(sum) >> 23 & 255) - 127 : -127;
-        for (int l = k0; l < min(k, k0 + 32); ++l)
+        for (int l = k0; l < k1; ++l)
             top = max(top, exponent(a.codes[i * a.row + l]) + exponent(b.codes[j * b.row + l]));
         int units = 0;  // of 2^(top - 13)
-        for (int l = k0; l < min(k, k0 + 32); ++l) {
+        for (int l = k0; l < k1; ++l) {
             const int x = a.codes[i * a.row + l], y = b.codes[j * b.row + l];
             const int product = significand(x) * significand(y);  // six fraction bits
             units += shifted(abs(product) << 7, top - exponent(x) - exponent(y), product < 0);
@@ -52,7 +53,7 @@ extern "C" __global__ void accumulator_model(Operand a, Operand b, float* out, l
             units += shifted(((bits & 0x7fffff) | 0x800000) >> 10, distance, bits < 0);
         }
         sum = cut13(ldexp(static_cast<double>(units), top - 13));
-        if (promote && (k0 % 128 == 96 || k0 + 32 >= k)) {
+        if (promote && (k1 % 128 == 0 || k1 == k)) {
             const float scale = a.scales[i / a.rows_per_scale * a.scale_row + k0 / 128 * a.scale_col] *
                                 b.scales[j / b.rows_per_scale * b.scale_row + k0 / 128 * b.scale_col];
             total = fmaf(sum, scale, total);

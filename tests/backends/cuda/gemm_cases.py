@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -28,8 +28,13 @@ CONFIGS = (
     GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=192, cluster=2),
     GemmConfig(BLOCK, DENSE, BF16),
     GemmConfig(BLOCK, DENSE, FP32, waves_n=3, wave_n=64),
-    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=16),
-    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=56),
+    GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=176),
+    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=16, flight=4, staging_bytes=2048),
+    GemmConfig(BLOCK, DENSE, FP32, warpgroups=1, waves_n=1, wave_n=56, flight=4),
+    GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=112, flight=2),
+    GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),
+    replace(two_row_waves(BLOCK, DENSE, BF16, cluster=2), staging_bytes=8192),
+    replace(two_row_waves(ROW, DENSE, ADD, cluster=2), staging_bytes=8192),
     *(two_row_waves(ROW, DENSE, out, cluster=c) for out in Output for c in (1, 2)),
     GemmConfig(ROW, DENSE, ADD, waves_n=1, wave_n=64, unroll=False),
     GemmConfig(ROW, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=32, unroll=False),
@@ -38,7 +43,8 @@ CONFIGS = (
     *(two_row_waves(BLOCK, ROWS, BF16, cluster=c) for c in (1, 2)),
     GemmConfig(BLOCK, ROWS, BF16),
     GemmConfig(BLOCK, ROWS, FP32, waves_n=1, wave_n=192, cluster=2),
-    GemmConfig(BLOCK, ROWS, BF16, warpgroups=1, waves_n=1, wave_n=64),
+    GemmConfig(BLOCK, ROWS, BF16, warpgroups=1, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),
+    replace(two_row_waves(BLOCK, ROWS, BF16, cluster=2), staging_bytes=8192),
     *(two_row_waves(ROW, REDUCTION, out, cluster=c) for out in Output for c in (1, 2)),
     *(two_row_waves(BLOCK, REDUCTION, out, cluster=2) for out in (BF16, ADD)),
     GemmConfig(ROW, REDUCTION, ADD, waves_n=1, wave_n=128, unroll=False),
@@ -84,8 +90,11 @@ def random_case(rng: random.Random, config: GemmConfig, largest: int) -> Case:
         None if config.grouping is DENSE else torch.tensor(list(accumulate(splits)), dtype=torch.int32, device="cuda")
     )
     rows_past_end = rng.choice((0, 0, 7)) if config.grouping is ROWS else 0
-    a = _payload(rng, m + rows_past_end, k)
-    b = _payload(rng, experts * n if config.grouping is ROWS else n, k)
+    if config.grouping is REDUCTION:  # each expert's tokens in whole blocks of 128 (`fp8c.ops`)
+        a, b = (_in_blocks(_payload(rng, rows, k), splits) for rows in (m, n))
+    else:
+        a = _payload(rng, m + rows_past_end, k)
+        b = _payload(rng, experts * n if config.grouping is ROWS else n, k)
     blocks = k // 128 + experts if config.grouping is REDUCTION else -(-k // 128)
     a_scale = _row_scales(a.shape[0], blocks)
     block_rows = -(-n // 128)
@@ -109,8 +118,10 @@ def random_case(rng: random.Random, config: GemmConfig, largest: int) -> Case:
         case Grouping.REDUCTION_GROUPS:
             parts = []
             for e, (start, end) in enumerate(_ranges(splits)):
-                row, tokens = start // 128 + e, slice(start, end)
-                parts.append(model_product(a[:, tokens], a_scale[:, row:], b[:, tokens], b_scale[:, row:], b_rows))
+                block = start // 128 + e
+                tokens = slice(block * 128, block * 128 + end - start)
+                scales_a, scales_b = a_scale[:, block:], b_scale[:, block:]
+                parts.append(model_product(a[:, tokens], scales_a, b[:, tokens], scales_b, b_rows))
             product = torch.stack(parts)
     if config.output is ADD:
         before = torch.randn(product.shape, device="cuda")
@@ -147,6 +158,16 @@ def _payload(rng: random.Random, rows: int, k: int) -> Tensor:
         )
     codes[:, k:] = 0x7F
     return codes.view(torch.float8_e4m3fn)[:, :k]
+
+
+def _in_blocks(payload: Tensor, splits: list[int]) -> Tensor:
+    """[rows, 128 * (K // 128 + E)]: expert e's columns from 128 * (start // 128 + e) on, zeros in between."""
+    blocks = payload.shape[1] // 128 + len(splits)
+    out = torch.zeros(payload.shape[0], blocks * 128, dtype=torch.uint8, device=payload.device)
+    for e, (start, end) in enumerate(_ranges(splits)):
+        first = 128 * (start // 128 + e)
+        out[:, first : first + end - start] = payload.view(torch.uint8)[:, start:end]
+    return out.view(torch.float8_e4m3fn)
 
 
 def _uniform(*shape: int) -> Tensor:

@@ -80,7 +80,8 @@ def check_assembler_report(config: GemmConfig) -> None:
     per_block = 4 * config.waves_m * config.waves_n
     assert len(re.findall(shape, sass)) >= per_block, config
     assert not re.search(r"\b(LDL|STL)\b", sass), config
-    assert "UTMALDG.2D" in sass and "UTMA" in sass.replace("UTMALDG", ""), config
+    assert "UTMALDG.2D" in sass and re.search(r"UTMASTG|UTMAREDG|STG\.E\.128|RED\S*\.ADD", sass), config
+    assert "BRA.U.ANY" not in sass, config  # a loop over active lanes around TMA: one elected thread issues it
     if config.cluster == 2:
         assert "UTMALDG.2D.MULTICAST" in sass, config
 

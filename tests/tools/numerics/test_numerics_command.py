@@ -214,10 +214,10 @@ def test_a_sound_spec_has_nothing_to_blame(step: CapturedStep, rewritten: Rewrit
 def test_faults_that_say_or_change_nothing_are_rejected(found: Numerics) -> None:
     formats = {part: stats.format for part, stats in found.operands.items()}
     for wrong in ("nonsense", "scale", "scale:layers.0.up:fprop.dy", "half:layers.0.up"):
-        with pytest.raises(DiagnosticError, match="E0841"):
+        with pytest.raises(DiagnosticError, match="E0845"):
             parse_fault(wrong)
     for nothing in (Fault("scale", "layers.7"), Fault("axis", "layers.0.up", "fprop", "w")):
-        with pytest.raises(DiagnosticError, match="E0841"):
+        with pytest.raises(DiagnosticError, match="E0845"):
             check_hits(nothing, formats)
 
 
@@ -237,7 +237,7 @@ def test_a_searched_spec_loads_and_keeps_its_budget(
     again = measure(step, step.rewrite(spec, CPU), [step.loaded.example_inputs])
     assert again.total_gradient.relative_error == pytest.approx(proposal.error) and proposal.error <= budget
     assert proposal.base_time < proposal.time < 1
-    with pytest.raises(DiagnosticError, match="E0842"):
+    with pytest.raises(DiagnosticError, match="E0846"):
         search(trials, found, load("deepseek_v3"), 1e-9, "cheap", "deepseek_v3", out)
 
 
@@ -285,4 +285,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert code == ExitCode.CHECK_FAILED
     assert "bisect: 1 operand of gemm_fp8" in capsys.readouterr().out
     assert cli.main(["numerics", TINY, "-s", "bf16", "-t", "cpu"]) == ExitCode.USAGE
-    assert "E0845" in capsys.readouterr().err
+    assert "E0847" in capsys.readouterr().err
