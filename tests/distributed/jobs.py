@@ -365,3 +365,61 @@ def unreduced_gradients() -> str:
     distributed.reduce_gradients(step)
     optimizer.step()
     return text
+
+
+def dualpipe(spec: str, micro_batches: int = 8) -> dict[str, Any]:
+    """Four stages on two ranks (a V), trained by DualPipeV with pairs as one graph; the same stages one after another."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV
+
+    import fp8c
+    from fp8c import pipelining
+
+    rank = dist.get_rank()
+
+    def stage_step(index: int) -> nn.Module:
+        torch.manual_seed(index)
+        linear = nn.Sequential(
+            nn.RMSNorm(128), nn.Linear(128, 256, bias=False), nn.SiLU(), nn.Linear(256, 128, bias=False)
+        )
+        return fp8c.compile(Wrapped(linear.bfloat16()), spec=spec, target="cpu")
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(micro_batches, 16, 128, generator=generator).bfloat16()
+    target = torch.randn(micro_batches, 16, 128, generator=generator).bfloat16()
+
+    def loss(output: Tensor, wanted: Tensor) -> Tensor:
+        return (output.float() - wanted.float()).square().mean()
+
+    mine = (rank, 3 - rank)
+    modules = {i: pipelining.StageModule(stage_step(i), lambda node: 1.0) for i in mine}
+    stages = [
+        PipelineStage(
+            m, i, 4, torch.device("cpu"), input_args=x[:1], output_args=x[:1], dw_builder=pipelining.no_weight_work
+        )
+        for i, m in modules.items()
+    ]
+    schedule = ScheduleDualPipeV(stages, micro_batches, loss_fn=loss, scale_grads=False)
+    pipelining.overlap_pairs(schedule)
+    losses: list[Tensor] = []
+    schedule.step(*((x,) if rank == 0 else ()), target=target if rank == 0 else None, losses=losses)
+    found = {f"{i}.{n}": p.grad.clone() for i, m in modules.items() for n, p in m.step.named_parameters()}
+
+    serial = [stage_step(i) for i in range(4)]
+    for at in range(micro_batches):
+        y = x[at : at + 1]
+        for step in serial:
+            y = step(y)
+        loss(y, target[at : at + 1]).backward()
+    want = {f"{i}.{n}": p.grad for i in mine for n, p in serial[i].named_parameters()}
+    pairs = sum(len(m.pairs) for m in modules.values())
+    return {"found": found, "want": want, "pairs": pairs}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.inner(x)
+        return y

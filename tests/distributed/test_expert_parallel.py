@@ -141,3 +141,11 @@ def test_a_rank_that_dies_is_reported(jobs: ModuleType) -> None:
         told, died = run("lose_a_rank")
     assert died == (7,)
     assert "E0865" in told
+
+
+@pytest.mark.slow
+def test_dualpipe_runs_its_pairs_as_one_graph(two: Run) -> None:
+    for found in two("dualpipe", "deepseek_v3"):
+        assert found["pairs"] > 0
+        assert found["found"].keys() == found["want"].keys()
+        assert all(torch.equal(gradient, found["want"][name]) for name, gradient in found["found"].items())
