@@ -68,11 +68,11 @@ class _Run(torch.autograd.Function):
         if module.ahead is not None:  # a pair has computed it already
             (output, ctx.kept), module.ahead = module.ahead, None
             return output
-        (output,), ctx.kept = ctx.stage.forward(*inputs)
-        return output
+        outputs, ctx.kept = module.stage_for(inputs).forward(*inputs)
+        return outputs[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         module: StageModule = ctx.module
         if module.partner is None:
             return None, None, *ctx.stage.backward(ctx.kept, dy)

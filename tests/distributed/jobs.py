@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ def load_example() -> ModuleType:
     return sys.modules[name]
 
 
-def build(kind: str, experts: int = 8) -> nn.Module:
+def build(kind: str, experts: int = 8) -> Any:
     """`hf`: Qwen3-MoE, fused experts and softmax routing. `loop`: the example's MoE layer, a loop over modules."""
     torch.manual_seed(0)
     if kind == "loop":
@@ -154,7 +155,7 @@ def one_device_step(
     return {"logits": logits.detach(), "gradients": gradients}
 
 
-def stacked(gradients: dict[str, Tensor], name: str) -> Tensor:
+def stacked(gradients: Mapping[str, Tensor], name: str) -> Tensor:
     """The gradient of an expert-parallel parameter among a one-device model's, whose experts may be a list."""
     if name in gradients:
         return gradients[name]
@@ -233,13 +234,13 @@ def save_step(folder: str) -> dict[str, Tensor]:
 
 def load_step(folder: str) -> dict[str, Tensor]:
     """Load what another number of ranks saved into a model and optimizer that were trained differently."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     step, optimizer = trained(0.5)
     model_state, optimizer_state = get_state_dict(step, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    load(state, checkpoint_id=folder)
     set_state_dict(step, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return whole_state(step, optimizer)
 
@@ -259,11 +260,11 @@ def trained(factor: float) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def write_state(step: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     model_state, optimizer_state = get_state_dict(step, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
 
 
 def whole_state(step: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -298,7 +299,7 @@ def fsdp_step(spec: str) -> dict[str, Any]:
 
     mesh = mesh_of()
     step = fp8c.compile(build("loop"), spec=spec, target="cpu", mesh=mesh, fullgraph=False)
-    experts = {p for n, p in step.named_parameters() if isinstance(p, DTensor)}
+    experts: set[Any] = {p for p in step.parameters() if isinstance(p, DTensor)}
     fully_shard(step, mesh=mesh, ignored_params=experts)
     tokens = batch(dist.get_rank())
     logits = logits_of(step(input_ids=tokens))
@@ -392,7 +393,7 @@ def dualpipe(spec: str, micro_batches: int = 8) -> dict[str, Any]:
 
     mine = (rank, 3 - rank)
     modules = {i: pipelining.StageModule(stage_step(i), lambda node: 1.0) for i in mine}
-    stages = [
+    stages: list[Any] = [
         PipelineStage(
             m, i, 4, torch.device("cpu"), input_args=x[:1], output_args=x[:1], dw_builder=pipelining.no_weight_work
         )
@@ -402,7 +403,7 @@ def dualpipe(spec: str, micro_batches: int = 8) -> dict[str, Any]:
     pipelining.overlap_pairs(schedule)
     losses: list[Tensor] = []
     schedule.step(*((x,) if rank == 0 else ()), target=target if rank == 0 else None, losses=losses)
-    found = {f"{i}.{n}": p.grad.clone() for i, m in modules.items() for n, p in m.step.named_parameters()}
+    found = {f"{i}.{n}": whole(p.grad) for i, m in modules.items() for n, p in m.step.named_parameters()}
 
     serial = [stage_step(i) for i in range(4)]
     for at in range(micro_batches):
@@ -423,3 +424,28 @@ class Wrapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.inner(x)
         return y
+
+
+def sent_bytes(spec: str) -> dict[str, int]:
+    """Bytes that one forward and backward of an MoE layer hands to all_to_all_single, by dtype and row width."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import fp8c
+    from fp8c import stage as stages
+
+    found: dict[str, int] = {}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops._c10d_functional.all_to_all_single.default:
+                name = f"{args[0].dtype} {list(args[0].shape[1:])}"
+                found[name] = found.get(name, 0) + args[0].nbytes
+            return func(*args, **(kwargs or {}))
+
+    step = fp8c.compile(Block(build("loop").moe), spec=spec, target="cpu", mesh=mesh_of())
+    x = torch.randn(1, LENGTH, 128).bfloat16()
+    stage = stages.Stage.capture(step, (x,))
+    with Count():
+        _, kept = stage.forward(x)
+        stage.backward(kept, x)
+    return found
