@@ -170,6 +170,15 @@ def test_an_address_opens_the_same_view(browser: Browser, small_page: str) -> No
     assert name is not None and browser.problems == []
 
 
+def test_a_value_with_many_readers_is_cut_into_references(small: Browser) -> None:
+    found = small.evaluate("""(() => {
+      const half = { isDrawn: () => true, sources: [new Set(), ...Array.from({ length: 12 }, (_, i) => new Set(i < 9 ? [0] : [1]))] };
+      const { edges, cut } = joins(half, half.sources.map((_, i) => i), i => `node:${i}`, () => true);
+      return [cut.map(e => e.from), edges.map(e => e.from)];
+    })()""")
+    assert found == [["node:0"] * 9, ["node:1"] * 3]
+
+
 def test_every_table_is_there(small: Browser) -> None:
     for tab, said in (
         ("gemms", "GEMMs"),
