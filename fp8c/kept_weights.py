@@ -11,6 +11,7 @@ it happens inside the `step()` of a `torch.optim.Optimizer`; otherwise call `fp8
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import threading
 import weakref
@@ -87,10 +88,10 @@ class WeightStore:
 
     def values(self, chain: Chain, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All results of the chain's quantize for these weights."""
-        if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            # A captured graph is replayed without this code: it must quantize by itself.
-            return self.computed(chain, weights)
         state = tuple((w.data_ptr(), w._version) for w in weights)
+        if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            # A captured graph is replayed without this code: it must quantize by itself, once.
+            state += ((0, capture_id()),)
         with self._lock:
             entry = self.entries.get(chain.key)
             if entry is None or entry.state != state:
@@ -102,6 +103,17 @@ class WeightStore:
         self.refreshed += 1
         with torch.inference_mode(False), torch.no_grad():
             return tuple(chain.run(*(w.detach() for w in weights)))
+
+
+def capture_id() -> int:
+    """The number of the CUDA graph that the current stream is being captured into."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    driver = ctypes.CDLL("libcuda.so.1")
+    code = driver.cuStreamGetCaptureInfo_v2(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    if code:
+        raise RuntimeError(f"cuStreamGetCaptureInfo failed with {code}")
+    return number.value
 
 
 def _has_address(tensor: Any) -> bool:

@@ -17,7 +17,18 @@ SCHEDULER = (
 #: Layers from the left: a module may import its own layer and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("diagnostics", "error_codes", "formats", "roles", "target_record", "user_code"),
-    ("graph", "ops", "fused_ops", "exchange", "grouped", "positions", "retrace", "transpose_op", "decompositions"),
+    (
+        "graph",
+        "ops",
+        "fused_ops",
+        "swiglu_ops",
+        "exchange",
+        "grouped",
+        "positions",
+        "retrace",
+        "transpose_op",
+        "decompositions",
+    ),
     SCHEDULER,
     ("specs", "partition", "pass_manager", "verifier", "saved"),
     ("capture", "kept_weights", "main_grad", "models", "prepare", "passes", "backends", "graph_durations"),

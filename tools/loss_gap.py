@@ -212,41 +212,39 @@ def cosine(i: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
 
 
-def gap(runs: dict[tuple[str, int], float], variant: str) -> Gap:
-    """Relative gap of a variant against BF16, seed by seed."""
-    seeds = sorted(s for v, s in runs if v == variant and ("bf16", s) in runs)
-    return Gap(tuple(runs[variant, s] / runs["bf16", s] - 1 for s in seeds))
+Runs = dict[tuple[str, int], list[float]]  # (variant, seed) -> losses
 
 
-def read_runs(path: Path, setup: Setup) -> dict[tuple[str, int], float]:
-    """Figures of the finished runs of a setup in a file."""
+def gap(runs: Runs, variant: str, base: str = "bf16") -> tuple[Gap, int]:
+    """Relative gap of a variant against another, seed by seed, over the last fifth of the steps that all of them took."""
+    seeds = sorted(s for v, s in runs if v == variant and (base, s) in runs)
+    steps = min((len(runs[v, s]) for v in (variant, base) for s in seeds), default=0)
+    last = {(v, s): final_loss(runs[v, s][:steps]) for v in (variant, base) for s in seeds}
+    return Gap(tuple(last[variant, s] / last[base, s] - 1 for s in seeds)), steps
+
+
+def read_runs(path: Path, setup: Setup) -> Runs:
+    """The runs of a setup in a file, those that were stopped early included."""
     if not path.exists():
         return {}
     lines = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
-    return {
-        (r["variant"], r["seed"]): r["last_fifth"]
-        for r in lines
-        if {**asdict(Setup()), **r["setup"]} == asdict(setup) and len(r["losses"]) == setup.steps
-    }
+    return {(r["variant"], r["seed"]): r["losses"] for r in lines if {**asdict(Setup()), **r["setup"]} == asdict(setup)}
 
 
-def report(runs: dict[tuple[str, int], float]) -> str:
+def report(runs: Runs) -> str:
     lines = []
-    for variant, name in (
-        ("spec", "spec against BF16"),
-        ("bf16-reversed", "BF16 against itself, sums reversed"),
-        ("bf16-flipped", "BF16 against itself, batches flipped"),
-        ("blocks", "128x128 gradients against BF16"),
+    for variant, base, name in (
+        ("spec", "bf16", "spec against BF16"),
+        ("bf16-reversed", "bf16", "BF16 against itself, sums reversed"),
+        ("bf16-flipped", "bf16", "BF16 against itself, batches flipped"),
+        ("blocks", "bf16", "128x128 gradients against BF16"),
+        ("blocks", "spec", "128x128 gradients against 1x128"),
     ):
-        found = gap(runs, variant)
+        found, steps = gap(runs, variant, base)
         if found.values:
             far = abs(found.mean) > 2 * found.standard_error
             verdict = "" if len(found.values) < 2 else f", {'' if far else 'not '}distinguishable from 0 (two errors)"
-            lines.append(f"{name:36} {found.text()}{verdict}")
-    both = sorted(s for v, s in runs if v == "blocks" and ("spec", s) in runs)
-    if both:
-        found = Gap(tuple(runs["blocks", s] / runs["spec", s] - 1 for s in both))
-        lines.append(f"{'128x128 gradients against 1x128':36} {found.text()}")
+            lines.append(f"{name:36} {found.text()}{verdict}, {steps} steps")
     return "\n".join(lines)
 
 
@@ -284,7 +282,6 @@ def run_parallel(setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int,
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     leaders: dict[str, Path] = {}
-    done: set[tuple[str, int]] = set()
     while (waiting or running) and time.perf_counter() - started < limit_s:
         for run in list(waiting):
             variant, seed = run
@@ -307,7 +304,8 @@ def run_parallel(setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int,
         for run, process in list(running.items()):
             if process.poll() is not None:
                 del running[run]
-                done.add(run)
+                if not leaders[run[0]].with_suffix(".compiled").exists():  # it failed: the others would as well
+                    waiting = [other for other in waiting if other[0] != run[0]]
         time.sleep(0.2)
     for process in running.values():
         process.terminate()
@@ -335,7 +333,8 @@ def main(argv: Iterable[str] | None = None) -> None:
         return
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     known = read_runs(args.out, setup)
-    wanted = [(variant, seed) for seed in seeds for variant in args.variants if (variant, seed) not in known]
+    finished = {run for run, losses in known.items() if len(losses) >= setup.steps}
+    wanted = [(variant, seed) for seed in seeds for variant in args.variants if (variant, seed) not in finished]
     if args.parallel:
         run_parallel(setup, wanted, args.parallel, args.out, args.limit_s)
     else:

@@ -26,7 +26,11 @@ LENGTH = 128
 
 def model(**overrides: Any) -> nn.Module:
     loaded = load_model(
-        "hf:deepseek_v3", overrides={**MODELS["deepseek_v3"], **overrides}, weights="random", batch=2, seq=LENGTH
+        "hf:deepseek_v3",
+        overrides={**MODELS["deepseek_v3"], "num_hidden_layers": 1, "first_k_dense_replace": 0, **overrides},
+        weights="random",
+        batch=2,
+        seq=LENGTH,
     )
     return loaded.module.cuda()
 

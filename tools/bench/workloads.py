@@ -6,6 +6,9 @@ A contender is a module of its own, built from the same seed, and a call that ru
     bf16-causal   the same, attention called with is_causal and no mask
     fp8c          fp8c.compile, everything on
     fp8c-masked   fp8c.compile without causal-attention
+    fp8c-main-grad  fp8c.compile with FP32 gradients accumulated by the GEMMs
+
+Every run counts as one optimizer step of one micro-batch: FP8 weights are quantized in each.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import fp8c
+from fp8c import driver
 
 BF16 = torch.bfloat16
-CONTENDERS = ("bf16", "bf16-causal", "fp8c", "fp8c-masked")
+CONTENDERS = ("bf16", "bf16-causal", "fp8c", "fp8c-masked", "fp8c-main-grad")
 
 #: DeepSeek-V3's widths (transformers' defaults) with 2 MoE layers of 32 experts; 3.8 billion parameters.
 DEEPSEEK_V3 = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "n_routed_experts": 32, "vocab_size": 32768}
@@ -41,6 +45,7 @@ class Workload:
     forward:    (module, inputs) -> a scalar or a tensor to differentiate
     inputs:     device -> what forward reads; drawn once
     contenders: those that make sense
+    is_short:   timed through a CUDA graph of several runs: launches from Python would take longer than the kernels
     """
 
     name: str
@@ -49,6 +54,7 @@ class Workload:
     forward: Callable[[nn.Module, Any], Tensor]
     inputs: Callable[[], Any]
     contenders: tuple[str, ...] = ("bf16", "fp8c")
+    is_short: bool = False
 
 
 @dataclass
@@ -81,6 +87,9 @@ class Contender:
 
     def run(self) -> Tensor:
         self.clear()
+        session = self.module.__dict__.get("fp8c_session")
+        if isinstance(session, driver.Session):
+            session.weights.invalidate()
         out = self.forward()
         self.backward(out)
         return out.detach()
@@ -94,7 +103,8 @@ def make(workload: Workload, name: str, spec: str = "deepseek_v3", **options: An
         module.compile(fullgraph=True, dynamic=False)
     else:
         without = ("causal-attention",) if name == "fp8c-masked" else ()
-        module = fp8c.compile(module, spec, dynamic=False, without=without, **options)
+        main_grad = name == "fp8c-main-grad"
+        module = fp8c.compile(module, spec, dynamic=False, without=without, main_grad=main_grad, **options)
     return Contender(name, module, workload, workload.inputs())
 
 
@@ -108,7 +118,7 @@ def linear(m: int, n: int, k: int, device: str = "cuda") -> Workload:
     def inputs() -> tuple[Tensor, ...]:
         return (torch.randn(m, k, dtype=BF16, device=device).requires_grad_(),)
 
-    return Workload(f"linear {m} x {n} x {k}", m, build, lambda module, x: module(*x), inputs)
+    return Workload(f"linear {m} x {n} x {k}", m, build, lambda module, x: module(*x), inputs, is_short=True)
 
 
 def moe_block(tokens: int, skewed: bool, device: str = "cuda", **overrides: Any) -> Workload:
