@@ -4,6 +4,7 @@
     python examples/train.py --steps 400 --out runs/a                               goes on where the first left off
     torchrun --nproc-per-node 2 examples/train.py --parallel fsdp --out runs/b      FSDP2, layers compiled one by one
     torchrun --nproc-per-node 2 examples/train.py --parallel zero1 --out runs/c     states divided, parameters whole
+    torchrun --nproc-per-node 2 examples/train.py --ep 2 --out runs/d               experts spread over the ranks
     python examples/train.py --spec off                                        plain BF16
 
 Every rank trains on its share of each batch. Losses, throughput and memory go to OUT/log.jsonl, and to TensorBoard with
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fp8c
+from fp8c import distributed
 from fp8c.optim import EMA, AdamW, Precision, Telemetry, checkpoint
 from fp8c.optim.telemetry import Row
 
@@ -53,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--telemetry-every", type=int, default=0, help="read amax, underflow, overflow every N steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", choices=("none", "fsdp", "zero1"), default="none")
+    parser.add_argument("--ep", type=int, default=0, help="ranks that share the experts: tokens travel to them")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--out", type=Path, help="folder of log and checkpoints")
@@ -94,6 +97,8 @@ def main() -> None:
                 output = step(**{name: tensor.to(device, non_blocking=True) for name, tensor in part.items()})
                 (output.loss / args.micro_batches).backward()
                 loss += output.loss.detach() / args.micro_batches
+        if args.ep:
+            distributed.reduce_gradients(step)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -122,7 +127,7 @@ def setup(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    if world > 1:
+    if world > 1 and not args.ep:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return int(os.environ.get("RANK", "0")), world, device
 
@@ -131,6 +136,10 @@ def compiled(model: nn.Module, args: argparse.Namespace, world: int, device: tor
     """The training step and its optimizer."""
     settings: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, "max_norm": args.clip}
     settings["spec"] = "bf16" if args.spec == "off" else args.spec
+    if args.ep:
+        experts = distributed.init_mesh(device.type, ep=args.ep)
+        step = fp8c.compile(model, spec=settings["spec"], mesh=experts)
+        return step, AdamW(step, **settings)
     if args.parallel == "fsdp":
         return sharded(model, args, world, device), AdamW(model, main_grad=args.micro_batches > 1, **settings)
     step = model if args.spec == "off" else fp8c.compile(model, spec=args.spec, main_grad=True)

@@ -17,10 +17,11 @@ _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one aft
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
 _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
+_CLUSTER_BELOW_K = 1024  # dense fprop and dgrad with a longer K run better alone when the card is at its power limit
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
 _WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
-_WIDE = (144, 160, 176, 192)
+_WIDE = (144, 160, 192)
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,17 @@ def _utilisation(config: GemmConfig) -> float:
     """Share of the tensor core's rate in the main loop, fitted."""
     if config.warpgroups == 1:
         return 0.35  # nobody multiplies while the one warpgroup promotes
-    share = 0.85 if config.waves_m == 2 else 0.70 + 0.10 * min(config.tile_n, 192) / 192
+    if config.waves_m == 2:
+        share = 0.85
+    else:  # three waves of 64 columns read A once, but wait for each other
+        share = 0.73 if config.waves_n == 3 else 0.70 + 0.10 * min(config.tile_n, 192) / 192
     return share * ((0.75 if config.waves_m == 2 else 0.65) if config.scales is Scales.PER_ROW else 1.0)
 
 
 def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
     row_tiles, col_tiles, _ = _tiles(config, shape)
     is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
-    if not is_large or col_tiles % 2 or shape.multiprocessors % 2:
+    is_light = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE and shape.k >= _CLUSTER_BELOW_K
+    if is_light or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
         return config
     return replace(config, cluster=2)
