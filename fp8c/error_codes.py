@@ -262,8 +262,6 @@ EXPLANATIONS: dict[str, str] = {
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
     "cannot be combined with it.",
-    "E0870": "A stage runs as a forward and a backward graph of its own, so it may write to buffers only in a way that stays "
-    "inside the graph, and never to its inputs.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
