@@ -7,6 +7,7 @@ Inductor's inner compiler, which fuses what lies between the opaque fp8c operato
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
 
     if device == "cuda":
-        # Attention by PyTorch's fused kernels, the GEMMs by fp8c's own, and the portable form of the rest. What the GEMM
+        # Attention by PyTorch's fused kernels, GEMMs in CUDA, quantizers in Triton, the portable form of the rest. What the GEMM
         # kernels can't take (another GPU, no compiler and no cached kernel) they pass on to the portable form, with a remark.
         import fp8c.backends.aten  # noqa: F401
         import fp8c.backends.cuda  # noqa: F401
+
+        if find_spec("triton") is not None:  # without it, the portable form
+            import fp8c.backends.triton  # noqa: F401
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, *, is_inference: bool = False) -> Lowered:

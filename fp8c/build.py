@@ -4,6 +4,8 @@
     plan.lock.json    every decision with its reason
     spec/             the spec's files; those that came with fp8c in spec/std/
     graphs/*.txt      the step before and after the rewrites; `.txt.gz` above 4 MB
+    graphs/notes.json source lines, roles of the captured graph, why values are saved; older builds lack it
+    schedule.trace.json  the schedule, for Perfetto; where the step has collectives
     report.json       every table, report.html shows them
 
 `manifest["run"]`, and the files it names, hold times and the command line; all else is the same for the same inputs.
@@ -50,7 +52,14 @@ class Build:
         return (self.path / name).read_bytes()
 
     def json(self, name: str) -> Any:
-        return json.loads(self.read(name))
+        """A file's JSON. Raises: DiagnosticError E0612 when the build has no such file, or it is no JSON."""
+        try:
+            return json.loads(self.read(name))
+        except (OSError, ValueError) as error:
+            raise _damaged(f"cannot read {self.path / name}: {error}") from None
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest["files"]
 
     def graph_text(self, name: str) -> str:
         """Text of a graph by its name, `captured`, `joint`, `forward` or `backward`."""
@@ -66,6 +75,11 @@ def spec_file(name: str) -> str:
 
 def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def packed_json(value: Any) -> bytes:
+    """JSON for programs: no layout."""
+    return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
 
 
 def graph_file(name: str, text: str) -> tuple[str, bytes]:
@@ -293,8 +307,12 @@ def read_build(path: str | Path) -> Build:
         raise _damaged(f"cannot read {folder / MANIFEST}: {error}") from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise _damaged(f"'{path}' has the schema {schema!r}, expected {SCHEMA!r}")
-    for name, digest in {**manifest["files"], **manifest["run"]["files"]}.items():
+        raise _other_schema(path, schema)
+    try:
+        listed = {**manifest["files"], **manifest["run"]["files"]}
+    except (KeyError, TypeError):
+        raise _damaged(f"{folder / MANIFEST} lists no files") from None
+    for name, digest in listed.items():
         try:
             data = (folder / name).read_bytes()
         except OSError as error:
@@ -302,6 +320,16 @@ def read_build(path: str | Path) -> Build:
         if _digest(data) != digest:
             raise _damaged(f"{folder / name} was changed after the build")
     return Build(folder, manifest)
+
+
+def _other_schema(path: str | Path, schema: Any) -> DiagnosticError:
+    """A newer fp8c's build, or a manifest of something else."""
+    family, _, version = str(schema).rpartition("/")
+    mine, _, known = SCHEMA.rpartition("/")
+    if family == mine and version.isdecimal() and int(version) > int(known):
+        message = f"'{path}' was written by a newer fp8c: its schema is {schema!r}, this one reads {SCHEMA!r}"
+        return fail("E0612", message, help="read it with the fp8c that wrote it", exit_code=ExitCode.USAGE)
+    return _damaged(f"'{path}' has the schema {schema!r}, expected {SCHEMA!r}")
 
 
 def _damaged(message: str) -> DiagnosticError:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+import fp8c.exchange  # noqa: F401  (defines the operators that rows travel with)
 from fp8c import graph as g
 
 _SDPA = {torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
@@ -37,6 +39,12 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
         )
         names.append(g.canonical_path(name) if is_state else "")
     return tuple(names)
+
+
+def input_examples(gm: fx.GraphModule) -> list[Any]:
+    """The tensors and objects that Dynamo captured the inputs of its graph from, in order."""
+    arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return [None if argument is None else argument.example for argument in arguments]
 
 
 def _source_name(source: Any) -> str:
@@ -137,14 +145,32 @@ def move_router_weights(gm: fx.GraphModule) -> int:
             wide = gm.graph.call_function(operator.mul, (hidden, weight))
             scaled = gm.graph.call_method("to", (wide, dtype))
             new = gm.graph.call_function(product.target, (scaled, *product.args[1:]), dict(product.kwargs))
-            out = gm.graph.call_method("to", (new, out_dtype)) if out_dtype != dtype else new
-        for made in (wide, scaled, new, out):
+        for made in (wide, scaled, new):
             _copy_meta(made, product)
-        node.replace_all_uses_with(out)
+        node.replace_all_uses_with(new)
+        if out_dtype != dtype:
+            # Rows travel back in the type the GEMM gave them, and become wider where they arrive.
+            arrived = _behind_travel(new)
+            with gm.graph.inserting_after(arrived):
+                out = gm.graph.call_method("to", (arrived, out_dtype))
+            _copy_meta(out, product)
+            for user in [user for user in arrived.users if user is not out]:
+                user.replace_input_with(arrived, out)
         for dead in (node, *_dead_chain(node, product)):
             gm.graph.erase_node(dead)
         changed += 1
     return changed
+
+
+def _behind_travel(node: fx.Node) -> fx.Node:
+    """The node behind operators of expert parallelism that only move rows."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        packet = getattr(user.target, "overloadpacket", user.target)
+        if user.op != "call_function" or packet not in (torch.ops.fp8c.permute_rows, torch.ops.fp8c.exchange):
+            break
+        node = user
+    return node
 
 
 def _dead_chain(node: fx.Node, product: fx.Node) -> list[fx.Node]:
@@ -212,10 +238,24 @@ def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
     mode = FakeTensorMode()
     made: dict[int, torch.Tensor] = {}
 
+    def fake_part(shard: torch.Tensor) -> torch.Tensor:
+        return FakeTensor(mode, shard, torch.device("cpu"))
+
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "meta" or isinstance(tensor, FakeTensor):
             return tensor
-        if id(tensor) not in made:
+        if id(tensor) not in made and isinstance(tensor, DTensor):
+            part = fake_part(tensor.to_local().detach())
+            sharded = DTensor.from_local(
+                part,
+                tensor.device_mesh,
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
+            made[id(tensor)] = nn.Parameter(sharded, requires_grad=tensor.requires_grad)
+        elif id(tensor) not in made:
             new: torch.Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
@@ -231,13 +271,19 @@ def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
 
 
 def joint_input_names(joint: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
-    """Name of every primal of the joint graph, by placeholder name. Raises ValueError when the counts disagree."""
+    """Name of every primal of the joint graph, by placeholder name. Raises ValueError when the counts disagree.
+
+    A DTensor's shard has its parameter's name; what else a DTensor is made of (its mesh) has none.
+    """
     primals = [n for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")]
     by_index = {}
     for position, node in enumerate(primals):
-        index = getattr(node.meta.get("desc"), "idx", position)
+        described = node.meta.get("desc")
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        while hasattr(described, "base"):
+            described = described.base
+        index = getattr(described, "idx", position)
         if not 0 <= index < len(names):
             raise ValueError(f"the joint graph has input {index}, but the capture has {len(names)}")
-        by_index[node.name] = names[index]
-        node.meta["fp8c_name"] = names[index]
+        by_index[node.name] = node.meta["fp8c_name"] = names[index] if is_tensor else ""
     return by_index

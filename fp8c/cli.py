@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from fp8c import __version__
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, render
+from fp8c import __version__, build_commands
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, render
 
 _COLOURS = {"error": "\033[1;31m", "warning": "\033[1;33m", "remark": "\033[1;36m"}
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -241,7 +241,8 @@ def spec_diff(
 
     other = load(new)
     request = model_request(model, old, target, overrides, batch, seq, weights)
-    from fp8c.tools.spec_command import diff_on_model, diff_plans, diff_text
+    from fp8c.specs.plan_diff import diff_plans, diff_text
+    from fp8c.tools.spec_command import diff_on_model
 
     results = diff_on_model(request, other)
     for result in results:
@@ -347,6 +348,27 @@ def spec_import(source: str, name: str, out: str | None, skip: tuple[str, ...], 
     print(f"{out}: next: fp8c spec check {out}")
 
 
+@spec.command("lsp")
+@click.option("--model", default="", metavar="MODEL", help="Say what selectors match in this model; runs its code.")
+@click.option("--target", "-t", default="cpu", show_default=True, metavar="NAME", help="Machine to check for.")
+@click.option("-a", "overrides", multiple=True, metavar="KEY=VALUE", help="Argument of the model's factory.")
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences in the batch.")
+@click.option("--seq", type=click.IntRange(min=1), help="Tokens in a sequence.")
+def spec_lsp(model: str, target: str, overrides: tuple[str, ...], batch: int | None, seq: int | None) -> None:
+    """Serve an editor over stdin and stdout: mistakes, what a selector matches, completion, layout."""
+    from fp8c.backends.target import load_target
+
+    load_target(target)
+    try:
+        from fp8c.tools.language_server import serve
+    except ImportError:
+        raise click.UsageError("the language server needs pygls: pip install 'fp8c[lsp]'") from None
+    arguments = [word for override in overrides for word in ("-a", override)]
+    arguments += ["--batch", str(batch)] if batch is not None else []
+    arguments += ["--seq", str(seq)] if seq is not None else []
+    serve(model, target, arguments)
+
+
 @spec.command("list")
 @as_json_option
 def spec_list(as_json: bool) -> None:
@@ -378,6 +400,15 @@ def spec_show(name: str) -> None:
 @click.option("--out", "-o", default="build", show_default=True, metavar="DIR", help="Folder of the build.")
 @click.option("--verify", is_flag=True, help="Run the step and check it against BF16, the plan and FP64.")
 @click.option("--no-baseline", is_flag=True, help="Leave out the comparison with BF16's saved bytes.")
+@click.option(
+    "--without", multiple=True, metavar="PASS", help="Leave out an optional exact pass, causal-attention say."
+)
+@click.option(
+    "--mesh",
+    "mesh_text",
+    metavar="NAME=N,...",
+    help="Plan one rank of a mesh, e.g. ep=64,pp=16: experts are sharded over ep. Needs no GPU and no other process.",
+)
 @click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
 @click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
@@ -398,6 +429,8 @@ def compile_(
     out: str,
     verify: bool,
     no_baseline: bool,
+    without: tuple[str, ...],
+    mesh_text: str | None,
     force: bool,
     print_ir_before: tuple[str, ...],
     print_ir_after: tuple[str, ...],
@@ -431,6 +464,8 @@ def compile_(
             weights=weights,
             verify=verify,
             baseline=not no_baseline,
+            mesh=command.parse_mesh(mesh_text),
+            without=without,
             force=force,
             printing=Printing(
                 print_ir_before,
@@ -505,27 +540,51 @@ def set_debugging(debug: bool) -> None:
 
 
 @app.command()
-@click.argument("code")
+@click.argument("model")
+@spec_option
+@with_model_options
+@click.option(
+    "--batches", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many batches to measure."
+)
+@click.option("--bisect", is_flag=True, help="Name the smallest set of rules and operands that makes the error.")
+@click.option("--search", is_flag=True, help="Write the cheapest spec within an error budget.")
+@click.option("--metric", type=click.Choice(["worst", "gradient", "loss"]), help="What --bisect and --search look at.")
+@click.option("--limit", type=click.FloatRange(min=0), help="--bisect: the largest error that is fine.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0), help="--search: the largest error; half of what formats explain."
+)
+@click.option("--inject", metavar="FAULT", default="", help="Break an operand, for example scale:layers.1.up:fprop.x.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Page (.html), picture (.svg) or document (.json).")
+@click.option("--spec-out", type=click.Path(path_type=Path), help="--search: the new spec; searched.fp8 unless given.")
 @as_json_option
-def explain(code: str, as_json: bool) -> int:
-    """Say what a diagnostic's CODE means and what to do about it."""
-    from fp8c.error_codes import EXPLANATIONS
+def numerics(
+    model: str,
+    spec: str,
+    target: str | None,
+    overrides: tuple[str, ...],
+    batch: int | None,
+    seq: int | None,
+    weights: Any,
+    inject: str,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Run the training step of MODEL in BF16 and under a spec, side by side, on real batches.
 
-    code = code.upper()
-    text = EXPLANATIONS.get(code)
-    if text is None:
-        import difflib
+    Says where values lose more than their formats explain, which rules and operands make an error, and what the
+    cheapest spec within an error budget is. `fp8c compile --help` says what a MODEL is.
+    """
+    request = model_request(model, spec, target, overrides, batch, seq, weights)
+    from fp8c.tools.numerics import command, measure
 
-        close = difflib.get_close_matches(code, EXPLANATIONS, 3, 0.6)
-        raise click.UsageError(f"no diagnostic has the code {code}" + (f"; near: {', '.join(close)}" if close else ""))
-    severity = {"E": Severity.ERROR, "W": Severity.WARNING}.get(code[0], Severity.REMARK).value
+    options["metric"] = options["metric"] or ""
+    answer = command.run(request, command.Settings(fault=inject, **options))
+    print_diagnostics(answer.remarks)
     if as_json:
-        print_json("fp8c.explanation/1", code=code, severity=severity, text=text)
+        print_json(measure.SCHEMA, **answer.to_json())
     else:
-        import textwrap
-
-        print(f"{severity} {code}\n\n{textwrap.fill(text, 96)}")
-    return int(ExitCode.OK)
+        print(answer.text())
+    return int(answer.exit_code)
 
 
 @app.command()
@@ -622,6 +681,15 @@ def simulate(
         print(tool.table_text(report))
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [OPTIONS]...")
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure on this machine's GPU against the BF16 baseline in the same process; `fp8c bench NAME --help` says more."""
+    from fp8c.tools.bench.__main__ import main as run
+
+    return run(list(arguments))
+
+
 @app.command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @as_json_option
@@ -634,6 +702,10 @@ def profile(trace: Path, as_json: bool) -> None:
         print_json("fp8c.profile/1", **report.to_json())
     else:
         print(tool.profile_text(report))
+
+
+for command in build_commands.COMMANDS:
+    app.add_command(command)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,27 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 
-from fp8c.formats import MAX, WHOLE, Element, Format, ScaleKind
+from fp8c.delayed import active_scales
+from fp8c.formats import MAX, WHOLE, Delayed, Element, Format, ScaleKind
 from fp8c.ops import (
     DATA_DTYPE,
     E5M6_CODES,
     Size,
     check_accumulator,
     check_attention,
+    check_delayed,
+    check_no_offsets,
     check_quantize_input,
     empty_heads_last,
     experts_of,
+    lay_out,
     original_shape,
     quantized_format,
     register_portable,
     restarts,
-    scale_shape,
 )
 
 SMALLEST_SCALE = 2.0**-126  # FP32's smallest normal number; why: backends/reference/quantize.py
@@ -104,7 +108,7 @@ def _store_scale(scale: Tensor, fmt: Format) -> Tensor:
 def _pad_axis(x: Tensor, axis: int, group: int) -> Tensor:
     """Zeros up to a whole number of groups along axis -1 or -2."""
     size = x.shape[axis]
-    if group == 1 or (isinstance(size, int) and size % group == 0):
+    if group == 1 or statically_known_true(size % group == 0):
         return x
     return pad(x, (0, -size % group) if axis == -1 else (0, 0, 0, -size % group))
 
@@ -136,14 +140,19 @@ def _join(groups: Tensor, rows: Size, cols: Size) -> Tensor:
     return x.narrow(-1, 0, cols).narrow(-2, 0, rows)
 
 
-def _scale_row(offs: Tensor, rows: Size, group: int) -> tuple[Tensor, Tensor]:
-    """For each row its scale row (`fp8c.ops.scale_shape`) and whether an expert owns it; row 0 where none does."""
-    row = torch.arange(rows, device=offs.device)  # type: ignore[arg-type]  # takes a SymInt as well
-    expert = torch.searchsorted(offs, row, right=True)
-    is_owned = expert < offs.shape[0]
-    starts = torch.cat((offs.new_zeros(1), offs)).long()
-    start = starts[expert]
-    return torch.where(is_owned, start // group + expert + (row - start) // group, 0), is_owned
+def _in_blocks(x: Tensor, offs: Tensor, group: int) -> Tensor:
+    """The rows of each expert from the start of a group on, zeros between: [R, C] -> [g * (R//g + E), C]."""
+    rows, experts = x.shape[0], offs.shape[0]
+    if isinstance(rows, int) and rows == 0:
+        return x.new_zeros((group * experts, x.shape[1]))
+    starts = torch.cat((offs.new_zeros(1), offs[:-1])).long()
+    first = starts // group + torch.arange(experts, device=offs.device)  # strictly increasing
+    groups = torch.arange(rows // group + experts, device=offs.device)
+    expert = torch.searchsorted(first, groups, right=True) - 1
+    begin = starts[expert] + (groups - first[expert]) * group
+    row = begin[:, None] + torch.arange(group, device=offs.device)
+    is_owned = (row < offs.long()[expert][:, None]).flatten()
+    return torch.where(is_owned[:, None], x[row.flatten().clamp_max(rows - 1)], 0.0)
 
 
 # The operators ------------------------------------------------------------------------------------------------------
@@ -156,49 +165,44 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     rows, cols = x.shape[-2:]
     x = x.float()
     if experts_of(parsed, offs, x.dim()) is not None:
-        assert offs is not None
-        return _quantize_restarting(x, parsed, offs)
+        assert offs is not None and parsed.group is not None
+        x = _in_blocks(x, offs, parsed.group[0])
+        rows = x.shape[0]
     groups = _split(x, parsed)
     scale = _scale_of(groups.abs().amax((-3, -1)), parsed)
     payload = _join(groups / scale[..., :, None, :, None], rows, cols)
-    return _encode(payload, parsed.element).contiguous(), _store_scale(scale, parsed).contiguous()
+    return lay_out(_encode(payload, parsed.element), _store_scale(scale, parsed), parsed)
 
 
-def _quantize_restarting(x: Tensor, fmt: Format, offs: Tensor) -> tuple[Tensor, Tensor]:
-    assert fmt.group is not None
-    rows, cols = x.shape
-    scale_row, is_owned = _scale_row(offs, rows, fmt.group[0])
-    by_row = Format(fmt.element, (1, fmt.group[1]), fmt.scale)
-    groups = _split(x, by_row)  # [T, 1, C/g1, g1]
-    amax = groups.abs().amax((-3, -1))
-    # A maximum by atomics may lose NaN; an infinity marks the group just as well.
-    amax = torch.where(amax.isnan(), math.inf, amax).where(is_owned[:, None], 0.0)
-    by_group = amax.new_zeros(scale_shape(x.shape, fmt, offs.shape[0]))
-    by_group = by_group.scatter_reduce(0, scale_row[:, None].expand_as(amax), amax, "amax")
-    scale = _scale_of(by_group, fmt)
-    payload = _join(groups / scale[scale_row][:, None, :, None], rows, cols)
-    payload = torch.where(is_owned[:, None], payload, 0.0)
-    return _encode(payload, fmt.element).contiguous(), _store_scale(scale, fmt)
+def quantize_delayed(
+    x: Tensor, fmt: str, history: int, algo: str, margin: int, site: str, replay: bool
+) -> tuple[Tensor, Tensor]:
+    """`quantize` with the scale of `site` in the histories in force (`fp8c.delayed`), on every device.
+
+    Shapes: x f32|bf16|f16 [R, C] or [E, N, K] -> data alike, scale f32|e8m0 [1, 1] or [E, 1, 1].
+    Larger values than the history knew are clamped to the element's largest.
+    """
+    parsed = check_delayed(fmt)
+    check_quantize_input(x)
+    x = x.float()
+    amax = x.abs().amax((-2, -1)) if x.numel() else x.new_zeros(x.shape[:-2])
+    how = Delayed(history, algo, margin)
+    scale = active_scales().scale(site, amax, how, lambda m: _scale_of(m, parsed), replay=replay)[..., None, None]
+    return _encode(x / scale, parsed.element), _store_scale(scale, parsed)
 
 
 def dequantize(
     q: Tensor, s: Tensor, fmt: str, dtype: torch.dtype, offs: Tensor | None = None, cols: Size | None = None
 ) -> Tensor:
     """`fp8c::dequantize` as tensor operations, bit for bit."""
-    return _dequantize(q, s, quantized_format(fmt), offs, cols).to(dtype).contiguous()
+    check_no_offsets("dequantize", offs)
+    return _dequantize(q, s, quantized_format(fmt), cols).to(dtype).contiguous()
 
 
-def _dequantize(q: Tensor, s: Tensor, fmt: Format, offs: Tensor | None = None, cols: Size | None = None) -> Tensor:
+def _dequantize(q: Tensor, s: Tensor, fmt: Format, cols: Size | None = None) -> Tensor:
     shape = original_shape(q, fmt, cols)
-    values, scale = _decode(q, fmt.element, cols), s.float()
-    if experts_of(fmt, offs, q.dim()) is not None:
-        assert offs is not None and fmt.group is not None
-        scale_row, is_owned = _scale_row(offs, shape[0], fmt.group[0])
-        scale = torch.where(is_owned[:, None], scale[scale_row], 0.0)
-        values = torch.where(is_owned[:, None], values, 0.0)
-        fmt = Format(fmt.element, (1, fmt.group[1]), fmt.scale)
-    groups = _split(values, fmt)
-    return _join(groups * scale[..., :, None, :, None], shape[-2], shape[-1])
+    groups = _split(_decode(q, fmt.element, cols), fmt)
+    return _join(groups * s.float()[..., :, None, :, None], shape[-2], shape[-1])
 
 
 def requantize(
@@ -206,7 +210,8 @@ def requantize(
 ) -> tuple[Tensor, Tensor]:
     """`fp8c::requantize` as tensor operations, bit for bit."""
     old, new = quantized_format(src), quantized_format(dst)
-    return quantize(_dequantize(q, s, old, restarts(old, offs), cols), dst, restarts(new, offs))
+    check_no_offsets("requantize of groups of several rows", restarts(old, offs))
+    return quantize(_dequantize(q, s, old, cols), dst, restarts(new, offs))
 
 
 def scaled_mm(
@@ -270,12 +275,16 @@ def scaled_grouped_wgrad(
     Elsewhere, and where sizes don't allow that, one FP32 product for each expert with the other experts' columns zeroed.
     """
     left_fmt, right_fmt = quantized_format(a_fmt).transposed, quantized_format(b_fmt).transposed
-    left = _dequantize(a.T, a_scale.T, left_fmt, offs)  # [T, N]
-    right = _dequantize(b.T, b_scale.T, right_fmt, offs)  # [T, K]
+    left = _dequantize(a.T, a_scale.T, left_fmt)  # [T', N], zero where no expert's token is
+    right = _dequantize(b.T, b_scale.T, right_fmt)  # [T', K]
+    assert left_fmt.group is not None
+    group, experts = left_fmt.group[0], offs.shape[0]
+    following = torch.arange(1, experts + 1, device=offs.device)
+    ends = ((offs // group + following) * group).to(torch.int32)  # where the next expert's blocks start
     if _grouped_mm_applies(a.T, b.T):
-        return torch._grouped_mm(left.bfloat16().T, right.bfloat16(), offs=offs).to(out_dtype)
-    owner = torch.searchsorted(offs, torch.arange(a.shape[1], device=offs.device), right=True)
-    products = [torch.where((owner == expert)[:, None], left, 0.0).T @ right for expert in range(int(offs.shape[0]))]
+        return torch._grouped_mm(left.bfloat16().T, right.bfloat16(), offs=ends).to(out_dtype)
+    owner = torch.searchsorted(ends, torch.arange(a.shape[1], device=offs.device), right=True)
+    products = [torch.where((owner == expert)[:, None], left, 0.0).T @ right for expert in range(int(experts))]
     return torch.stack(products).to(out_dtype)
 
 
@@ -340,7 +349,7 @@ def attention_backward(
     for like, result in ((q, dq), (k, dk), (v, dv)):
         batch, heads, *rest = like.shape
         summed = result.reshape(batch, heads, -1, *rest).sum(2)  # over the query heads that share a key head
-        results.append(empty_heads_last(like, like.shape).copy_(summed))
+        results.append(torch.empty_like(like).copy_(summed))
     return results[0], results[1], results[2]
 
 
@@ -376,5 +385,6 @@ for _implementation in (
     scaled_grouped_wgrad_add_,
     attention,
     attention_backward,
+    quantize_delayed,
 ):
     register_portable(_implementation.__name__, _implementation)

@@ -12,7 +12,8 @@ import functools
 import gc
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo import external_utils
 from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.device_mesh import DeviceMesh
 
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
@@ -28,10 +30,18 @@ from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
+from fp8c.delayed import DelayedScales
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
+from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
+from fp8c.graph import portable_hash
+from fp8c.graph_costs import is_collective
+from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
+from fp8c.main_grad import add_main_grads, run_with_accumulators, split_gradients, zero_main_grads
+from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
+from fp8c.structured_trace import TraceObserver, trace_summary
 from fp8c.target_record import TargetRecord
 from fp8c.user_code import is_model_file, short_path
 
@@ -48,6 +58,11 @@ class Session:
 
     partial: the graphs may be parts of a model (graph breaks, layers compiled one by one), so a rule that matches
              nothing in one of them is no error
+    without: optional passes left out
+    keep_weights: quantize a weight once for each value it has, not in every forward and backward
+    main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
+    model:   the compiled module, for these two
+    scales:  histories of delayed scales; their `state_dict()` belongs into a checkpoint
     """
 
     spec: Spec
@@ -57,15 +72,22 @@ class Session:
     plan_only: bool = False
     observers: tuple[pipeline.Observer, ...] = ()
     verify_each: bool = True
+    without: frozenset[str] = frozenset()
+    keep_weights: bool = False
+    main_grad: bool = False
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
+    examples: list[Any] = field(default_factory=list)  # what the inputs of the last captured graph were
     baseline: Baseline | None = None
+    weights: WeightStore = field(default_factory=WeightStore)
+    scales: DelayedScales = field(default_factory=DelayedScales)
+    model: weakref.ref[nn.Module] | None = None
 
     def fresh(self) -> Session:
         """The same settings for another model: nothing captured yet."""
-        return replace(self, remarks=[], steps=[])
+        return replace(self, remarks=[], steps=[], weights=WeightStore(), scales=DelayedScales(), model=None)
 
     def resolve(self, uses: Sequence[Any]) -> PrecisionPlan:
         plan = resolve(self.spec, uses, self.target, partial=self.partial)
@@ -74,6 +96,7 @@ class Session:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend: differentiate, rewrite, lower."""
         names = capture.input_names(gm)
+        self.examples = capture.input_examples(gm)
         if self.want_baseline:
             self.baseline = Baseline(gm, example_inputs)
         for done in capture.prepare_forward(gm):
@@ -81,7 +104,7 @@ class Session:
         device = _device(example_inputs)
         lowering.register_kernels(device)
         how = self.lowering or lowering.choose_lowering(device)
-        compile_half = functools.partial(self._lower, how=how)
+        compile_half = functools.partial(self._lower_half, how=how)
         backend = aot_autograd(
             fw_compiler=compile_half,
             bw_compiler=compile_half,
@@ -104,23 +127,77 @@ class Session:
             self.resolve,
             target=self.target,
             machine=load_machine(self.target.name) if self.target.name in machine_names() else None,
-            observers=self.observers,
+            observers=(*self.observers, TraceObserver()),
             verify_each=self.verify_each,
+            without=self.without,
         )
+        trace_summary(rewritten.plan, rewritten.records)
         self.steps.append(rewritten)
         self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
         if self.plan_only:
             raise PlanningDone
+        if communicates(joint.graph):
+            halves = rewritten.halves
+            hashes = (portable_hash(half.graph) for half in (halves.forward, halves.backward))
+            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()})
         return rewritten.halves.forward, rewritten.halves.backward
 
+    def _lower_half(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
+        """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
+        lower = functools.partial(self._lower, how=how)
+        module = self.model() if self.model is not None else None
+        names: list[str] = []
+        if self.main_grad and module is not None:
+            gm, names = split_gradients(gm)
+        inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
+        run = self._behind_weights(gm, inputs, lower)
+        return run_with_accumulators(run, names, module) if names and module is not None else run
+
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        return lowering.lower(gm, inputs, how)
+        lowered = self._lower_with_scales(gm, inputs, how=how)
+        return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
+
+    def _lower_with_scales(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_inference: bool = False
+    ) -> Callable[..., Any]:
+        """Histories of delayed scales live outside of the graph, so a graph that reads them runs as it is written."""
+        if not gm.graph.find_nodes(op="call_function", target=torch.ops.fp8c.quantize_delayed.default):
+            return lowering.lower(gm, inputs, how, is_inference=is_inference)
+        return self.scales.around(lowering.lower(gm, inputs, "reference"))
+
+    def _behind_weights(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        if not self._keeps_weights():
+            return lower(gm, inputs)
+        main, chains = split_weights(gm)
+        kept = [n.meta["val"] for n in main.graph.find_nodes(op="placeholder")[len(inputs) :]]
+        run = lower(main, [*inputs, *kept])
+        return run_with_kept(run, chains, self.weights) if chains else run
+
+    def _keeps_weights(self) -> bool:
+        module = self.model() if self.model is not None else None
+        if not self.keep_weights or module is None:
+            return False
+        reason = reason_not_to_keep(module)
+        if reason:
+            remark = Diagnostic("R0842", f"weights are quantized in every step: {reason}", severity=Severity.REMARK)
+            self.remarks += [] if remark in self.remarks else [remark]
+        return not reason
 
     def _infer(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
     ) -> Callable[..., Any]:
-        rewritten = pipeline.rewrite_inference(gm, names, self.resolve, target=self.target, observers=self.observers)
-        return lowering.lower(rewritten, inputs, how, is_inference=True)
+        rewritten = pipeline.rewrite_inference(
+            gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
+        )
+        return self._behind_weights(
+            rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
+        )
+
+
+def communicates(graph: fx.Graph) -> bool:
+    return any(is_collective(node) for node in graph.nodes)
 
 
 def _device(inputs: Sequence[Any]) -> str:
@@ -156,6 +233,10 @@ def compile(
     fullgraph: bool = True,
     dynamic: bool | None = None,
     lowering: str | None = None,
+    without: Iterable[str] = (),
+    keep_weights: bool = True,
+    main_grad: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
 
@@ -165,14 +246,35 @@ def compile(
 
     fullgraph: fail on a graph break (the line is named) instead of compiling the pieces
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
+    keep_weights: hold the FP8 weights between calls and quantize them again only when the optimizer has changed them
+               (one byte for each weight and orientation), instead of quantizing them in every forward and backward
+    main_grad: accumulate every parameter's gradient in FP32, in its attribute `main_grad`, which starts at zero; `grad`
+               stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
+    without:   exact passes that no spec asks for, to leave out, "causal-attention" say
+    mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
+               (docs/expert_parallel.md)
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
-    from fp8c.prepare import prepare
+    from fp8c.prepare import expert_mesh, prepare
 
-    session = new_session(spec, target, lowering=lowering, partial=not fullgraph)
-    session.remarks += prepare(model)
+    session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
+    session.keep_weights, session.main_grad = keep_weights, main_grad
+    if mesh is not None:
+        agree_on({"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__})
+    session.remarks += prepare(model, mesh=mesh)
+    if main_grad and mesh is not None:
+        raise fail(
+            "E0843",
+            "main_grad=True can't be combined with a mesh: reduce_gradients reads p.grad",
+            help="compile without main_grad",
+            exit_code=ExitCode.USAGE,
+        )
+    if main_grad:
+        add_main_grads(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
+    if mesh is not None:
+        watch_gradients(step, expert_mesh(mesh))
     attach(step, session, fullgraph=fullgraph, dynamic=dynamic)
     return step
 
@@ -199,7 +301,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
             compared = compare_rewrites(plain, *args, **kwargs)
             session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
         try:
-            return compiled(*args, **kwargs)
+            with capturing_sizes():
+                return compiled(*args, **kwargs)
         except Exception as error:  # Dynamo wraps whatever a backend raises
             explained = explain_failure(error)
             if explained is error:
@@ -214,7 +317,15 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     def reduce(protocol: Any) -> Any:  # pickled is the model; compile it again after loading
         return uncompiled(step).__reduce_ex__(protocol)
 
+    session.model = weakref.ref(step)
     step._compiled_call_impl = run
+    if session.main_grad:
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            type(step).zero_grad(step, set_to_none)
+            zero_main_grads(step)
+
+        step.__dict__["zero_grad"] = zero_grad
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
     step.__dict__["__reduce_ex__"] = reduce
@@ -222,7 +333,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
 def uncompiled(step: nn.Module) -> nn.Module:
     """The model behind a compiled module: the same parameters, buffers and submodules, PyTorch's own call."""
-    own = ("_compiled_call_impl", "fp8c_session", "__deepcopy__", "__reduce_ex__")
+    own = ("_compiled_call_impl", "zero_grad", "fp8c_session", "__deepcopy__", "__reduce_ex__", *EXPERT_PARALLEL_STATE)
     cls = type(step)
     model: nn.Module = cls.__new__(cls)
     model.__dict__.update({key: item for key, item in step.__dict__.items() if key not in own})
@@ -237,6 +348,11 @@ def guarded(session: Session) -> Callable[..., Any]:
         return session(gm, example_inputs)
 
     return backend
+
+
+def weights_changed(step: nn.Module) -> None:
+    """Say that parameters were written behind PyTorch's back (`p.data.copy_(...)`): their FP8 copies are made again."""
+    session_of(step).weights.invalidate()
 
 
 def session_of(step: nn.Module) -> Session:
@@ -278,11 +394,17 @@ def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
     try:
-        with without_collection():
+        with without_collection(), capturing_sizes():
             compiled(batch)
     except Exception as error:  # Dynamo wraps whatever a backend raises
         if not any(isinstance(e, PlanningDone) for e in causes(error)):
             raise explain_failure(error) from error
+
+
+def capturing_sizes() -> contextlib.AbstractContextManager[Any]:
+    """Numbers read from tensors become sizes of the graph: how many rows each rank sends."""
+    patched: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(capture_scalar_outputs=True)
+    return patched
 
 
 @contextlib.contextmanager

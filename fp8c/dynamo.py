@@ -21,9 +21,10 @@ from torch import fx
 from fp8c.backends.lowering import LOWERINGS
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.driver import Session, new_session
+from fp8c.passes import check_optional
 
 #: What `options` may hold, with the types it takes.
-OPTIONS: dict[str, tuple[type, ...]] = {"spec": (str,), "target": (str,), "lowering": (str,)}
+OPTIONS: dict[str, tuple[type, ...]] = {"spec": (str,), "target": (str,), "lowering": (str,), "without": (str,)}
 DEFAULT_SPEC = "deepseek_v3"
 
 _sessions: dict[tuple[tuple[str, Any], ...], Session] = {}
@@ -35,7 +36,7 @@ def backend(
     """The entry point `torch_dynamo_backends: fp8c`.
 
     options: `spec` (a name or a file), `target` (a machine; the one at hand by default), `lowering` ("reference" or
-             "inductor")
+             "inductor"), `without` (optional passes to leave out, separated by commas)
     Raises:  DiagnosticError E0850 (usage) for an option it does not know or of another type; those of the spec and target
     """
     return session_for(check_options({**(options or {}), **others}))(gm, example_inputs)
@@ -65,7 +66,12 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
             f"option 'lowering' of backend fp8c is {options['lowering']!r}, expected {' or '.join(map(repr, LOWERINGS))}",
             exit_code=ExitCode.USAGE,
         )
+    check_optional(_names(options.get("without", "")))
     return dict(options)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(name.strip() for name in text.split(",") if name.strip())
 
 
 def session_for(options: Mapping[str, Any]) -> Session:
@@ -73,5 +79,6 @@ def session_for(options: Mapping[str, Any]) -> Session:
     key = tuple(sorted(options.items()))
     if key not in _sessions:
         given = dict(options)
+        given["without"] = _names(given.get("without", ""))
         _sessions[key] = new_session(given.pop("spec", DEFAULT_SPEC), given.pop("target", None), partial=True, **given)
     return _sessions[key]

@@ -56,7 +56,10 @@ EXPLANATIONS: dict[str, str] = {
     "backend is imported: fp8c.backends.reference for the CPU, fp8c.decompositions for plain tensor operations on any "
     "device.",
     "E0421": "The format cannot be produced by fp8c::quantize: it is not a quantized format, or it asks for stochastic "
-    "rounding or delayed scales, which no kernel implements.",
+    "rounding, which no kernel implements, or for delayed scales where there are none: they are for GEMM operands with one "
+    "scale for a tensor.",
+    "E0422": "The state of delayed scales that was loaded does not hold a history and a scale for each site: it is not what "
+    "`session_of(step).scales.state_dict()` gave.",
     "E0423": "The tensor-core model promotes after whole instructions of 32 elements of K; the promotion interval, or a group "
     "size along K, is no multiple of 32.",
     "E0501": "`retile ... exact` promises that changing the tiles adds no rounding. That needs power-of-two scales (pow2 "
@@ -113,6 +116,8 @@ EXPLANATIONS: dict[str, str] = {
     "differ. A build runs only what it describes.",
     "E0614": "The spec is not the one the build was made from, or it now decides something else.",
     "E0701": "No pass has this name. `fp8c passes` lists them in the order they run.",
+    "E0615": "`fp8c explain` or a page of `fp8c inspect` was asked for something the build does not have. Uses are named by "
+    "module path, with `:op` for what is no GEMM; the help names what is spelt most like it.",
     "E0801": "The model file, folder or module does not exist. fp8c reads models from this machine only and never "
     "downloads one. Name a .py file, an importable module with `:factory`, or `hf:` with a config.json, a folder or a "
     "model type.",
@@ -139,6 +144,11 @@ EXPLANATIONS: dict[str, str] = {
     "type. fp8c never runs such code; import it in a model.py of your own instead.",
     "E0816": "A tensor of the batch has no elements, so there is no step to capture.",
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
+    "E0845": "`fp8c numerics --inject` breaks one operand on purpose, to see that it is found. The fault is "
+    "KIND:MODULE[:GEMM.OPERAND] with the kind scale, axis or e5m2, and must hit an operand that the spec quantizes.",
+    "E0842": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
+    "E0846": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
+    "E0847": "`fp8c numerics` compares a spec with BF16, and the spec keeps everything of this model in BF16.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
     "R0411": "A size is no multiple of its group, and the spec pads: the last group is shorter and has a scale of its own. "
     "MLA's 576-wide projection is such a case.",
@@ -187,6 +197,8 @@ EXPLANATIONS: dict[str, str] = {
     "E0951": "Communication needs at least one SM, and so does compute.",
     "E0960": "`simulate` needs exactly one source of durations: a build that holds `durations.json`, or "
     "`--durations FILE`.",
+    "E0963": "`fp8c export --format perfetto` draws a build's schedule, or else its estimated durations. A build has the one "
+    "when its step has collectives, and the other when its target has a cost sheet.",
     "E0961": "The file is no Chrome trace of GPU kernels, or the trace has no kernel that could be read.",
     "W0507": "A GEMM in BF16 reads a payload that was dispatched in FP8, so it sees a rounded copy.",
     "W0509": "wgrad is asked to read BF16, but what backward keeps of its input is FP8, by another rule. Write `cache x "
@@ -203,6 +215,14 @@ EXPLANATIONS: dict[str, str] = {
     "they are. The note says how the result was compared with the loop's.",
     "R0822": "Experts of a transformers model use fp8c's implementation: the same grouped GEMMs as transformers' own "
     "'grouped_mm', which also stay grouped GEMMs with FP32 parameters under autocast.",
+    "R0840": "Attention masks that hold the causal triangle, proven from the operators that make them, were dropped for the "
+    "causal kernel. The result is the same; `without=('causal-attention',)` keeps the masks.",
+    "R0841": "An attention mask is kept: it depends on data (padding, packed sequences), is a window, or is made by operators "
+    "that fp8c does not follow.",
+    "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
+    "that can't be told, so every forward and backward quantizes them.",
+    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. A parameter that is "
+    "sharded (DTensor, FSDP2) has its gradient reduced by FSDP2 instead.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
@@ -228,6 +248,53 @@ EXPLANATIONS: dict[str, str] = {
     "E0831": "The plan quantizes a GEMM whose operands are FP64 or whole numbers.",
     "E0832": "The step was captured without a backward: nothing it returns needs a gradient.",
     "E0833": "The step cannot be captured as one graph: Python code depends on the data. The place is the model's line.",
+    "E0860": "The mesh given to fp8c.compile has no dimension named `ep`, or some of its ranks would own no "
+    "expert: experts are dealt in equal chunks, as DTensor shards an axis.",
+    "E0861": "The experts of this loop are found neither in a list of modules or parameters of the module nor in a tensor "
+    "whose first axis counts experts, so they can't be sharded.",
+    "E0862": "The mesh asked for and the ranks that run differ in number, or a machine was given more ranks than it has "
+    "GPUs. torchrun starts one process for each rank.",
+    "E0863": "Ranks were started with different specs, targets, versions or models, or one of them never came. Compared "
+    "before anything is exchanged, because ranks with different graphs would send each other the wrong data or wait for "
+    "ever.",
+    "E0864": "Dense parameters are replicated over the ranks that share experts, and each rank's backward fills their "
+    "gradients from its own batch. They must be summed before an optimizer uses them.",
+    "E0865": "A collective of the step failed because another rank is gone or late. The rank that failed first has the "
+    "reason in its own output.",
+    "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
+    "cannot be combined with it.",
+    "E0870": "A stage runs as a forward and a backward graph of its own, so it may write to buffers only in a way that stays "
+    "inside the graph, and never to its inputs.",
+    "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
+    "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
-    "another type. Options are spec, target and lowering.",
+    "another type. Options are spec, target, lowering and without.",
+    "E1101": "A setting of AdamW is out of range, or a saved optimizer used one that fp8c's AdamW does not have.",
+    "E1102": "The optimizer got no parameter that requires a gradient.",
+    "E1103": "A parameter or its gradient is sparse, complex or of another type than FP32, BF16 or FP16.",
+    "E1104": "The saved optimizer state belongs to other parameters: their number or their shapes differ.",
+    "E1110": "The fused AdamW kernel got tensors that do not lie in memory as their parameter does.",
+    "E1120": "A setting of the moving average is out of range, or the module has no trained parameter.",
+    "E1121": "The saved moving average belongs to another module: names or shapes differ.",
+    "E1130": "A checkpoint cannot be written there.",
+    "E1131": "There is no whole checkpoint: its record or a file of it is missing, was cut, or is of another version.",
+    "E1132": "The checkpoint was trained under another spec, or the spec's text has changed since.",
+    "E1133": "The checkpoint has other tensors than the model, the optimizer or the moving average it is loaded into.",
+    "E1134": "Something given to be saved beside the model has a state that is neither plain values nor tensors.",
+    "E1140": "`fp8c export --format hf` writes the weights of a transformers class, and the model is none (or the folder to "
+    "read has no config.json).",
+    "E1141": "The checkpoint's tensors are not those of the model that was named: some are missing, unknown or of another "
+    "shape.",
+    "E1142": "The Hugging Face FP8 format holds E4M3 weights in 128x128 blocks; the plan has others.",
+    "E1150": "A schedule of precision is out of range, or a pattern to switch to BF16 matches no GEMM of the step.",
+    "E1151": "Telemetry needs an interval of at least one step.",
+    "R1143": "Weights with a side that is no multiple of 128 were left in BF16. Programs that derive the size of a block "
+    "from the number of scales, as transformers does on a CPU, would read them wrongly.",
+    "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
+    "W1101": "AdamW was built on bare parameters or on a module that fp8c did not compile, so no spec says in which "
+    "precision to keep moments and masters; it takes the recipe's. Bare parameters also have no names for checkpoints.",
+    "W1102": "The spec asks for FP32 gradients, and the optimizer found BF16 ones: each micro-batch's sum is rounded to 8 "
+    "significant bits. `main_grad=True` keeps FP32 accumulators.",
+    "W1103": "A BF16 moment with this beta never decays: a step takes off less than half a unit in its last place, which "
+    "rounding to nearest gives back.",
 }

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from fp8c import graph as g
+from fp8c.graph import portable_hash as portable_hash
 from fp8c.pipeline import Rewritten
 
 
@@ -46,16 +46,3 @@ def decisions(lock: Mapping[str, Any]) -> dict[str, Any]:
 
 def decisions_digest(lock: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisions(lock), sort_keys=True).encode()).hexdigest()
-
-
-def portable_hash(graph: fx.Graph) -> str:
-    """SHA-256 over operators, arguments and types, the same on every device: where tensors live does not count."""
-    numbers: dict[fx.Node, int] = {}
-    digest = hashlib.sha256()
-    for i, node in enumerate(graph.nodes):
-        numbers[node] = i
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory")}
-        arguments = fx.map_arg((node.args, kwargs), lambda n: f"%{numbers[n]}")
-        kept = pytree.tree_map(lambda a: "device" if isinstance(a, torch.device) else a, arguments)
-        digest.update(f"{node.op}|{g.target_text(node.target)}|{kept}|{g.type_text(node.meta.get('val'))}\n".encode())
-    return digest.hexdigest()

@@ -116,6 +116,11 @@ class Format:
         return text
 
     @property
+    def online(self) -> Format:
+        """What a pair has that was quantized in this format: the scale is a number, wherever it came from."""
+        return replace(self, delayed=None)
+
+    @property
     def transposed(self) -> Format:
         """The format of the transposed tensor: rows and columns of the group change places."""
         return self if self.group is None else replace(self, group=(self.group[1], self.group[0]))

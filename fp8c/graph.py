@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fp8c.diagnostics import Span
 from fp8c.user_code import is_model_file, short_path
@@ -93,6 +94,8 @@ def canonical_path(path: str) -> str:
     path = re.sub(r"^_?(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     parts = [p for p in path.split(".") if p and p not in _WRAPPERS]
+    if parts[:1] == ["__self__"]:  # the call of a module of torch's own, which Dynamo sees as a bound method
+        parts = parts[1:]
     if parts[:1] == ["module"]:  # DistributedDataParallel, and fp8c's own StepModule
         parts = parts[1:]
     return ".".join(parts)
@@ -282,7 +285,10 @@ def type_text(val: Any) -> str:
         return f"{_DTYPES.get(val.dtype, str(val.dtype))}[{', '.join(str(d) for d in val.shape)}]"
     if isinstance(val, (list, tuple)):
         return "(" + ", ".join(type_text(v) for v in val) + ")"
-    return "" if val is None else str(val)
+    if val is None:
+        return ""
+    is_number = isinstance(val, (bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return str(val) if is_number else type(val).__name__  # an object's own text may hold an address, or a rank
 
 
 def target_text(target: Any) -> str:
@@ -333,6 +339,27 @@ def structural_hash(graph: fx.Graph) -> str:
         numbers[node] = i
         arguments = fx.map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}")
         digest.update(f"{node.op}|{target_text(node.target)}|{arguments}|{type_text(node.meta.get('val'))}\n".encode())
+    return digest.hexdigest()
+
+
+def portable_hash(graph: fx.Graph) -> str:
+    """SHA-256 over operators, arguments and types, the same on every device and rank: where tensors live does not
+    count, nor how a process group is called."""
+    numbers: dict[fx.Node, int] = {}
+    digest = hashlib.sha256()
+
+    def shown(argument: Any) -> Any:
+        return "device" if isinstance(argument, torch.device) else argument
+
+    for i, node in enumerate(graph.nodes):
+        numbers[node] = i
+        args = node.args
+        if getattr(node.target, "namespace", "") == "_c10d_functional":
+            args = tuple("group" if isinstance(a, str) else a for a in args)
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory")}
+        arguments = fx.map_arg((args, kwargs), lambda n: f"%{numbers[n]}")
+        kept = pytree.tree_map(shown, arguments)
+        digest.update(f"{node.op}|{target_text(node.target)}|{kept}|{type_text(node.meta.get('val'))}\n".encode())
     return digest.hexdigest()
 
 

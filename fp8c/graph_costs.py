@@ -39,8 +39,28 @@ def is_collective(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in COLLECTIVES
 
 
+def is_control(node: fx.Node) -> bool:
+    """A collective of a few numbers that compute waits for on the spot: how many rows each rank sends. Such transfers
+    have a process group of their own, so that they don't queue behind payloads."""
+    if not is_collective(node):
+        return False
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and g.size_bytes(val) <= CONTROL_BYTES
+
+
+CONTROL_BYTES = 1 << 16
+
+
 def stream_of(node: fx.Node) -> str:
-    return COMM if is_collective(node) else COMPUTE
+    return COMM if is_collective(node) and not is_control(node) else COMPUTE
+
+
+def reads_on_host(node: fx.Node) -> bool:
+    """A copy to the host that Python waits for: everything behind it is issued when the device has come there."""
+    to = node.kwargs.get("device")
+    source = node.args[0] if node.args else None
+    is_copy = node.op == "call_function" and node.target is aten._to_copy.default and isinstance(source, fx.Node)
+    return is_copy and isinstance(to, torch.device) and to.type == "cpu" and g.value(source).device.type != "cpu"  # type: ignore[arg-type]
 
 
 def group_of(node: fx.Node) -> str:
@@ -94,7 +114,7 @@ def node_operator(node: fx.Node) -> Operator | None:
         return _gemm(node, is_bf16=True)
     if target in (ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default):
         return _gemm(node, is_bf16=False)
-    if target is ops.quantize.default:
+    if target in (ops.quantize.default, ops.quantize_delayed.default):
         return Quantize(_elements(_tensor(node, 0)))
     if target is ops.requantize.default:
         return Retile(_elements(_tensor(node, 0)))

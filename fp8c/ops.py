@@ -36,6 +36,9 @@ E5M6_BYTES = 12  # ... into twelve bytes, the most significant bits first
 
 _SCHEMAS = {
     "quantize": "(Tensor x, str fmt, Tensor? offs=None) -> (Tensor, Tensor)",
+    "quantize_delayed": (
+        "(Tensor x, str fmt, int history, str algo, int margin, str site, bool replay) -> (Tensor, Tensor)"
+    ),
     "dequantize": ("(Tensor q, Tensor s, str fmt, ScalarType dtype, Tensor? offs=None, SymInt? cols=None) -> Tensor"),
     "requantize": ("(Tensor q, Tensor s, str src, str dst, Tensor? offs=None, SymInt? cols=None) -> (Tensor, Tensor)"),
     "scaled_mm": (
@@ -97,9 +100,9 @@ def portable(name: str) -> Callable[..., Any]:
 
 
 # Kernels see the strides that the graph has: a GEMM operand may be a permuted view and must stay one.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+KERNEL_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=_TAGS)  # type: ignore[no-untyped-call]
+    _LIBRARY.define(_name + _schema, tags=KERNEL_TAGS)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_name, _portable_or_fail(_name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
@@ -109,7 +112,8 @@ for _name, _schema in _SCHEMAS.items():
 def quantized_format(text: str) -> Format:
     """Read a format that `quantize` can produce.
 
-    Raises: E0421 for a format without scales, with stochastic rounding or with delayed scales.
+    Raises: E0421 for a format without scales, with stochastic rounding or with delayed scales, which only
+            `quantize_delayed` makes: what it gives has the same format without `delayed(...)`.
     """
     try:
         fmt = Format.parse(text)
@@ -138,9 +142,16 @@ def packed_cols(cols: Size) -> Size:
     return ceil_div(cols, E5M6_CODES) * E5M6_BYTES
 
 
-def data_shape(shape: Sequence[Size], fmt: Format) -> list[Size]:
-    """Shape of the data of a quantized tensor of this shape."""
-    return [*shape[:-1], packed_cols(shape[-1])] if fmt.element is Element.E5M6 else list(shape)
+def data_shape(shape: Sequence[Size], fmt: Format, experts: Size | None = None) -> list[Size]:
+    """Shape of the data of a quantized tensor of this shape; [g0 * (R//g0 + E), C] when groups restart per expert.
+
+    Then data row g0 * r + i belongs to scale row r (`scale_shape`): every expert starts a block of g0 rows, and the rows
+    that no token fills hold 0. It is the data of the tensor whose experts are padded to whole groups, in place.
+    """
+    assert fmt.group is not None
+    *leading, rows, cols = shape
+    stored = rows if experts is None else fmt.group[0] * (rows // fmt.group[0] + experts)
+    return [*leading, stored, packed_cols(cols) if fmt.element is Element.E5M6 else cols]
 
 
 def scale_shape(shape: Sequence[Size], fmt: Format, experts: Size | None = None) -> list[Size]:
@@ -176,6 +187,87 @@ def experts_of(fmt: Format, offs: Tensor | None, ndim: int) -> Size | None:
     return offs.shape[0]
 
 
+def check_no_offsets(name: str, offs: Tensor | None) -> None:
+    """Raises: E0521 for offsets where a pair is read: the blocks of experts are ordinary groups of the data as stored."""
+    if offs is not None:
+        raise fail(
+            "E0521",
+            f"fp8c::{name} takes no offs: experts' data is stored in whole groups, and is read like any other",
+            help="pass offs=None; fp8c.ops.stored_rows tells where each row is",
+        )
+
+
+def stored_rows(offs: Tensor, rows: Size, group: int) -> Tensor:
+    """Where each of `rows` rows is stored when groups of `group` rows restart at each expert: i64 [rows].
+
+    It means nothing for rows past offs[-1], which aren't stored.
+    """
+    row = torch.arange(rows, device=offs.device)  # type: ignore[arg-type]  # takes a SymInt as well
+    expert = torch.searchsorted(offs, row, right=True)
+    start = torch.cat((offs.new_zeros(1), offs)).long()[expert]
+    return (start // group + expert) * group + row - start
+
+
+# Layout: what the GEMMs read without a copy. The copy engine needs the reduction innermost, row strides of 16 bytes.
+DATA_ALIGNMENT = 16  # elements of one byte
+SCALE_ALIGNMENT = 4  # elements of four bytes
+
+
+def empty_quantized(
+    like: Tensor, shape: Sequence[Size], fmt: Format, offs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised (data, scale) of a tensor of `shape`, in the layout that every implementation returns.
+
+    Matrices in groups of one column (128x1) are stored transposed: their permuted view is what wgrad reads. Scales of
+    groups of one row or one column are stored with the other axis innermost: for 1x128 [T, G] in memory [G, T rounded up
+    to 4]. Everything else is contiguous.
+    """
+    assert fmt.scale is not None and fmt.group is not None
+    experts = experts_of(fmt, offs, len(shape))
+    return (
+        empty_data(like, data_shape(shape, fmt, experts), fmt),
+        empty_scale(like, scale_shape(shape, fmt, experts), fmt),
+    )
+
+
+def empty_data(like: Tensor, shape: Sequence[Size], fmt: Format) -> Tensor:
+    """Uninitialised data of `shape` (`data_shape`), laid out as `empty_quantized` says."""
+    dtype = DATA_DTYPE[fmt.element]
+    if not is_stored_transposed(fmt, len(shape)):
+        return like.new_empty(list(shape), dtype=dtype)
+    return like.new_empty_strided(list(shape), (1, round_up(shape[0], DATA_ALIGNMENT)), dtype=dtype)
+
+
+def empty_scale(like: Tensor, shape: Sequence[Size], fmt: Format) -> Tensor:
+    """Uninitialised scales of `shape` (`scale_shape`), laid out as `empty_quantized` says."""
+    assert fmt.scale is not None and fmt.group is not None
+    dtype = SCALE_DTYPE[fmt.scale]
+    g0, g1 = fmt.group
+    if len(shape) != 2 or WHOLE in fmt.group or (g0 != 1 and g1 != 1):
+        return like.new_empty(list(shape), dtype=dtype)
+    rows, cols = shape
+    strides = (1, round_up(rows, SCALE_ALIGNMENT)) if g0 == 1 else (round_up(cols, SCALE_ALIGNMENT), 1)
+    return like.new_empty_strided(list(shape), strides, dtype=dtype)
+
+
+def is_stored_transposed(fmt: Format, ndim: int) -> bool:
+    assert fmt.group is not None
+    g0, g1 = fmt.group
+    return ndim == 2 and g1 == 1 and g0 not in (1, WHOLE) and fmt.element is not Element.E5M6
+
+
+def lay_out(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """A pair of any strides, copied to the layout of `empty_quantized`."""
+    return (
+        empty_data(data, data.shape, fmt).copy_(data),
+        empty_scale(scale, scale.shape, fmt).copy_(scale),
+    )
+
+
+def round_up(n: Size, multiple: int) -> Size:
+    return ceil_div(n, multiple) * multiple
+
+
 def _check_rank(name: str, tensor: Tensor, ranks: tuple[int, ...]) -> None:
     if tensor.dim() not in ranks:
         wanted = " or ".join(f"{r}-D" for r in ranks)
@@ -203,14 +295,22 @@ def original_shape(q: Tensor, fmt: Format, cols: Size | None) -> list[Size]:
 
 def _fake_quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     check_quantize_input(x)
-    return _empty_quantized(x, list(x.shape), quantized_format(fmt), offs)
+    return empty_quantized(x, x.shape, quantized_format(fmt), offs)
 
 
-def _empty_quantized(like: Tensor, shape: list[Size], fmt: Format, offs: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert fmt.scale is not None
-    experts = experts_of(fmt, offs, len(shape))
-    data = like.new_empty(data_shape(shape, fmt), dtype=DATA_DTYPE[fmt.element])
-    return data, like.new_empty(scale_shape(shape, fmt, experts), dtype=SCALE_DTYPE[fmt.scale])
+def _fake_quantize_delayed(
+    x: Tensor, fmt: str, history: int, algo: str, margin: int, site: str, replay: bool
+) -> tuple[Tensor, Tensor]:
+    check_quantize_input(x)
+    return empty_quantized(x, x.shape, check_delayed(fmt), None)
+
+
+def check_delayed(text: str) -> Format:
+    """Raises: E0421 unless the format has one scale for a tensor."""
+    fmt = quantized_format(text)
+    if fmt.group != (WHOLE, WHOLE) or fmt.element is Element.E5M6:
+        raise fail("E0421", f"format '{text}': delayed scales are for operands with one scale for a tensor")
+    return fmt
 
 
 def _fake_dequantize(
@@ -218,7 +318,7 @@ def _fake_dequantize(
 ) -> Tensor:
     parsed = quantized_format(fmt)
     _check_rank("dequantize", q, (2, 3))
-    experts_of(parsed, offs, q.dim())
+    check_no_offsets("dequantize", offs)
     return q.new_empty(original_shape(q, parsed, cols), dtype=dtype)
 
 
@@ -236,7 +336,8 @@ def _fake_requantize(
 ) -> tuple[Tensor, Tensor]:
     old, new = quantized_format(src), quantized_format(dst)
     _check_rank("requantize", q, (2, 3))
-    return _empty_quantized(q, original_shape(q, old, cols), new, restarts(new, offs))
+    check_no_offsets("requantize of groups of several rows", restarts(old, offs))
+    return empty_quantized(q, original_shape(q, old, cols), new, restarts(new, offs))
 
 
 def _fake_scaled_mm(
@@ -343,7 +444,7 @@ def _fake_attention_backward(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_attention(q, k, v, mask, is_causal)
-    dq, dk, dv = (empty_heads_last(t, t.shape) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))  # laid out as their operands: fused kernels write them so
     return dq, dk, dv
 
 
@@ -365,6 +466,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_quantize,
+    "quantize_delayed": _fake_quantize_delayed,
     "dequantize": _fake_dequantize,
     "requantize": _fake_requantize,
     "scaled_mm": _fake_scaled_mm,
@@ -408,6 +510,7 @@ torch.library.register_autograd("fp8c::attention", _attention_grad, setup_contex
 
 # The overloads, for passes that build or match nodes.
 QUANTIZE = torch.ops.fp8c.quantize.default
+QUANTIZE_DELAYED = torch.ops.fp8c.quantize_delayed.default
 DEQUANTIZE = torch.ops.fp8c.dequantize.default
 REQUANTIZE = torch.ops.fp8c.requantize.default
 SCALED_MM = torch.ops.fp8c.scaled_mm.default

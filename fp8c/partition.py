@@ -39,16 +39,26 @@ def partition(joint: fx.GraphModule, ctx: PassContext) -> Halves:
         if node in gradients or node.op == "output":
             continue
         val = node.meta.get("val")
-        if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(val, (torch.SymInt, torch.SymFloat)):
             if not g.is_backward(node):
                 sizes.append(node)
+        elif isinstance(val, torch.SymBool):
+            continue  # a check of a size; forward has made it
         elif node.op == "placeholder" or node.name in ctx.saved:
             saved.append(node)
     forward, backward = partitioners._extract_fwd_bwd_modules(
         joint, saved, saved_sym_nodes=sizes, num_fwd_outputs=ctx.num_fwd_outputs
     )
     backward = partitioners.reordering_to_mimic_autograd_engine(backward)
+    replay_scales(backward.graph)
     return Halves(forward, backward, ctx.num_fwd_outputs)
+
+
+def replay_scales(backward: fx.Graph) -> None:
+    """A delayed quantize of the forward that backward computes again takes the forward's scale, and notes nothing."""
+    for node in g.calls(backward, {torch.ops.fp8c.quantize_delayed.default}):
+        if not g.is_backward(node):
+            node.args = (*node.args[:-1], True)
 
 
 def default_min_cut(joint: fx.GraphModule, inputs: object, num_fwd_outputs: int) -> Halves:

@@ -17,6 +17,7 @@ from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity
 from fp8c.formats import Format
 from fp8c.roles import OpUse
+from fp8c.schedule import Schedule
 from fp8c.specs.plan import PrecisionPlan, Reason
 
 
@@ -37,6 +38,8 @@ class PassContext:
     machine: the cost model's view of the target; None where it has no cost sheet
     inputs:  name of every graph input by placeholder name: a parameter's or buffer's FQN, or "" for data
     trained: placeholders whose gradient the step returns
+    schedules: what schedule-overlap chose, by half; empty for a step without collectives
+    fusions: operators of `fp8c.fused_ops` that the backend has in one kernel, by name
     """
 
     plan: PrecisionPlan | None = None
@@ -49,7 +52,9 @@ class PassContext:
     uses: dict[str, OpUse] = field(default_factory=dict)
     saved: dict[str, SavedValue] = field(default_factory=dict)
     recomputed: set[str] = field(default_factory=set)
+    schedules: dict[str, Schedule] = field(default_factory=dict)
     options: frozenset[str] = frozenset()
+    fusions: frozenset[str] = frozenset()
     remarks: list[Diagnostic] = field(default_factory=list)
 
     @property

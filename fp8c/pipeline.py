@@ -16,8 +16,10 @@ from torch import fx
 
 from fp8c import capture, verifier
 from fp8c import graph as g
+from fp8c.backends.fusions import fusions_of
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode
+from fp8c.main_grad import mark_gradients
 from fp8c.partition import Halves, partition, trained_inputs
 from fp8c.pass_manager import PassContext, PassManager, PassRecord
 from fp8c.passes import HALF_PASSES, JOINT_PASSES, ROLES
@@ -25,6 +27,9 @@ from fp8c.roles import Op
 from fp8c.specs.plan import PrecisionPlan
 
 Observer = Callable[[str, int, str, fx.Graph], None]
+#: Passes that have something to do without a backward.
+INFERENCE = frozenset({"causal-attention", "insert-quantize", "fp8-dispatch"})
+
 Resolver = Callable[[list[Any]], PrecisionPlan]
 
 
@@ -49,8 +54,11 @@ def rewrite_and_partition(
     machine: Machine | None = None,
     observers: tuple[Observer, ...] = (),
     verify_each: bool = True,
+    without: frozenset[str] = frozenset(),
 ) -> Rewritten:
     """Assign roles, resolve the plan on them, rewrite, partition, compress. The given graph is not changed.
+
+    without: optional passes to leave out
 
     Raises: DiagnosticError for whatever the spec, the model or a pass can't do.
     """
@@ -60,15 +68,16 @@ def rewrite_and_partition(
         num_fwd_outputs=num_fwd_outputs,
         target=target,
         machine=machine,
+        fusions=fusions_of(target),
     )
     manager = PassManager(verifier.INVARIANTS, verify_each, observers)
     held: set[str] = set()
     graph = manager.run(joint.graph, [ROLES], ctx, held)
     require_backward(graph, ctx)
     ctx.plan = resolve(list(ctx.uses.values()))
-    graph = manager.run(graph, JOINT_PASSES, ctx, held)
+    graph = manager.run(graph, [p for p in JOINT_PASSES if p.name not in without], ctx, held)
     halves = partition(fx.GraphModule(joint, graph), ctx)
-    for item in HALF_PASSES:
+    for item in [p for p in HALF_PASSES if p.name not in without]:
         index = len(manager.records)
         for observe in observers:  # forward first, then backward
             observe("before", index, item.name, halves.forward.graph)
@@ -81,6 +90,8 @@ def rewrite_and_partition(
             observe("after", index, item.name, halves.backward.graph)
     if verify_each:
         verify_halves(halves, ctx)
+    primals = [n.name for n in joint.graph.find_nodes(op="placeholder") if not str(n.target).startswith("tangents")]
+    mark_gradients(halves.backward.graph, primals, ctx.inputs)
     return Rewritten(halves, ctx.plan, ctx, joint, manager.records)
 
 
@@ -91,6 +102,7 @@ def rewrite_inference(
     *,
     target: Any = None,
     observers: tuple[Observer, ...] = (),
+    without: frozenset[str] = frozenset(),
 ) -> fx.GraphModule:
     """The forward alone, for `torch.no_grad()`: the same formats as in training, nothing is saved."""
     ctx = PassContext(inputs=capture.joint_input_names(forward, names), training=False, target=target)
@@ -98,7 +110,8 @@ def rewrite_inference(
     held: set[str] = set()
     graph = manager.run(forward.graph, [ROLES], ctx, held)
     ctx.plan = resolve(list(ctx.uses.values()))
-    graph = manager.run(graph, [p for p in JOINT_PASSES if p.name in ("insert-quantize", "fp8-dispatch")], ctx, held)
+    passes = [p for p in JOINT_PASSES if p.name in INFERENCE and p.name not in without]
+    graph = manager.run(graph, passes, ctx, held)
     return fx.GraphModule(forward, graph)
 
 
@@ -125,7 +138,7 @@ def verify_halves(halves: Halves, ctx: PassContext) -> None:
     ]
     found += verifier.saved_is_planned(halves, ctx)
     if found:
-        summary = Diagnostic("E0705", "IR is invalid after partition and 'compress-saved'")
+        summary = Diagnostic("E0705", "IR is invalid after the passes on the halves")
         raise DiagnosticError([summary, *found], ExitCode.BUG)
 
 

@@ -55,6 +55,7 @@ def load(
         spec,
         load_target(target or read.manifest["target"]["name"]),
         lowering=lowering,
+        without=frozenset(read.manifest.get("without", ())),
         build=read,
     )
     session.remarks += prepare(loaded.module, loaded.example_inputs)

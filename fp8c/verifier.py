@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 import fp8c.ops  # noqa: F401  (defines the operators)
+from fp8c import fused_ops
 from fp8c import graph as g
 from fp8c.diagnostics import Diagnostic
 from fp8c.formats import Format
@@ -33,7 +34,8 @@ SCALED = {
 SCALED_ADD = {ops.scaled_mm_add_.default: 5, ops.scaled_grouped_wgrad_add_.default: 6}  # an accumulator, then a
 _FORMAT_INDEX = SCALED | SCALED_ADD
 _GATHERS = frozenset({aten.index.Tensor, aten.index_select.default})
-_WIRE = frozenset({c10d.all_to_all_single.default, c10d.wait_tensor.default, aten.view.dtype, aten.alias.default})
+#: What leaves rows, columns and values as they are.
+_WIRE = frozenset({c10d.wait_tensor.default, aten.view.dtype, aten.alias.default, aten.clone.default})
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -65,10 +67,13 @@ def _derive(
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
-    if node.target is operator.getitem and source.target in (ops.quantize.default, ops.requantize.default):
-        text = source.args[1] if source.target is ops.quantize.default else source.args[3]
-        part = "data" if node.args[1] == 0 else "scale"
-        return QuantizedType(Format.parse(str(text)), part, source.name)
+    if node.target is operator.getitem and source.target in fused_ops.MAKES:
+        return _made(source, fused_ops.MAKES[source.target][_index(node)])
+    if node.target is operator.getitem and source.target is fused_ops.GATHER_QUANTIZED:
+        moved = types.get(source.args[_index(node)])  # type: ignore[arg-type]
+        numbers = source.args[2]
+        assert isinstance(numbers, fx.Node)
+        return None if moved is None else replace(moved, moves=(*moved.moves, f"rows {numbers.name}"))
     known = types.get(source)
     if known is None:
         return None
@@ -83,6 +88,22 @@ def _derive(
     if node.target in _WIRE:
         return known
     return None
+
+
+def _index(getitem: fx.Node) -> int:
+    index = getitem.args[1]
+    assert isinstance(index, int)
+    return index
+
+
+def _made(source: fx.Node, made: fused_ops.Made | None) -> QuantizedType | None:
+    if made is None:
+        return None
+    fmt = Format.parse(str(source.args[made.format]))
+    origin = f"{source.name}.{made.pair}" if made.pair else source.name
+    if made.is_transposed:
+        return QuantizedType(fmt.transposed, made.part, origin, ("transposed",))
+    return QuantizedType(fmt, made.part, origin)
 
 
 def _at(code: str, message: str, node: fx.Node, help: str = "") -> Diagnostic:
@@ -113,8 +134,9 @@ def scales_paired(
             for i, operand in enumerate("ab"):
                 data, scale = node.args[operands + 2 * i : operands + 2 * i + 2]
                 found += _check_pair(node, data, scale, str(node.args[formats + i]), types, operand)
-        elif node.target in (ops.dequantize.default, ops.requantize.default):
-            found += _check_pair(node, node.args[0], node.args[1], str(node.args[2]), types, "q")
+        elif node.target in fused_ops.READS:
+            first, fmt = fused_ops.READS[node.target]
+            found += _check_pair(node, node.args[first], node.args[first + 1], str(node.args[fmt]), types, "q")
     return found
 
 
@@ -152,7 +174,8 @@ def groups_on_reduction_axis(graph: fx.Graph, ctx: PassContext) -> list[Diagnost
 
 _FP8_CONSUMERS = (
     frozenset(_FORMAT_INDEX)
-    | {ops.dequantize.default, ops.requantize.default, operator.getitem, aten.permute.default, aten.t.default}
+    | frozenset(fused_ops.READS)
+    | {operator.getitem, aten.permute.default, aten.t.default}
     | _GATHERS
     | _WIRE
 )

@@ -147,7 +147,7 @@ def _recompute_output(anchor: fx.Node, use: UsePlan, policy: Policy) -> None:
             role = user.meta.get(g.ROLE)
             if isinstance(role, GemmRole) and role.use != use.use.key:
                 continue
-            if user.target in NEVER_TWICE or user.target is ops.quantize.default or _joins_residual(user, node):
+            if user.target in NEVER_TWICE or user.target in QUANTIZES or _joins_residual(user, node):
                 continue
             if isinstance(user.meta.get("val"), torch.Tensor) and user.meta["val"].dtype.is_floating_point:
                 frontier.append(user)
@@ -212,14 +212,14 @@ def pair_read_by_wgrad(wgrad: fx.Node, fmt: Format) -> tuple[fx.Node, fx.Node] |
             data, scale = source.args[:2]
             assert isinstance(data, fx.Node) and isinstance(scale, fx.Node)
             return data, scale
-        if (
-            g.is_call(source, {ops.quantize.default})
-            and source.args[1] == fmt.text
-            and _is_forward_value(source.args[0])
-        ):
+        if g.is_call(source, QUANTIZES) and source.args[1] == fmt.online.text and _is_forward_value(source.args[0]):
             data, scale = sorted(source.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
             return data, scale
     return None
+
+
+#: Operators that make a pair from a value.
+QUANTIZES = frozenset({ops.quantize.default, ops.quantize_delayed.default})
 
 
 def _is_forward_value(node: object) -> bool:

@@ -212,6 +212,8 @@ def _move_again(graph: fx.Graph, mover: fx.Node, part: fx.Node, like: fx.Node) -
     sent = mover.args[0]
     assert isinstance(sent, fx.Node)
     dtype = g.value(part).dtype
+    if g.value(part).stride()[-1:] != (1,):  # scales may be stored with their rows innermost; collectives take rows
+        part = g.emit(graph, aten.clone.default, part, memory_format=torch.contiguous_format, like=like)
     as_bytes = dtype.itemsize == 1 and dtype is not torch.uint8
     if as_bytes:  # gloo refuses float8
         part = g.emit(graph, aten.view.dtype, part, torch.uint8, like=like)

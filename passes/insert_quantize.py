@@ -8,6 +8,7 @@ After:   %xq, %xs = fp8c.quantize(%x, 'e4m3[1x128] fp32')        e4m3[T, K], f32
          %y  = fp8c.scaled_mm(%xq, %xs, %wq, %ws, ...)           bf16[T, N]
          %dx = fp8c.scaled_mm(%dyq, %dys, %wqT, %wsT, ...)       the same quantized weight, read transposed
          %dw = fp8c.scaled_mm(%dyqT, %dysT, %xqT, %xsT, ...)     both quantized again in 128x1 groups along tokens
+Delayed: %xq, %xs = fp8c.quantize_delayed(%x, 'e4m3[tensor] fp32', history, algo, margin, 'up fprop 0', False)
 
 Contract: a value is quantized once per format however many GEMMs read it; every GEMM the plan quantizes is rewritten or
 the pass fails. Grouped GEMMs keep their offsets, and groups along tokens restart at each expert's first row.
@@ -16,6 +17,7 @@ Source:   DeepSeek-V3 (arXiv:2412.19437), sections 3.3.1 and 3.3.2.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -42,7 +44,7 @@ class InsertQuantize:
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> PassResult:
         assert ctx.plan is not None
-        quantizer = Quantizer(graph, g.gradients(graph))
+        quantizer = Quantizer(graph, g.gradients(graph), training=ctx.training)
         problems: list[Diagnostic] = []
         changed = 0
         weights: dict[str, fx.Node] = {}  # the forward's weight operand by use: its dgrad reads the same one
@@ -79,6 +81,8 @@ class Quantizer:
     graph: fx.Graph
     gradients: set[fx.Node] = field(default_factory=set)
     pairs: dict[tuple[fx.Node, str, int, fx.Node | None], tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    training: bool = True
+    sites: Counter[str] = field(default_factory=Counter)
 
     def quantize(self, x: fx.Node, fmt: Format, like: fx.Node, offs: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """(data, scale) of x. `offs` matters only where groups run along the rows and must restart per expert."""
@@ -89,10 +93,24 @@ class Quantizer:
         key = (source, fmt.text, g.value(x).dim(), offs)
         pair = self.pairs.get(key)
         if pair is None or g.value(pair[0]).shape[:-1] != g.value(x).shape[:-1]:
-            arguments = (x, fmt.text) if offs is None else (x, fmt.text, offs)
-            pair = g.emit_pair(self.graph, ops.quantize.default, *arguments, like=like)
+            pair = self._delayed(x, fmt, like) if fmt.delayed is not None else self._online(x, fmt, like, offs)
             self.pairs[key] = pair
         return pair
+
+    def _online(self, x: fx.Node, fmt: Format, like: fx.Node, offs: fx.Node | None) -> tuple[fx.Node, fx.Node]:
+        arguments = (x, fmt.text) if offs is None else (x, fmt.text, offs)
+        return g.emit_pair(self.graph, ops.quantize.default, *arguments, like=like)
+
+    def _delayed(self, x: fx.Node, fmt: Format, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """A site is named after the GEMM that first reads the value; evaluation replays and notes nothing."""
+        assert fmt.delayed is not None
+        role = like.meta.get(g.ROLE)
+        gemm = f"{role.use} {role.gemm}" if isinstance(role, GemmRole) else like.name
+        site = f"{gemm} {self.sites[gemm]}"
+        self.sites[gemm] += 1
+        how = (fmt.delayed.history, fmt.delayed.algo, fmt.delayed.margin)
+        arguments = (x, fmt.online.text, *how, site, not self.training)
+        return g.emit_pair(self.graph, ops.quantize_delayed.default, *arguments, like=like)
 
     def transposed(self, pair: tuple[fx.Node, fx.Node], like: fx.Node) -> tuple[fx.Node, fx.Node]:
         data, scale = pair
@@ -170,7 +188,7 @@ def scaled(
     wgrad: bool = False,
 ) -> fx.Node:
     out_dtype = g.value(node).dtype
-    tail = (a_format.text, b_format.text, formats.promote_every, out_dtype)
+    tail = (a_format.online.text, b_format.online.text, formats.promote_every, out_dtype)
     if offs is None:
         return g.emit(graph, ops.scaled_mm.default, *a, *b, *tail, like=node)
     target = ops.scaled_grouped_wgrad.default if wgrad else ops.scaled_grouped_mm.default

@@ -77,7 +77,7 @@ class ScheduleOverlap:
     def run(self, halves: Halves, ctx: PassContext) -> int:
         """Reorder both halves in place; return the number of nodes moved."""
         moved = 0
-        for half in (halves.forward, halves.backward):
+        for name, half in (("forward", halves.forward), ("backward", halves.backward)):
             machine = self.machine or ctx.machine
             if machine is None or not any(is_collective(n) for n in half.graph.nodes):
                 continue
@@ -87,6 +87,7 @@ class ScheduleOverlap:
                 memory_budget_bytes=self.memory_budget_bytes,
                 limits=self.limits,
             )
+            ctx.schedules[name] = report.schedule
             agree(half.graph)
             if report.moved:
                 half.graph.lint()
@@ -111,13 +112,35 @@ def schedule_graph(
     problem, anchors = graph_problem(graph, cost_us, memory_budget_bytes)
     schedule = solve(problem, limits)
     given = program_order(issue_order_problem(graph, cost_us))
-    # Of what starts together, transfers are issued first: the host needs a moment for each, and compute would wait.
-    issue = sorted(schedule.slots, key=lambda s: (s.start_us, s.task.resource != COMM))
-    found = emission_order(graph, [anchors[s.task.name] for s in issue])
+    found = emission_order(graph, [anchors[name] for name in issue_order(schedule)])
     _apply(graph, found)
     raise_if(order_only(before, graph))
     moved = sum(a is not b for a, b in zip(order, graph.nodes))
     return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved)
+
+
+def issue_order(schedule: Schedule) -> list[str]:
+    """Compute in its order, and each transfer as soon as its inputs have been issued, transfers in their own order.
+
+    A transfer waits for all compute that was issued before it, and for the transfers in front of it anyway. Issued only
+    when the schedule starts it, it would wait for the operator that happens to run then.
+    """
+    ordered = sorted(schedule.slots, key=lambda s: s.start_us)
+    transfers = [s.task for s in ordered if s.task.resource == COMM]
+    issued: list[str] = []
+    done: set[str] = set()
+
+    def issue(name: str) -> None:
+        issued.append(name)
+        done.add(name)
+
+    for slot in (None, *ordered):
+        if slot is not None and slot.task.resource != COMM:
+            issue(slot.task.name)
+        while transfers and done.issuperset(transfers[0].after):
+            issue(transfers.pop(0).name)
+    assert not transfers, "a transfer waits for what is never issued"
+    return issued
 
 
 # ------------------------------------------------------------------------------------------- graph to problem and back
@@ -309,7 +332,9 @@ def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
         return
     if distributed.get_backend() == "fake":
         return
-    mine = [(n.name, group_of(n)) for n in graph.nodes if is_collective(n)]
+    groups: dict[str, str] = {}  # numbered: ranks of different groups run the same program
+    calls = [n for n in graph.nodes if is_collective(n)]
+    mine = [(n.name, groups.setdefault(group_of(n), str(len(groups)))) for n in calls]
     store = distributed.distributed_c10d._get_default_store()
     orders = exchange_orders(store, mine, distributed.get_rank(), distributed.get_world_size(), patience_s)
     raise_if(disagreements(orders))

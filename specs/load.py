@@ -90,9 +90,13 @@ def load(spec: str | Path) -> Spec:
 
 def load_file(path: Path) -> Spec | ast.File:
     """Load a file as `load` does; a file of formats and sets alone, which is for `use`, is checked and given back."""
-    loader = _Loader(path.resolve().parent)
-    source = parser.read(path, path.name)
-    unit = loader.unit(source, loader.root, ())
+    return load_source(parser.read(path, path.name), path.resolve().parent)
+
+
+def load_source(source: parser.Source, root: Path | None) -> Spec | ast.File:
+    """`load_file` for text that need not be a file yet; relative `use` paths start at `root`."""
+    loader = _Loader(root)
+    unit = loader.unit(source, root, ())
     if unit.file.spec is not None:
         return loader.load(source)
     mistakes: list[Diagnostic] = []
@@ -100,6 +104,42 @@ def load_file(path: Path) -> Spec | ast.File:
     if mistakes:
         raise DiagnosticError(_distinct(mistakes), ExitCode.SPEC)
     return unit.file
+
+
+class Scope:
+    """The names of one file: what its formats, sets and selectors stand for.
+
+    Raises: DiagnosticError when the file, or one it uses, has mistakes
+    """
+
+    def __init__(self, source: parser.Source, root: Path | None) -> None:
+        self._unit = _Loader(root).unit(source, root, ())
+        self.file = self._unit.file
+
+    def formats(self) -> dict[str, ast.NamedFormat]:
+        """Named formats as this file writes them: its own, and `alias.name` of those it uses."""
+        used = {f"{alias}.{f.name}": f for alias, unit in self._unit.used.items() for f in unit.file.formats}
+        return {f.name: f for f in self.file.formats} | used
+
+    def sets(self) -> dict[str, ast.NamedSet]:
+        used = {f"{alias}.{s.name}": s for alias, unit in self._unit.used.items() for s in unit.file.sets}
+        return {s.name: s for s in self.file.sets} | used
+
+    def aliases(self) -> tuple[str, ...]:
+        return tuple(self._unit.used)
+
+    def format(self, name: str) -> Format:
+        """What a name stands for. Raises: KeyError for an unknown one."""
+        named = self.formats()[name]
+        unit = self._unit.used[name.partition(".")[0]] if "." in name else self._unit
+        return _Linker(unit, []).format(named.value)
+
+    def selector(self, selector: ast.Selector) -> ast.Selector:
+        """A selector of this file without names of sets."""
+        return _Linker(self._unit, []).selector(selector)[0]
+
+    def set_selector(self, name: str) -> ast.Selector:
+        return self.selector(ast.SetRef(name, self.sets()[name].span))
 
 
 def loads(text: str, name: str = "<spec>", root: Path | None = None) -> Spec:

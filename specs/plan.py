@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp8c.diagnostics import Diagnostic
+from fp8c.diagnostics import Diagnostic, Span
 from fp8c.formats import BF16, Format
-from fp8c.roles import OPERANDS, OpUse
+from fp8c.roles import OPERANDS, Op, OpUse
 
 Value = Format | str | int | float | bool | tuple[Any, ...]
 
@@ -164,3 +164,80 @@ def _decision_json(decision: Decision) -> dict[str, Any]:
         "reason": dict(vars(decision.reason)),
         "overrode": [{"value": _value_json(v), "reason": dict(vars(r))} for v, r in decision.overrode],
     }
+
+
+# --- reading a lock ---------------------------------------------------------------------------------------------------
+
+
+def plan_from_json(document: Mapping[str, Any]) -> PrecisionPlan:
+    """The plan of a lock file, with everything the lock has.
+
+    Raises: KeyError, TypeError or ValueError for what is no lock.
+    """
+    uses = {
+        key: UsePlan(use, {name: _decision(name, d) for name, d in document["uses"][key]["fields"].items()})
+        for key, use in uses_from_json(document).items()
+    }
+    sections = {
+        name: {key: _decision(key, d) for key, d in values.items()} for name, values in document["sections"].items()
+    }
+    return PrecisionPlan(document["spec"], document["spec_hash"], document["target"], uses, sections)
+
+
+def uses_from_json(document: Mapping[str, Any]) -> dict[str, OpUse]:
+    """The role records of a lock file. Layers are found in the paths, as roles find them."""
+    counts: dict[str, int] = {}
+    layers = {key: _layer_of(str(use["path"])) for key, use in document["uses"].items()}
+    for layer, prefix in layers.values():
+        if layer is not None:
+            counts[prefix] = max(counts.get(prefix, 0), layer + 1)
+    uses = {}
+    for key, use in document["uses"].items():
+        layer, prefix = layers[key]
+        shape = use["shape"]
+        file, _, line = str(use["source"] or "").rpartition(":")
+        uses[key] = OpUse(
+            key,
+            Op(use["op"]),
+            use["path"],
+            kinds=frozenset(use["kinds"]),
+            roles=frozenset(use["roles"]),
+            layer=layer,
+            layer_count=counts.get(prefix, 0),
+            param=use["param"],
+            m=shape["m"],
+            n=shape["n"],
+            k=shape["k"],
+            experts=shape["experts"],
+            no_dgrad=use["no_dgrad"],
+            no_wgrad=use["no_wgrad"],
+            source=Span(file, int(line)) if line.isdecimal() else None,
+        )
+    return uses
+
+
+def _layer_of(path: str) -> tuple[int | None, str]:
+    """Index of the decoder layer, the first whole-number segment of the path, and the list it indexes."""
+    parts = path.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return (None, "") if at is None else (int(parts[at]), ".".join(parts[:at]))
+
+
+def _decision(name: str, document: Mapping[str, Any]) -> Decision:
+    overrode = tuple((_value(name, o["value"]), Reason(**o["reason"])) for o in document["overrode"])
+    return Decision(_value(name, document["value"]), Reason(**document["reason"]), overrode)
+
+
+def _value(name: str, value: Any) -> Value:
+    if isinstance(value, list):
+        return tuple(_value(name, v) for v in value)
+    if isinstance(value, str):
+        if name.endswith(".accumulate"):
+            return value  # a word, though it reads like a format
+        try:
+            return Format.parse(value)
+        except ValueError:
+            return value
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"no value of {name}: {value!r}")
+    return value

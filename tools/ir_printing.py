@@ -13,7 +13,7 @@ from torch import fx
 from fp8c import graph as g
 from fp8c.build import spec_file
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
-from fp8c.passes import ALL_PASSES, HALF_PASSES
+from fp8c.passes import ALL_PASSES, HALF_PASSES, ROLES
 
 _ON_HALVES = frozenset(p.name for p in HALF_PASSES)
 _NAMES = tuple(p.name for p in ALL_PASSES)
@@ -56,6 +56,7 @@ class Observer:
 
     running: the pass that began and has not ended, with the graph it was given; what a reproducer is made of
     joint:   the joint graph after the last pass on it
+    roles:   the captured graph with the roles that assign-roles found
     """
 
     printing: Printing = field(default_factory=Printing)
@@ -63,6 +64,7 @@ class Observer:
     running: tuple[str, fx.Graph] | None = None
     ended: list[str] = field(default_factory=list)
     joint: fx.Graph | None = None
+    roles: fx.Graph | None = None
     _hashes: dict[str, str] = field(default_factory=dict)
     _seen: set[tuple[str, str]] = field(default_factory=set)
     _dumped: int = 0
@@ -83,6 +85,8 @@ class Observer:
         self.ended.append(name)
         if which == "joint":
             self.joint = graph
+        if name == ROLES.name:
+            self.roles = graph
         changed = False
         if self._compares:
             after = g.structural_hash(graph)

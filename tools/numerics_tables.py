@@ -47,7 +47,7 @@ def _magnitudes(count: int, octaves: int) -> Tensor:
 
 def _quantized_values(x: Tensor, fmt: str) -> Tensor:
     q, s = QUANTIZE(x, fmt)
-    return dequantize_f32(q, s, Format.parse(fmt), None, x.shape[1])
+    return dequantize_f32(q, s, Format.parse(fmt), x.shape[1])
 
 
 def formats() -> Table:

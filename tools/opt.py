@@ -19,6 +19,7 @@ from torch import fx
 
 from fp8c import capture, driver, pipeline, verifier
 from fp8c import graph as g
+from fp8c.backends.fusions import fusions_of
 from fp8c.backends.target import load_target
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.partition import Halves, partition, trained_inputs
@@ -126,6 +127,7 @@ def run_passes(
         trained=trained_inputs(step.joint, step.num_fwd_outputs),
         num_fwd_outputs=step.num_fwd_outputs,
         target=record,
+        fusions=fusions_of(record),
     )
     manager = PassManager(verifier.INVARIANTS, True, observers)
     held: set[str] = set()

@@ -212,7 +212,9 @@ class CheckingSession(driver.Session):
 
 def verify(loaded: LoadedModel, eager: StepResult, session: driver.Session, planned: Rewritten) -> Verification:
     """Run the prepared model's step compiled and compare it with `eager` and with the plan."""
-    checking = CheckingSession(session.spec, session.target, lowering="reference", verify_each=session.verify_each)
+    checking = CheckingSession(
+        session.spec, session.target, lowering="reference", verify_each=session.verify_each, without=session.without
+    )
     torch._dynamo.reset()
     step = copy.copy(loaded.step())
     step.compile(backend=driver.guarded(checking), fullgraph=True, dynamic=False)

@@ -133,12 +133,9 @@ class GemmConfig:
             Scales.PER_BLOCK: _round_up(self.waves_n * slots * 4, 16),
             Scales.PER_TENSOR: 0,
         }[self.scales]
-        low = ((stages + 1) * self.tile_n * 16 + 128) if self.grouping is Grouping.REDUCTION_GROUPS else 0
-        operands = low + stages * (
-            (self.tile_m + self.tile_n) * BLOCK_K + self.scale_a_bytes + scale_b
-        )  # multiples of 16
+        operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + self.scale_a_bytes + scale_b)  # multiples of 16
         tiles = TILE_SLOTS * (32 + 2 * 8)
-        barriers = 3 * stages * 8
+        barriers = 2 * stages * 8
         return operands + 4 * self.warpgroups * self.staging_bytes + tiles + barriers
 
     def headers(self) -> dict[str, str]:

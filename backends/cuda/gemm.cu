@@ -32,12 +32,11 @@ constexpr bool A_IN_REGISTERS = WAVES_M == 1 && WAVE_N <= 128 && FLIGHT == 1;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.
-// Warps of the producer's warpgroup: one drives TMA, one walks the schedule, one fetches 128x128 scales, and with K groups
-// the rest repairs their edges. Several jobs for several warps, because each has few registers.
-constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0, REPAIR_WARPS = GROUPING == REDUCTION_GROUPS ? 2 - SCALE_WARPS : 0;
-constexpr int REPAIR_THREADS = 32 * REPAIR_WARPS;
-constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, REPAIR_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
-constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS + REPAIR_WARPS;
+// Warps of the producer's warpgroup: one drives TMA, one walks the schedule, one fetches 128x128 scales, one those of few
+// rows. Several jobs for several warps, because each has few registers.
+constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0;
+constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, FEW_ROWS_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
+constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS;
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
@@ -70,17 +69,13 @@ constexpr int SCALE_B_STRIDE =
     SCALES == PER_BLOCK ? (WAVES_N * SEGMENT_SLOTS * 4 + 15) / 16 * 16 : (SCALE_B_BYTES + 127) / 128 * 128;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SCALE_A_BYTES + SCALE_B_BYTES;
 constexpr int OFFSET_B = STAGES * A_BYTES, OFFSET_STAGING = OFFSET_B + STAGES * B_BYTES;
-// K groups: for each stage the 16-byte column of B that straddles two scale groups, and zeros of the same size ("Edges").
-constexpr int LOW_BYTES = TILE_N * 16, ZERO_BYTES = LOW_BYTES + 128;
-constexpr int OFFSET_LOW = OFFSET_STAGING + CONSUMER_WARPS * STAGING_BYTES, OFFSET_ZERO = OFFSET_LOW + STAGES * LOW_BYTES;
-constexpr int OFFSET_SCALE_A = GROUPING == REDUCTION_GROUPS ? OFFSET_ZERO + ZERO_BYTES : OFFSET_LOW;
+constexpr int OFFSET_SCALE_A = OFFSET_STAGING + CONSUMER_WARPS * STAGING_BYTES;
 constexpr int OFFSET_SCALE_B = OFFSET_SCALE_A + STAGES * SCALE_A_STRIDE;
 constexpr int OFFSET_TILES = OFFSET_SCALE_B + STAGES * SCALE_B_STRIDE;
 constexpr int TILE_SLOTS = 4;  // consumer warpgroups may be some tiles apart when K is short
 constexpr int OFFSET_STAGE_BARRIERS = OFFSET_TILES + TILE_SLOTS * sizeof(Tile);
 constexpr int OFFSET_TILE_BARRIERS = OFFSET_STAGE_BARRIERS + 2 * STAGES * 8;
-constexpr int OFFSET_LANDED_BARRIERS = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;  // one a stage, for tails
-constexpr int SHARED_BYTES = OFFSET_LANDED_BARRIERS + STAGES * 8;
+constexpr int SHARED_BYTES = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;
 static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "config.py and the kernel disagree about shared memory");
 
 struct Arguments {
@@ -112,20 +107,9 @@ using Schedule = ScheduleOf<GROUPING>::type;
 
 // Producer -------------------------------------------------------------------------------------------------------
 
-// Edges of K groups. They start and end anywhere, but TMA starts only at multiples of 16 bytes. So a tile's stages hold
-// windows of 128 tokens from the multiple of 16 at or before its first token on, `shift` tokens earlier. Then a window
-// begins with the last `shift` tokens of the scale group before its own. The repair warps move those of B out of the window
-// into the stage's `low` column (the rest of it is zero), and the consumers make five wgmma of a scale group: four from its
-// own window, one from the next window's low column. Zeros in one operand are enough there, because both groups belong to
-// the same rows and columns of the output. At the ends of an expert both operands are cleared of the neighbour's tokens,
-// because zero times a NaN that lives there would be NaN.
-DEVICE int shift_of(const Tile& tile) { return GROUPING == REDUCTION_GROUPS ? tile.k_begin % 16 : 0; }
-DEVICE int scale_groups(const Tile& tile) { return ceil_div(tile.k_length, BLOCK_K); }
-DEVICE int windows(const Tile& tile) { return tile.k_length == 0 ? 0 : ceil_div(shift_of(tile) + tile.k_length, BLOCK_K); }
-DEVICE bool needs_repair(const Tile& tile, int window) {
-    return GROUPING == REDUCTION_GROUPS &&
-           (shift_of(tile) != 0 || tile.k_length - window * BLOCK_K < BLOCK_K);
-}
+// K groups begin at multiples of 128 of K, and what lies between a group's end and the next multiple is zero (`fp8c.ops`):
+// nothing is masked.
+DEVICE int blocks_of(const Tile& tile) { return ceil_div(tile.k_length, BLOCK_K); }
 
 // Every tile takes whole rounds of stages, the last one with idle stages if need be: the consumers' loop over a round is
 // unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
@@ -188,7 +172,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         barrier_arrive(tiles.empty());
         tiles.advance();
         if (tile.is_end) return;
-        const int blocks = windows(tile), padded = whole_rounds(blocks);
+        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
         // With halves, A comes in two boxes, of which a tile without lower rows takes one.
         const bool is_half = HALVES && tile.row_end - tile.row <= TILE_M / 2;
@@ -200,108 +184,35 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
             const uint32 base = FLIGHT == 1 ? 0 : stages.slot(), phase = stages.phase();
 #pragma unroll
             for (int i = 0; i < ROUND; ++i) {
-                const int block = first + i, k = tile.k_begin - shift_of(tile) + block * BLOCK_K;
+                const int block = first + i, k = tile.k_begin + block * BLOCK_K;
                 const uint32 s = base + i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
                 barrier_wait(full + STAGES * 8, phase ^ 1);
-                const bool repaired = block < blocks && needs_repair(tile, block);
-                if (REPAIR_WARPS > 0 && !repaired) barrier_arrive(full, REPAIR_THREADS - 1);  // in their place
                 if (block >= blocks) {
                     barrier_arrive(full);
                     continue;
                 }
-                const uint32 arrived = repaired ? shared + OFFSET_LANDED_BARRIERS + s * 8 : full;
                 // Rows and columns past the tensors' ends arrive as zeros.
-                barrier_arrive_expect(arrived, bytes);
+                barrier_arrive_expect(full, bytes);
                 if constexpr (CLUSTER == 1) {
-                    load_tile(shared + s * A_BYTES, map_a, arrived, k, tile.row);
+                    load_tile(shared + s * A_BYTES, map_a, full, k, tile.row);
                     if (WAVES_M == 2 && !is_half)
-                        load_tile(shared + s * A_BYTES + A_BYTES / 2, map_a, arrived, k, tile.row + TILE_M / 2);
+                        load_tile(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
                 } else {  // each block of the cluster fetches one half of A for both
                     const int half = cluster_rank() * (TILE_M / 2);
                     if (!is_half || half == 0)
-                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, arrived, k, tile.row + half);
+                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
                 }
-                load_tile(shared + OFFSET_B + s * B_BYTES, map_b, arrived, k, row_b);
+                load_tile(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
                 if (scales_a)
 #pragma unroll
                     for (int box = 0; box < SCALE_A_BOXES; ++box)
-                        load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + box * SCALE_A_BOX * 4, map_scale_a, arrived,
+                        load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + box * SCALE_A_BOX * 4, map_scale_a, full,
                                   (tile.row & ~3) + box * SCALE_A_BOX, tile.scale_row + block);
                 if constexpr (SCALES == PER_ROW)
-                    load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, arrived, tile.col,
+                    load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, full, tile.col,
                               tile.scale_row + block);
             }
         }
-    }
-}
-
-// The bytes [begin, end) of a 16-byte piece, the others zero.
-DEVICE int4 kept_bytes(int4 v, int begin, int end) {
-    int* words = &v.x;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int first = min(max(begin - i * 4, 0), 4), last = min(max(end - i * 4, 0), 4);
-        const uint32 below_last = last == 4 ? ~0u : (1u << 8 * last) - 1, below_first = first == 4 ? ~0u : (1u << 8 * first) - 1;
-        words[i] &= below_last & ~below_first;
-    }
-    return v;
-}
-
-DEVICE uint32 swizzled_piece(uint32 tile, int row, int piece) { return tile + row * BLOCK_K + ((piece ^ (row & 7)) << 4); }
-
-// Clears bytes [valid, 128) of every row of a swizzled operand tile. A thread has rows `worker`, `worker` + `workers`, ...
-DEVICE void clear_end(uint32 tile, int rows, int valid, int worker, int workers) {
-#pragma unroll 1
-    for (int row = worker; row < rows; row += workers)
-#pragma unroll 1
-        for (int piece = valid / 16; piece < 8; ++piece) {
-            const uint32 address = swizzled_piece(tile, row, piece);
-            store_shared4(address, kept_bytes(load_shared4(address), 0, valid - piece * 16));
-        }
-}
-
-// Clears the first `count` < 16 bytes of every row and keeps them in `low`, rows of 16 bytes, unless that is 0.
-DEVICE void split_start(uint32 tile, uint32 low, int rows, int count, int worker, int workers) {
-#pragma unroll 1
-    for (int row = worker; row < rows; row += workers) {
-        const uint32 address = swizzled_piece(tile, row, 0);
-        const int4 v = load_shared4(address);
-        store_shared4(address, kept_bytes(v, count, 16));
-        if (low != 0) store_shared4(low + row * 16, kept_bytes(v, 0, count));
-    }
-}
-
-// The repair warps, between TMA and the consumers ("Edges").
-DEVICE void repair_k_groups(uint32 shared) {
-    constexpr int WORKERS = REPAIR_THREADS;
-    const int worker = threadIdx.x - REPAIR_WARP * 32;
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    uint32 uses = 0;    // of stages before this tile
-    uint32 phases = 0;  // bit s: parity of stage s's next `landed`
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        release_tile(tiles);
-        if (tile.is_end) return;
-        const int shift = shift_of(tile), count = windows(tile);
-#pragma unroll 1
-        for (int window = shift != 0 ? 0 : tile.k_length / BLOCK_K; window < count; ++window) {
-            const uint32 s = (uses + window) % STAGES, a = shared + s * A_BYTES, b = shared + OFFSET_B + s * B_BYTES;
-            barrier_wait(shared + OFFSET_LANDED_BARRIERS + s * 8, phases >> s & 1);
-            phases ^= 1u << s;
-            const int valid = shift + tile.k_length - window * BLOCK_K;
-            if (valid < BLOCK_K) {
-                clear_end(a, TILE_M, valid, worker, WORKERS);
-                clear_end(b, TILE_N, valid, worker, WORKERS);
-            }
-            if (shift != 0) {
-                if (window == 0) split_start(a, 0, TILE_M, shift, worker, WORKERS);
-                split_start(b, shared + OFFSET_LOW + s * LOW_BYTES, TILE_N, shift, worker, WORKERS);
-            }
-            fence_async();
-            barrier_arrive(shared + OFFSET_STAGE_BARRIERS + s * 8);
-        }
-        uses += whole_rounds(count);
     }
 }
 
@@ -318,7 +229,7 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
         const Tile tile = read_tile(shared, tiles);
         release_tile(tiles);
         if (tile.is_end) return;
-        const int blocks = scale_groups(tile), padded = whole_rounds(windows(tile));
+        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* scales = args.scale_b + tile.scale_row * args.scale_b_col;
         if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
         for (int first = 0; first < padded; first += AT_ONCE) {
@@ -369,7 +280,7 @@ DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
         const Tile tile = read_tile(shared, tiles);
         release_tile(tiles);
         if (tile.is_end) return;
-        const int blocks = scale_groups(tile), padded = whole_rounds(blocks);
+        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* source = args.scale_a + row + own * args.scale_a_col;
         for (int first = 0; first < padded; first += LOADS * at_once) {
             float values[LOADS];
@@ -543,8 +454,7 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
 
 // What one consumer warp needs to know about where its operands lie in stage 0, and its accumulators.
 struct Consumer {
-    uint64 a_descriptor, b_descriptor, low_descriptor;
-    uint32 zero_address;
+    uint64 a_descriptor, b_descriptor;
     uint32 a_address[4];  // of its lane's row for ldmatrix, one for each step of 32 along K
     uint32 scale_a, scale_b;
     uint32 barriers;  // of the stages
@@ -570,16 +480,6 @@ DEVICE void release_stage(const Consumer& c, uint32 s) {
     }
 }
 
-// The low column of stage `s` as the operand of a k = 32 step whose second 16 bytes are zero: no swizzle, 8 rows of 16
-// bytes in 128 bytes; the distance of the zeros is
-// part of the descriptor and shrinks from stage to stage.
-DEVICE uint64 low_descriptor(const Consumer& c, uint32 s) {
-    return c.low_descriptor + s * (LOW_BYTES / 16) - (static_cast<uint64>(s * (LOW_BYTES / 16)) << 16);
-}
-DEVICE uint64 zero_descriptor(const Consumer& c) {  // what lies after the zeros' first 8 rows is zero, too
-    return plain_descriptor(c.zero_address, 128);
-}
-
 DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
     if constexpr (SEGMENT_SLOTS == 1) {
         scales[0] = load_shared(address);
@@ -597,8 +497,8 @@ DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
 }
 
 // One k-block out of stage `s`, the first `waves` waves of it, and the fragment of A of the next one, if there is one, out
-// of stage `next`. `shifted`: its scale group ends in the low column of `next` ("Edges"); the caller has waited for that.
-template <bool last_of_tile_possible, int waves, bool shifted = false>
+// of stage `next`.
+template <bool last_of_tile_possible, int waves>
 DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool accumulate) {
     float part[PART];
     float2 b_columns[WAVE_N / 8];
@@ -620,14 +520,10 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const uint64 b_tile = c.b_descriptor + (s * B_BYTES + wave_col(wn) * BLOCK_K + k * 32) / 16;
-            if constexpr (A_IN_REGISTERS && !shifted)
+            if constexpr (A_IN_REGISTERS)
                 wgmma(result, c.a[k], b_tile, k > 0 || accumulate);
             else
                 wgmma(result, c.a_descriptor + (s * A_BYTES + wave_row(wm) * BLOCK_K + k * 32) / 16, b_tile, k > 0 || accumulate);
-        }
-        if constexpr (shifted) {
-            const uint64 a_tile = c.a_descriptor + ((has_next ? next : s) * A_BYTES + wave_row(wm) * BLOCK_K) / 16;
-            wgmma(result, a_tile, (has_next ? low_descriptor(c, next) : zero_descriptor(c)) + wave_col(wn), true);
         }
         wgmma_commit();
         if (SCALES == PER_ROW && (w == 0 || WAVES_N > 1))
@@ -641,7 +537,7 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
             __syncwarp();
             release_stage(c, s);  // nothing of it is read below
             // Before the promotion, so that the loads' latency hides behind it.
-            if (!shifted && (!last_of_tile_possible || has_next)) {
+            if (!last_of_tile_possible || has_next) {
                 barrier_wait(c.barriers + next * 8, next_phase);
                 if constexpr (A_IN_REGISTERS) load_a(c, next);
             }
@@ -679,28 +575,6 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
             release_stage(c, s);
         }
         phase ^= 1;
-    }
-}
-
-// The same for an expert that starts at no multiple of 16: scale group g needs windows g and g + 1.
-DEVICE void multiply_shifted_tile(Consumer& c, const Tile& tile, uint32& phase) {
-    const int groups = scale_groups(tile), count = windows(tile);
-    uint32 s = 0;
-    barrier_wait(c.barriers, phase);
-#pragma unroll 1
-    for (int group = 0; group < groups; ++group) {
-        const uint32 next = s + 1 < STAGES ? s + 1 : 0, next_phase = s + 1 < STAGES ? phase : phase ^ 1;
-        const bool has_next = group + 1 < count;
-        if (has_next) barrier_wait(c.barriers + next * 8, next_phase);
-        multiply_block<true, WAVES, true>(c, s, next, 0, has_next, false);
-        s = next, phase = next_phase;
-    }
-#pragma unroll 1
-    for (int idle = groups; idle < whole_rounds(count); ++idle) {  // and the window that had a low column only
-        barrier_wait(c.barriers + s * 8, phase);
-        __syncwarp();
-        release_stage(c, s);
-        if (++s == STAGES) s = 0, phase ^= 1;
     }
 }
 
@@ -777,8 +651,6 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     c.barriers = shared + OFFSET_STAGE_BARRIERS;
     c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
     c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
-    c.zero_address = uniform(shared + OFFSET_ZERO);
-    c.low_descriptor = plain_descriptor(uniform(shared + OFFSET_LOW), OFFSET_ZERO - OFFSET_LOW);
     const int a_row = row0 + lane % 16;
 #pragma unroll
     for (int k = 0; k < 4; ++k) c.a_address[k] = shared + a_row * BLOCK_K + ((k * 2 + lane / 16 ^ (a_row & 7)) << 4);
@@ -793,7 +665,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
         if (tile.is_end) break;
-        const int blocks = scale_groups(tile);
+        const int blocks = blocks_of(tile);
         if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
 #pragma unroll
         for (int w = 0; w < WAVES; ++w)
@@ -801,7 +673,6 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
-        else if (shift_of(tile) != 0 && blocks > 0) multiply_shifted_tile(c, tile, phase);
         else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
         else multiply_tile<WAVES>(c, blocks, phase);
 
@@ -832,16 +703,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const uint32 shared = uniform(shared_address(memory));
     const uint32 warp = uniform(threadIdx.x / 32);
 
-    if constexpr (GROUPING == REDUCTION_GROUPS) {
-        for (int i = threadIdx.x * 16; i < ZERO_BYTES; i += THREADS * 16) store_shared4(shared + OFFSET_ZERO + i, {0, 0, 0, 0});
-        fence_async();
-    }
     if (threadIdx.x == 0) {
         const int few_rows = has_few_rows(args.problem);
-        const int writers = (REPAIR_WARPS > 0 ? REPAIR_THREADS : 1) + SCALE_WARPS + (few_rows ? 1 << few_rows_shift(args.problem) : 0);
+        const int writers = 1 + SCALE_WARPS + (few_rows ? 1 << few_rows_shift(args.problem) : 0);
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
         TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
-        for (int s = 0; s < STAGES; ++s) barrier_init(shared + OFFSET_LANDED_BARRIERS + s * 8, 1);
         barrier_init_done();
         prefetch_map(map_a);
         prefetch_map(map_b);
@@ -859,9 +725,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (threadIdx.x % 32 == 0) schedule_tiles(args.problem, shared);
         } else if (SCALE_WARPS > 0 && warp == SCALE_WARP) {
             fetch_block_scales(args, shared);
-        } else if (REPAIR_WARPS > 0) {
-            repair_k_groups(shared);
-        } else if (warp == REPAIR_WARP && has_few_rows(args.problem)) {
+        } else if (warp == FEW_ROWS_WARP && has_few_rows(args.problem)) {
             fetch_few_row_scales(args, shared);
         }
     } else {

@@ -90,7 +90,7 @@ def scaled_grouped_wgrad(
     promote_every: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Each expert's tokens of a [N, T] and b [K, T] -> [E, N, K]; scales restart at each expert (`fp8c.ops`)."""
+    """Each expert's tokens of a [N, T'] and b [K, T'] -> [E, N, K]; experts lie in whole groups of tokens (`fp8c.ops`)."""
     try:
         plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
         out = a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)

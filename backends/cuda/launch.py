@@ -106,6 +106,16 @@ def multiprocessors(device_index: int) -> int:
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
 
 
+_reserved = 0
+
+
+def reserve_multiprocessors(count: int) -> None:
+    """Start GEMMs on `count` SMs fewer from now on. Their thread blocks share the tiles evenly from the start, so one
+    that has to wait for an SM that communication holds would make the others wait for it."""
+    global _reserved
+    _reserved = count
+
+
 @dataclass(frozen=True)
 class _TensorMap:
     memory: ctypes.Array[ctypes.c_uint8]  # keeps `address` alive
@@ -187,7 +197,7 @@ def launch(
     index = a.device.index
     with torch.cuda.device(index):
         function = _function(config, index)
-        sms = multiprocessors(index)
+        sms = max(config.cluster, multiprocessors(index) - _reserved)
         rows_a = min(a.shape[0], config.a_box) if config.has_one_box_of_rows else config.a_box
         map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.tile_n)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)

@@ -51,9 +51,6 @@ DEVICE void barrier_init_done() {
 DEVICE void barrier_arrive(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-DEVICE void barrier_arrive(uint32 barrier, uint32 times) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times) : "memory");
-}
 // The same barrier of another block of the cluster. Without .release.cluster, which would cost a fence each time: the
 // arrival only says that reads are over.
 DEVICE void barrier_arrive_remote(uint32 barrier, uint32 block) {
@@ -174,11 +171,6 @@ DEVICE void add_global(float* address, float value) {
 // bits 0-13 address / 16, bits 32-45 distance of 8-row groups / 16, bits 62-63 swizzle mode 1. Step k by adding bytes / 16.
 DEVICE uint64 operand_descriptor(uint32 address) {
     return (1ull << 62) | (static_cast<uint64>(1024 >> 4) << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
-}
-// The same without swizzle: 8 rows of 16 bytes in 128 bytes, the next 8 rows after them; the second 16 bytes of every row
-// `second` bytes after the first.
-DEVICE uint64 plain_descriptor(uint32 address, uint32 second) {
-    return (static_cast<uint64>(128 >> 4) << 32) | (static_cast<uint64>(second >> 4) << 16) | ((address & 0x3ffff) >> 4);
 }
 DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

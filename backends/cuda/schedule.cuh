@@ -20,7 +20,7 @@ struct alignas(16) Tile {
     int row;          // first row of the tile in A (M-grouped: counted over all experts)
     int row_end;      // rows from here on belong to the next group
     int col;          // first row of the tile in B, within the group
-    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first token)
+    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first block)
     int k_length;     // 0: the tile is all zeros
     int scale_row;    // first row of the 1x128 scales along K
     int is_end;       // no tile: the list is at its end
@@ -138,7 +138,8 @@ class ReductionGroupSchedule {
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
         }
         const int2 at = banded<BAND>(index, row_tiles, col_tiles);
-        tile = {group, at.x * TILE_M, p.m, first_column(at.y), begin, end - begin, begin / 128 + group, 0};
+        const int scale_row = begin / 128 + group;  // the groups of scales before it: tokens are stored in whole groups
+        tile = {group, at.x * TILE_M, p.m, first_column(at.y), scale_row * 128, end - begin, scale_row, 0};
         index += index_step();
         return true;
     }

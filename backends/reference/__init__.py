@@ -9,12 +9,14 @@ import torch
 
 from fp8c.backends.reference import attention, gemm, quantize
 from fp8c.backends.reference.gemm import accumulator
+from fp8c.decompositions import quantize_delayed
 
 __all__ = ["accumulator"]
 
 _LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
 for _kernel in (
     quantize.quantize,
+    quantize_delayed,
     quantize.dequantize,
     quantize.requantize,
     gemm.scaled_mm,

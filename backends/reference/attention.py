@@ -62,7 +62,7 @@ def attention_backward(
     rounding of BF16 for each of its Dv terms.
     """
     check_attention(q, k, v, mask, is_causal)
-    grads = tuple(empty_heads_last(t, t.shape) for t in (q, k, v))
+    grads = tuple(torch.empty_like(t) for t in (q, k, v))
     if out.numel() == 0 or k.shape[2] == 0:
         dq, dk, dv = (grad.zero_() for grad in grads)
         return dq, dk, dv

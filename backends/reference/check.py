@@ -12,8 +12,7 @@ Hopper's accumulator (`tensor_core.py`) makes one instruction of each 32 terms. 
 sum) are cut below 2**(top - 13), and so is the result. 2**top is at most the largest term or running sum, and cutting
 toward zero never makes a sum larger than the sum of magnitudes, so one instruction loses at most 34 * 2**-13 * M of its
 promotion interval, where a subnormal operand counts as the smallest normal number, whose exponent it has. An interval of
-L elements has ceil(L / 32) instructions, or one more where they do not start with the interval (a kernel may cut an expert's
-tokens at multiples of 32 from an aligned address on); the promotions and scales add the FP32 bound.
+L elements has ceil(L / 32) instructions; the promotions and scales add the FP32 bound.
 
 The result is then rounded once to its dtype.
 """
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from fp8c.backends.reference.formats import decode, decode_scale
 from fp8c.backends.reference.gemm import Accumulator
-from fp8c.backends.reference.quantize import apply_scale, expert_groups, expert_ranges
+from fp8c.backends.reference.quantize import apply_scale, expert_blocks, expert_ranges
 from fp8c.backends.reference.tensor_core import FRACTION_BITS, TERMS, promotion_interval
 from fp8c.formats import MIN_NORMAL_EXPONENT, Format
 from fp8c.ops import quantized_format
@@ -147,7 +146,6 @@ def _evaluate(
     promote_every: int,
     out_dtype: torch.dtype,
     accumulator: Accumulator,
-    extra_instructions: int = 0,
 ) -> Evaluation:
     k = a.shape[1]
     left, right = _dequantize_f64(a, a_scale, a_fmt), _dequantize_f64(b, b_scale, b_fmt)
@@ -155,7 +153,7 @@ def _evaluate(
     bound = _summation_bound(left.abs() @ right.abs().T, k)
     if accumulator == "hopper":
         interval = min(promotion_interval(promote_every, a_fmt, b_fmt, k), max(k, 1))
-        instructions = -(-interval // TERMS) + extra_instructions
+        instructions = -(-interval // TERMS)
         magnitude = _lifted_f64(a, a_scale, a_fmt) @ _lifted_f64(b, b_scale, b_fmt).T
         bound = bound + instructions * (TERMS + 2) * 2.0**-FRACTION_BITS * magnitude
     return Evaluation(exact, _rounded_bound(bound, exact, out_dtype))
@@ -177,22 +175,11 @@ def _evaluate_grouped_mm(args: Sequence[Any], accumulator: Accumulator) -> Evalu
 def _evaluate_grouped_wgrad(args: Sequence[Any], accumulator: Accumulator) -> Evaluation:
     a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, out_dtype = args
     left, right = quantized_format(a_fmt), quantized_format(b_fmt)
-    assert left.group is not None and right.group is not None
+    assert left.group is not None
+    size = left.group[1]
     exact, bound = (torch.zeros(len(offs), a.shape[0], b.shape[0], dtype=torch.float64) for _ in range(2))
-    for expert, start, end in expert_ranges(offs, a.shape[1]):
-        columns = slice(start, end)
-        a_groups, b_groups = (expert_groups(g, expert, start, end) for g in (left.group[1], right.group[1]))
-        part = _evaluate(
-            a[:, columns],
-            a_scale[:, a_groups],
-            b[:, columns],
-            b_scale[:, b_groups],
-            left,
-            right,
-            promote_every,
-            out_dtype,
-            accumulator,
-            extra_instructions=1,
-        )
+    for expert, columns, groups in expert_blocks(offs, size, a.shape[1] // size):
+        operands = (a[:, columns], a_scale[:, groups], b[:, columns], b_scale[:, groups])
+        part = _evaluate(*operands, left, right, promote_every, out_dtype, accumulator)
         exact[expert], bound[expert] = part.exact, part.bound
     return Evaluation(exact, bound)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fp8c.backends.reference import tensor_core
-from fp8c.backends.reference.quantize import dequantize_f32, expert_groups, expert_ranges
+from fp8c.backends.reference.quantize import dequantize_f32, expert_blocks, expert_ranges
 from fp8c.diagnostics import fail
 from fp8c.formats import Format
 from fp8c.ops import check_accumulator, quantized_format, scale_shape
@@ -107,27 +107,34 @@ def scaled_grouped_wgrad(
 ) -> Tensor:
     """out[e] = a[:, rows of e] @ b[:, rows of e].T, the weight gradient of each expert; 0 for one without rows.
 
-    Shapes: a [N, T] and b [K, T] with groups 1 x g along T that restart at each expert, scales [N, T//g + E] and
-            [K, T//g + E], offs int32 [E] -> out [E, N, K] out_dtype.
+    Shapes: a [N, T'] and b [K, T'] with groups 1 x g along T', T' = g * (T//g + E) as `fp8c.ops.data_shape` stores
+            experts, scales [N, T'/g] and [K, T'/g], offs int32 [E] the ends among the T tokens -> out [E, N, K] out_dtype.
     """
     left, right = quantized_format(a_fmt), quantized_format(b_fmt)
     check_operands("scaled_grouped_wgrad", a, b)
-    for fmt, operand, scale in ((left, a, a_scale), (right, b, b_scale)):
+    for fmt in (left, right):
         assert fmt.group is not None
-        if fmt.group[0] != 1 or fmt.group[1] <= 1:
-            raise fail("E0520", f"fp8c::scaled_grouped_wgrad: groups must run along T, as 1x128, found '{fmt.text}'")
-        expected = scale_shape(operand.shape[::-1], fmt.transposed, offs.shape[0])[::-1]
-        if list(scale.shape) != expected:
-            raise fail("E0520", f"fp8c::scaled_grouped_wgrad: expected scales {expected}, found {list(scale.shape)}")
-    assert left.group is not None and right.group is not None
+        if fmt.group[0] != 1 or fmt.group[1] <= 1 or fmt.group != left.group:
+            raise fail(
+                "E0520",
+                f"fp8c::scaled_grouped_wgrad: groups must run along T and be the same, as 1x128, found '{left.text}' and "
+                f"'{right.text}'",
+            )
+    assert left.group is not None
+    size = left.group[1]
+    for fmt, operand, scale in ((left, a, a_scale), (right, b, b_scale)):
+        expected = scale_shape(operand.shape, fmt)
+        if list(scale.shape) != expected or operand.shape[1] % size or expected[1] < offs.shape[0]:
+            raise fail(
+                "E0520",
+                f"fp8c::scaled_grouped_wgrad: expected scales {expected} with a whole group or more for each of "
+                f"{offs.shape[0]} experts, found {list(scale.shape)}",
+            )
     out = a.new_zeros((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-    for expert, start, end in expert_ranges(offs, a.shape[1]):
-        if start < end:
-            columns = slice(start, end)
-            a_groups, b_groups = (expert_groups(g, expert, start, end) for g in (left.group[1], right.group[1]))
-            out[expert] = _product(
-                a[:, columns], a_scale[:, a_groups], b[:, columns], b_scale[:, b_groups], left, right, promote_every
-            ).to(out_dtype)
+    for expert, columns, groups in expert_blocks(offs, size, a.shape[1] // size):
+        if columns.start < columns.stop:
+            operands = (a[:, columns], a_scale[:, groups], b[:, columns], b_scale[:, groups])
+            out[expert] = _product(*operands, left, right, promote_every).to(out_dtype)
     return out
 
 

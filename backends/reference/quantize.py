@@ -28,11 +28,10 @@ from fp8c.backends.reference.formats import decode, decode_scale, encode, encode
 from fp8c.diagnostics import fail
 from fp8c.formats import MAX, WHOLE, Element, Format, ScaleKind
 from fp8c.ops import (
-    DATA_DTYPE,
-    SCALE_DTYPE,
+    check_no_offsets,
     check_quantize_input,
-    data_shape,
     experts_of,
+    lay_out,
     original_shape,
     quantized_format,
     restarts,
@@ -62,10 +61,16 @@ def expert_ranges(offs: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
     yield from ((e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends)))
 
 
-def expert_groups(size: int, expert: int, start: int, end: int) -> slice:
-    """Which groups of `size` rows belong to an expert, where groups restart (`fp8c.ops.scale_shape`)."""
-    first = start // size + expert
-    return slice(first, first + -(-(end - start) // size))
+def expert_blocks(offs: Tensor, size: int, stored: int) -> Iterator[tuple[int, slice, slice]]:
+    """(expert, its stored rows, its groups) where groups of `size` rows restart at each expert; `stored` is the number of all groups.
+
+    Raises: E0520 unless offs is non-decreasing and its blocks fit.
+    """
+    rows = (stored - offs.shape[0]) * size + size - 1  # at most: R // size + E groups are stored
+    for expert, start, end in expert_ranges(offs, rows):
+        first = start // size + expert
+        rows_of_expert = slice(first * size, first * size + end - start)
+        yield expert, rows_of_expert, slice(first, first + -(-(end - start) // size))
 
 
 def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,21 +79,25 @@ def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> tuple[Tensor, T
     Shapes:  x f32|bf16|f16 [R, C] or [E, N, K] -> data of the same shape (E5M6: uint8 [..., ceil(C/8)*12]),
              scale f32|e8m0 [..., ceil(R/g0), ceil(C/g1)]; with offs: see `fp8c.ops.scale_shape`.
     Partial: the last group of an axis may be short; it counts as padded with zeros.
-    Offsets: groups restart at each expert's first row; rows past offs[-1] get payload 0 and belong to no group.
+    Offsets: groups restart at each expert's first row, so data rows move (`fp8c.ops.data_shape`); rows past offs[-1]
+             are dropped.
     """
     parsed = quantized_format(fmt)
     check_quantize_input(x)
     assert parsed.group is not None and parsed.scale is not None
-    if experts_of(parsed, offs, x.dim()) is None:
-        return _quantize_block(x.float(), parsed)
-    assert offs is not None
-    data = torch.zeros(data_shape(x.shape, parsed), dtype=torch.uint8)
-    scale = torch.ones(scale_shape(x.shape, parsed, offs.shape[0]), dtype=SCALE_DTYPE[parsed.scale])
+    if experts_of(parsed, offs, x.dim()) is not None:
+        assert offs is not None
+        x = in_blocks(x, offs, parsed.group[0])
+    return lay_out(*_quantize_block(x.float(), parsed), parsed)
+
+
+def in_blocks(x: Tensor, offs: Tensor, size: int) -> Tensor:
+    """Each expert's rows from its first group on, zeros behind them (`fp8c.ops.data_shape`)."""
+    stored = x.new_zeros((size * (x.shape[0] // size + offs.shape[0]), x.shape[1]))
     for expert, start, end in expert_ranges(offs, x.shape[0]):
-        block, block_scale = _quantize_block(x[start:end].float(), parsed)
-        data[start:end] = block.view(torch.uint8)
-        scale[expert_groups(parsed.group[0], expert, start, end)] = block_scale
-    return data.view(DATA_DTYPE[parsed.element]), scale
+        first = (start // size + expert) * size
+        stored[first : first + end - start] = x[start:end]
+    return stored
 
 
 def _quantize_block(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -96,7 +105,7 @@ def _quantize_block(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     groups = _split_groups(x, fmt)
     scale = scale_of(groups.abs().amax((-3, -1)), fmt.element, fmt.scale)
     payload = _join_groups(groups / scale[..., :, None, :, None], x.shape)
-    return encode(payload, fmt.element).contiguous(), encode_scale(scale, fmt.scale).contiguous()
+    return encode(payload, fmt.element), encode_scale(scale, fmt.scale)
 
 
 def _split_groups(x: Tensor, fmt: Format) -> Tensor:
@@ -123,30 +132,23 @@ def dequantize(
 ) -> Tensor:
     """data.float() * scale in FP32, rounded once to `dtype`. `cols`: the column count that packed E5M6 data had.
 
-    Shapes: as `quantize`, backwards; rows past offs[-1] are 0.
+    Shapes: as `quantize`, backwards. The blocks of experts are ordinary groups, so there are no offsets.
     """
     parsed = quantized_format(fmt)
-    return dequantize_f32(q, s, parsed, offs, cols).to(dtype).contiguous()
+    check_no_offsets("dequantize", offs)
+    return dequantize_f32(q, s, parsed, cols).to(dtype).contiguous()
 
 
-def dequantize_f32(q: Tensor, s: Tensor, fmt: Format, offs: Tensor | None = None, cols: int | None = None) -> Tensor:
+def dequantize_f32(q: Tensor, s: Tensor, fmt: Format, cols: int | None = None) -> Tensor:
     """`dequantize` to FP32, for q in any strides."""
-    if fmt.element is not Element.E5M6 and q.stride(-1) != 1 and q.stride(-2) == 1 and offs is None:
+    if fmt.element is not Element.E5M6 and q.stride(-1) != 1 and q.stride(-2) == 1:
         # A permuted view: work in the order of its memory.
         return dequantize_f32(q.mT, s.mT, fmt.transposed).mT
     shape = original_shape(q, fmt, cols)
-    experts = experts_of(fmt, offs, q.dim())
-    expected = scale_shape(shape, fmt, experts)
+    expected = scale_shape(shape, fmt)
     if list(s.shape) != expected:
         raise fail("E0520", f"format '{fmt.text}' of a tensor {shape} has scales {expected}, found {list(s.shape)}")
-    values, scale = decode(q, fmt.element, cols), decode_scale(s)
-    if experts is None:
-        return apply_scale(values, scale, fmt)
-    assert offs is not None and fmt.group is not None
-    out = torch.zeros_like(values)
-    for expert, start, end in expert_ranges(offs, values.shape[0]):
-        out[start:end] = apply_scale(values[start:end], scale[expert_groups(fmt.group[0], expert, start, end)], fmt)
-    return out
+    return apply_scale(decode(q, fmt.element, cols), decode_scale(s), fmt)
 
 
 def apply_scale(values: Tensor, scale: Tensor, fmt: Format) -> Tensor:
@@ -165,5 +167,6 @@ def requantize(
     Offsets: apply to the formats whose groups are taller than one row; 1x128 groups cross no expert.
     """
     old, new = quantized_format(src), quantized_format(dst)
-    values = dequantize_f32(q, s, old, restarts(old, offs), cols)
+    check_no_offsets("requantize of groups of several rows", restarts(old, offs))
+    values = dequantize_f32(q, s, old, cols)
     return quantize(values, dst, restarts(new, offs))

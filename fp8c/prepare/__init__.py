@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity
 from fp8c.models import StepModule
 from fp8c.prepare.check import Call, can_check, compare, recorded_calls
+from fp8c.prepare.expert_parallel import expert_mesh, shard_experts
 from fp8c.prepare.hf import is_hf_experts, prepare_hf
 from fp8c.prepare.loops import Loop, Rewrite, original_class, rewrite_loops, rewritten_loops
 from fp8c.user_code import user_code
 
 
-def prepare(module: nn.Module, example_inputs: Any = None) -> list[Diagnostic]:
+def prepare(module: nn.Module, example_inputs: Any = None, mesh: DeviceMesh | None = None) -> list[Diagnostic]:
     """Make a model capturable as one graph, in place, and say what was done.
 
     Experts of transformers models use fp8c's grouped GEMMs; loops over experts in any other module are rewritten to
@@ -26,10 +28,16 @@ def prepare(module: nn.Module, example_inputs: Any = None) -> list[Diagnostic]:
 
     example_inputs: one batch (dict, tuple or single argument); with it every rewrite is compared with the original.
                     Without, `compare_rewrites` can do so once there is a batch
+    mesh: spread the routed experts over its dimension "ep", after everything else
     Returns: remarks, one per kind of change
     Raises:  DiagnosticError E0820 for a loop that can't be rewritten, E0821 for a rewrite that disagrees with the
              original; the module is then as before, except for transformers' setting. Exit code MODEL.
     """
+    remarks = _grouped_experts(module, example_inputs)
+    return remarks if mesh is None else remarks + shard_experts(module, mesh)
+
+
+def _grouped_experts(module: nn.Module, example_inputs: Any) -> list[Diagnostic]:
     remarks = prepare_hf(module)
     rewrites: list[Rewrite] = []
     errors: dict[object, Diagnostic] = {}
@@ -178,4 +186,4 @@ def _remarks(module: nn.Module, changed: set[nn.Module], how: dict[nn.Module, st
     ]
 
 
-__all__ = ["compare_rewrites", "needs_comparison", "prepare"]
+__all__ = ["compare_rewrites", "expert_mesh", "needs_comparison", "prepare"]

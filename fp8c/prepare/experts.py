@@ -107,7 +107,7 @@ class _Emitter:
                 case "output":
                     self.put(node, f"return {self.text(node.args[0])}")
                 case "get_attr":
-                    self.put(node, f"{node.name} = grouped.stacked({self.each(node.target)})[rows.expert]")
+                    self.put(node, f"{node.name} = grouped.entries(grouped.stacked({self.each(node.target)}), rows)")
                 case "call_module":
                     self.put(node, f"{node.name} = {self.module_call(node)}")
                 case "call_method":
@@ -163,9 +163,9 @@ class _Emitter:
             norm = self.constant(_NORMS[type(module)])
             text = f"{norm}({self.text(x)}, {tuple(module.normalized_shape)}, eps={module.eps})"  # type: ignore[arg-type]
             if module.weight is not None:
-                text = f"({text} * grouped.stacked({self.each(path + '.weight')})[rows.expert])"
+                text = f"({text} * grouped.entries(grouped.stacked({self.each(path + '.weight')}), rows))"
             if getattr(module, "bias", None) is not None:
-                text = f"({text} + grouped.stacked({self.each(path + '.bias')})[rows.expert])"
+                text = f"({text} + grouped.entries(grouped.stacked({self.each(path + '.bias')}), rows))"
             return text
         raise NotLiftable(f"the layer '{path}' ({type(module).__name__}) has parameters of its own and no grouped form")
 

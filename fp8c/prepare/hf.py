@@ -28,6 +28,11 @@ def prepare_hf(module: nn.Module) -> list[Diagnostic]:
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     remarks: list[Diagnostic] = []
+    whole = {m for model in module.modules() if isinstance(model, PreTrainedModel) for m in model.modules()}
+    for name, expert in module.named_modules():
+        if expert not in whole and is_hf_experts(expert) and expert.config._experts_implementation != IMPLEMENTATION:
+            remarks.append(_switched(1, name, expert.config._experts_implementation))
+            expert.config._experts_implementation = IMPLEMENTATION
     for name, model in module.named_modules():
         if not isinstance(model, PreTrainedModel):
             continue
@@ -42,15 +47,16 @@ def prepare_hf(module: nn.Module) -> list[Diagnostic]:
         model.set_experts_implementation(IMPLEMENTATION)
         for expert in experts:  # a part with a configuration object of its own
             expert.config._experts_implementation = IMPLEMENTATION
-        remarks.append(
-            Diagnostic(
-                "R0822",
-                f"{len(experts)} expert modules of {name or type(model).__name__} use grouped GEMMs "
-                f"(experts implementation '{before}' -> '{IMPLEMENTATION}')",
-                severity=Severity.REMARK,
-            )
-        )
+        remarks.append(_switched(len(experts), name or type(model).__name__, before))
     return remarks
+
+
+def _switched(count: int, name: str, before: str | None) -> Diagnostic:
+    return Diagnostic(
+        "R0822",
+        f"{count} expert modules of {name} use grouped GEMMs (experts implementation '{before}' -> '{IMPLEMENTATION}')",
+        severity=Severity.REMARK,
+    )
 
 
 def is_hf_experts(module: nn.Module) -> bool:
@@ -78,8 +84,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         return grouped.matmul(x, weight if self.is_transposed else weight.transpose(-2, -1), rows, bias)
 
-    rows = grouped.route(top_k_index, self.num_experts)
-    x = hidden_states[rows.order // top_k_index.shape[-1]]
+    rows = grouped.route(top_k_index, self.num_experts, getattr(self, "fp8c_ranks", None))
+    x = grouped.sent(hidden_states[rows.order // top_k_index.shape[-1]], rows)
     if self.has_gate:
         x = self._apply_gate(project(x, "gate_up_proj"))
     else:
@@ -87,5 +93,5 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = project(x, "down_proj")
     if getattr(self, "has_post_expert_norm", False):  # later than 5.17
         x = self.post_expert_norm(x)
-    x = x * top_k_weights.reshape(-1)[rows.order].unsqueeze(-1)
+    x = x * grouped.sent(top_k_weights.reshape(-1)[rows.order], rows).unsqueeze(-1)
     return grouped.total(x, rows, (0,), like=hidden_states)

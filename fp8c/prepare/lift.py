@@ -11,6 +11,10 @@ body over these kinds and writes each statement once more, over the rows of all 
             continue
         y[token] += expert(x[token]) * w[token, slot]   y = total(expert_of_all(self.experts, rows, x[token]) * ..., y)
 
+With expert parallelism a row's token and its expert are on different ranks. Positions, and what is indexed by them, are
+computed at the token's home; everything else where the expert is. `sent` stands where a value leaves home, `total`
+brings it back (`fp8c.grouped`).
+
 It never guesses: a construct it doesn't know raises `CannotLift` at that construct.
 """
 
@@ -113,7 +117,9 @@ class Lifter(ExpressionLifter):
             case PerRow() | Same():
                 self.emit(f"{', '.join(names)} = {found.text}")
                 for name in names:
-                    self.env[name] = Same(name) if isinstance(found, Same) else PerRow(name, found.rows)
+                    self.env[name] = (
+                        Same(name) if isinstance(found, Same) else PerRow(name, found.rows, at_home=found.at_home)
+                    )
             case _:
                 raise CannotLift(value, f"{describe(found)} can't be unpacked")
 
@@ -141,7 +147,7 @@ class Lifter(ExpressionLifter):
                     "add to the output with `y[token] += ...` or `y.index_add_(0, token, ...)`",
                 )
         rows = self.rows_of(node, at, found)
-        self.emit(f"{name} = {GROUPED}.assigned({found.text}, {rows}, {axes}, {name})")
+        self.emit(f"{name} = {GROUPED}.assigned({found.away}, {rows}, {axes}, {name})")
         self.accumulations.append(Accumulation(name, self.out[-1], nested=True))
 
     def add_to(self, node: ast.stmt, target: ast.expr, at: Value, added: Value) -> None:
@@ -168,14 +174,15 @@ class Lifter(ExpressionLifter):
             case _:
                 raise CannotLift(node, f"'{name}' is indexed by {describe(at)}, expected positions of selected rows")
         rows = self.rows_of(node, at, added)
-        self.emit(f"{name} += {GROUPED}.total({added.text}, {rows}, {axes}, {name})")
+        self.emit(f"{name} += {GROUPED}.total({added.away}, {rows}, {axes}, {name})")
         self.accumulations.append(Accumulation(name, self.out[-1], nested=self.depth > 0))
 
     def index_put(self, node: ast.stmt, name: str, at: Value, added: PerRow) -> None:
         """Positions computed from the rows' own: the general form, whose order of summation is the device's."""
         self.rows_of(node, at, added)
         index = self.index_texts(node, at)
-        self.emit(f"{name}.index_put_(({', '.join(index)},), {added.text}.to({name}.dtype), accumulate=True)")
+        values = added.text if added.at_home else f"{GROUPED}.returned({added.text}, {added.rows})"
+        self.emit(f"{name}.index_put_(({', '.join(index)},), {values}.to({name}.dtype), accumulate=True)")
         self.accumulations.append(Accumulation(name, self.out[-1], nested=True))
 
     def method_statement(
@@ -189,7 +196,8 @@ class Lifter(ExpressionLifter):
                 if self.varies(target) or not isinstance(found, PerRow):
                     raise CannotLift(node, f"{describe(found)} is appended, expected a value per selected row")
                 # One entry for all experts where the loop appended one each: concatenated they are the same.
-                self.emit(f"{ast.unparse(target)}.append({found.text})")
+                text = found.text if found.at_home else f"{GROUPED}.returned({found.text}, {found.rows})"
+                self.emit(f"{ast.unparse(target)}.append({text})")
             case "index_put_", [ast.Tuple([at]) | ast.List([at]), value], [
                 ast.keyword("accumulate", ast.Constant(True))
             ]:

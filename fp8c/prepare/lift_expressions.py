@@ -44,6 +44,8 @@ class ExpressionLifter:
 
     experts:   how many there are
     resolve:   the object an expression on `self` stands for, or None
+    owner:     the name of `self`
+    tables:    what the loop indexes by the expert: lists of modules or parameters, and tensors
     one_hots:  one-hot masks defined in front of the loop
     tensor_of: the tensor behind a list of counts, as text
     """
@@ -54,6 +56,8 @@ class ExpressionLifter:
     tensor_of: Callable[[ast.expr], str]
     counts: ast.expr | None = None  # rows per expert, where the loop runs through sorted rows
     prefix: str = ""
+    owner: str = "self"
+    tables: list[Any] = field(default_factory=list)
     env: dict[str, Value] = field(default_factory=dict)
     out: list[ast.stmt] = field(default_factory=list)
     lifted: dict[str, Lifted] = field(default_factory=dict)  # functions the new code calls, by name
@@ -155,13 +159,14 @@ class ExpressionLifter:
                 if isinstance(at, PerRow | Mask):
                     rows = at.rows
                     tail = ", None" if keepdim else ""
-                    return PerRow(f"{text}[{', '.join(self.index_texts(node, at))}, {rows}.expert{tail}]", rows)
+                    found = f"{text}[{', '.join(self.index_texts(node, at))}, {rows}.expert{tail}]"
+                    return PerRow(found, rows, at_home=True)
             case PerRow(text, rows):
                 first = index.elts[0] if isinstance(index, ast.Tuple) else index
                 keeps_rows = isinstance(first, ast.Slice) and first.lower is first.upper is first.step is None
                 keeps_rows |= isinstance(first, ast.Constant) and first.value is ...
                 if keeps_rows and not self.varies(index):
-                    return PerRow(f"{text}[{_index_text(index)}]", rows)
+                    return PerRow(f"{text}[{_index_text(index)}]", rows, at_home=base.at_home)
         raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
 
     def subscript_same(self, node: ast.Subscript, value: ast.expr, text: str, index: ast.expr) -> Value:
@@ -174,13 +179,14 @@ class ExpressionLifter:
         match found:
             case [Index() as i]:
                 if isinstance(owner, nn.ModuleList | nn.ParameterList):
-                    return self.from_list(node, text, tuple(owner))
+                    return self.from_list(node, text, owner)
                 if text in self.one_hots:
                     return self.one_hot_mask(node, self.one_hots[text], 0)
                 if i.boxed:
                     raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
                 if isinstance(owner, Tensor) and owner.shape[0] != self.experts:
                     raise CannotLift(node, f"'{text}' has {owner.shape[0]} entries, expected {self.experts} experts")
+                self.tables.append(owner)
                 return Slice(text)
             case [*_, Index()] if all(isinstance(f, Same) for f in found[:-1]):
                 whole = [f.text for f in found[:-1] if isinstance(f, Same)]
@@ -191,10 +197,12 @@ class ExpressionLifter:
             case [*_, Several((Index(), Same("keepdim")))]:
                 return Column(text, keepdim=True)
             case [Run()]:
-                return PerRow(text, self.counted(node, text))
+                return PerRow(text, self.counted(node, text), at_home=True)
         rows = self.rows_of(node, *found)
+        if any(isinstance(f, PerRow) and not f.at_home for f in flat(found)):
+            raise CannotLift(node, f"`{ast.unparse(node)}` is indexed by what an expert computed")
         texts = [t for item in found for t in self.index_texts(node, item, rows)]
-        return PerRow(f"{text}[{', '.join(texts)}]", rows)
+        return PerRow(f"{text}[{', '.join(texts)}]", rows, at_home=True)
 
     def index_slice(self, node: ast.Slice) -> Value:
         """`start:end` of running bounds, or `i:i + 1`: the slices that depend on the expert."""
@@ -208,7 +216,9 @@ class ExpressionLifter:
                 return Several((Index(), Same("keepdim")))
         raise CannotLift(node, f"the slice `{_index_text(node)}` has no known meaning for all experts at once")
 
-    def from_list(self, node: ast.AST, text: str, objects: tuple[Any, ...]) -> Value:
+    def from_list(self, node: ast.AST, text: str, owner: nn.ModuleList | nn.ParameterList) -> Value:
+        objects = tuple(owner)
+        self.tables.append(owner)
         if len(objects) != self.experts:
             raise CannotLift(node, f"'{text}' has {len(objects)} entries, expected {self.experts} experts")
         if any(o is None for o in objects):
@@ -227,6 +237,7 @@ class ExpressionLifter:
             except Exception:  # noqa: BLE001 - a key that needs more than the index
                 objects = ()
             if len(objects) == len(owner):
+                self.tables.append(owner)
                 return Expert(f"[{', '.join(f'{text}[{key!r}]' for key in keys)}]", objects)
         raise CannotLift(node, f"the keys of '{text}' are not a function of the expert's index alone")
 
@@ -244,7 +255,7 @@ class ExpressionLifter:
         match left, op, right:
             case PerRow(), ast.MatMult(), Slice(text, transposed):
                 weight = f"{text}.transpose(-2, -1)" if transposed else text
-                return PerRow(f"{GROUPED}.matmul({left.text}, {weight}, {left.rows})", left.rows)
+                return PerRow(f"{GROUPED}.matmul({left.away}, {weight}, {left.rows})", left.rows)
             case Bound(), ast.Add(), _:
                 self.count(node, node.right)
                 return Bound()
@@ -327,10 +338,11 @@ class ExpressionLifter:
         if not all(isinstance(o, nn.Module) for o in expert.objects):
             raise CannotLift(node, f"`{ast.unparse(node.func)}` is not a module: its code can't be lifted")
         rows = self.rows_of(node, *values)
-        texts = [v.text for v in args if isinstance(v, PerRow | Same)]
+        texts = [v.away if isinstance(v, PerRow) else v.text for v in args if isinstance(v, PerRow | Same)]
         if type(expert.objects[0]).forward is nn.Linear.forward and len(values) == 1:
             return PerRow(f"{GROUPED}.linear({texts[0]}, {expert.list_text}, {rows})", rows)
-        texts += [f"{name}={v.text}" for name, v in keywords if isinstance(v, PerRow | Same)]
+        for name, v in keywords:
+            texts.append(f"{name}={v.away if isinstance(v, PerRow) else v.text if isinstance(v, Same) else ''}")
         return PerRow(f"{self.lifted_name(node, expert)}({', '.join([expert.list_text, rows, *texts])})", rows)
 
     def lifted_name(self, node: ast.AST, expert: Expert) -> str:
@@ -427,12 +439,12 @@ class ExpressionLifter:
                 weight = weight if transposed else f"{weight}.transpose(-2, -1)"
                 match rest:
                     case [] | [Same("None")]:
-                        return PerRow(f"{GROUPED}.matmul({x.text}, {weight}, {x.rows})", x.rows)
+                        return PerRow(f"{GROUPED}.matmul({x.away}, {weight}, {x.rows})", x.rows)
                     case [Slice(bias)]:
-                        return PerRow(f"{GROUPED}.matmul({x.text}, {weight}, {x.rows}, {bias})", x.rows)
+                        return PerRow(f"{GROUPED}.matmul({x.away}, {weight}, {x.rows}, {bias})", x.rows)
             case "matmul" | "mm", [PerRow() as x, Slice(weight, transposed)]:
                 weight = f"{weight}.transpose(-2, -1)" if transposed else weight
-                return PerRow(f"{GROUPED}.matmul({x.text}, {weight}, {x.rows})", x.rows)
+                return PerRow(f"{GROUPED}.matmul({x.away}, {weight}, {x.rows})", x.rows)
         if not any(isinstance(v, PerRow | Several) for v in values):
             raise CannotLift(node, f"`{ast.unparse(node)}` has no known meaning for all experts at once")
         keywords = [k.arg for k in node.keywords]
@@ -459,7 +471,7 @@ class ExpressionLifter:
         self.selects = True
         if decision not in self.routes:
             name = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
-            self.emit(f"{name} = {GROUPED}.route({decision}, {self.experts})")
+            self.emit(f"{name} = {GROUPED}.route({decision}, {self.experts}, {self.ranks})")
             self.routes[decision] = name
         return self.routes[decision]
 
@@ -483,8 +495,13 @@ class ExpressionLifter:
         self.selects = True
         if key not in self.routes:
             self.routes[key] = f"{GROUPED}_{self.prefix}rows{len(self.routes)}_{len(self.out)}_{self.depth}"
-            self.emit(f"{self.routes[key]} = {GROUPED}.counted({counts}, {like})")
+            self.emit(f"{self.routes[key]} = {GROUPED}.counted({counts}, {like}, {self.ranks})")
         return self.routes[key]
+
+    @property
+    def ranks(self) -> str:
+        """Who owns the experts: expert parallelism gives the module this attribute."""
+        return f"getattr({self.owner}, 'fp8c_ranks', None)"
 
     def rows_of(self, node: ast.AST, *values: Value) -> str:
         """The one selection that all per-row values belong to."""
@@ -498,18 +515,21 @@ class ExpressionLifter:
     def per_row(self, node: ast.AST, values: Sequence[Value], text: Callable[[Sequence[str]], str]) -> Value:
         """A row-wise operation on per-row values, values of the row's expert, and values the same for all."""
         rows = self.rows_of(node, *values)
-        return PerRow(text([self.value_text(node, value, rows) for value in values]), rows)
+        at_home = all(v.at_home if isinstance(v, PerRow) else isinstance(v, Same | Index) for v in flat(values))
+        return PerRow(text([self.value_text(node, value, rows, at_home) for value in values]), rows, at_home=at_home)
 
-    def value_text(self, node: ast.AST, value: Value, rows: str) -> str:
+    def value_text(self, node: ast.AST, value: Value, rows: str, at_home: bool) -> str:
         match value:
-            case Same(text) | PerRow(text):
+            case Same(text):
                 return text
+            case PerRow(text):
+                return text if at_home else value.away
             case Slice(text, False):
-                return f"{text}[{rows}.expert]"
+                return f"{GROUPED}.entries({text}, {rows})"
             case Index():
-                return f"{rows}.expert"
+                return f"{rows}.expert" if at_home else f"{GROUPED}.numbers({rows})"
             case Several(items, brackets):
-                inner = ", ".join(self.value_text(node, item, rows) for item in items)
+                inner = ", ".join(self.value_text(node, item, rows, at_home) for item in items)
                 return f"{brackets[0]}{inner}{',' if brackets == '()' else ''}{brackets[1]}"
             case _:
                 raise CannotLift(

@@ -87,7 +87,7 @@ class Where:
 
     def element(self, k: int, text: str = "") -> PerRow:
         axes: tuple[int, ...] | None = self.mask.axes if self.mask.flat else (k,)
-        return PerRow(text or f"{self.mask.positions}[{k}]", self.mask.rows, axes, is_position=True)
+        return PerRow(text or f"{self.mask.positions}[{k}]", self.mask.rows, axes, is_position=True, at_home=True)
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,21 @@ class Table:
 
 @dataclass(frozen=True)
 class PerRow:
-    """One value per selected row. A position (of the decision's `axes`) may index an output to add to."""
+    """One value per selected row. A position (of the decision's `axes`) may index an output to add to.
+
+    at_home: it is on the rank of the row's token; otherwise on that of its expert
+    """
 
     text: str
     rows: str
     axes: tuple[int, ...] | None = None
     is_position: bool = False
+    at_home: bool = False
+
+    @property
+    def away(self) -> str:
+        """Its text where the experts are."""
+        return f"{GROUPED}.sent({self.text}, {self.rows})" if self.at_home else self.text
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ _FUTURE_FLAGS = functools.reduce(
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that became grouped GEMMs: where it stands, and over how many experts it ran."""
+    """A loop that became grouped GEMMs: where it stands, over how many experts it ran, and the paths in its module of
+    what it indexed by the expert: lists of modules or parameters, and tensors."""
 
     span: Span
     experts: int
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,17 @@ def _rewrite_function(module: nn.Module, source: Source) -> Rewrite | None:
             continue
         _replace(tree, place, lifter)
         lifted.update(lifter.lifted)
-        done.append(Loop(span, lifter.experts))
+        done.append(Loop(span, lifter.experts, _paths(module, lifter.tables)))
     if not done:
         return None
     return Rewrite(module, source.name, _compiled(source, tree, lifted, tuple(done)))
+
+
+def _paths(module: nn.Module, tables: Sequence[Any]) -> tuple[str, ...]:
+    """Where the module holds these lists and tensors; locals are left out."""
+    wanted = {id(table) for table in tables}
+    named = [*module.named_modules(), *module.named_parameters(), *module.named_buffers()]
+    return tuple(name for name, found in named if id(found) in wanted and name)
 
 
 def _loops(body: list[ast.stmt]) -> Iterator[_Place]:
@@ -301,7 +310,8 @@ def _lift_loop(module: nn.Module, tree: ast.FunctionDef, self_name: str, place: 
     experts = lists[0]
     definitions = _definitions(place.before)
     tensor_of = functools.partial(_tensor_of, definitions=definitions, experts=experts)
-    lifter = Lifter(experts, resolve, _one_hots(place.before), tensor_of, prefix=f"{number}_" if number else "")
+    prefix = f"{number}_" if number else ""
+    lifter = Lifter(experts, resolve, _one_hots(place.before), tensor_of, prefix=prefix, owner=self_name)
     # What the target needs (the rows of a split) is emitted at the loop's own line.
     lifter.here = loop
     try:
@@ -425,10 +435,11 @@ def _bind(
         case ast.Name(item), _:
             owner, split = resolve(source), _split(source, definitions)
             if isinstance(owner, nn.ModuleList | nn.ParameterList):
-                lifter.env[item] = lifter.from_list(source, ast.unparse(source), tuple(owner))
+                lifter.env[item] = lifter.from_list(source, ast.unparse(source), owner)
             elif split is not None:
                 rows, lifter.counts = split
-                lifter.env[item] = PerRow(ast.unparse(rows), lifter.counted(source, ast.unparse(rows)))
+                text = ast.unparse(rows)
+                lifter.env[item] = PerRow(text, lifter.counted(source, text), at_home=True)
             elif numbered:  # `for i, count in enumerate(counts)`
                 lifter.env[item], lifter.counts = Count(), source
             else:  # `for e in hit`: the experts that have tokens; the others have nothing to add

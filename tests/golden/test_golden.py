@@ -90,7 +90,7 @@ def rewritten_text(path: Path) -> str:
     module, args, kwargs = make_model(load(path))
     run = options(path)
     step = opt.capture_joint(module, *args, **kwargs)
-    result = opt.run_passes(step, run["spec"], run["passes"].split(","))
+    result = opt.run_passes(step, run["spec"], run["passes"].split(","), target=run.get("target", "cpu"))
     return result.text(provenance="provenance" in run)
 
 

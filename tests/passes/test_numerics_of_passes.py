@@ -19,6 +19,7 @@ from torch import Tensor, fx
 import fp8c.backends.reference  # noqa: F401  (the CPU's kernels)
 from fp8c import graph as g
 from fp8c.backends.reference.check import check_gemm
+from fp8c.ops import stored_rows
 from fp8c.tools import opt
 from tests.passes import steps
 from tests.passes.steps import BF16, Function, data, experts_inputs, experts_module, random
@@ -33,13 +34,18 @@ def requantized(x: Tensor, src: str, dst: str, offs: Tensor | None = None) -> Te
     """The FP64 value of x after both roundings."""
     cols = x.shape[-1] if src.startswith("e5m6") else None
     pair = ops.requantize(*ops.quantize(x, src), src, dst, offs, cols)
-    return ops.dequantize(*pair, dst, torch.float32, offs).to(F64)
+    return in_place(ops.dequantize(*pair, dst, torch.float32), offs, x).to(F64)
+
+
+def in_place(stored: Tensor, offs: Tensor | None, x: Tensor) -> Tensor:
+    """Rows where x has them: groups that restart at each expert move rows."""
+    return stored if offs is None else stored[stored_rows(offs, x.shape[0], 128)]
 
 
 def quantized(x: Tensor, fmt: str, offs: Tensor | None = None) -> Tensor:
     """The FP64 value of x after rounding to `fmt`: dequantizing is one FP32 product of an 8-bit and a 24-bit number."""
     pair = ops.quantize(x, fmt, offs)
-    return ops.dequantize(*pair, fmt, torch.float32, offs).to(F64)
+    return in_place(ops.dequantize(*pair, fmt, torch.float32), offs, x).to(F64)
 
 
 def assert_product(actual: Tensor, a: Tensor, b: Tensor) -> None:

@@ -227,7 +227,10 @@ def test_pass_on_halves_with_the_cost_model(group: Any) -> None:
     forward = traced(moe_forward(group), [*tokens(1), *square(4)])
     backward = traced(moe_backward(group), [*tokens(3, 2), *square(2, 3)])
     before = [snapshot(half.graph) for half in (forward, backward)]
-    moved = ScheduleOverlap(load_machine("h800")).run(Halves(forward, backward, 1), PassContext())
+    ctx = PassContext()
+    moved = ScheduleOverlap(load_machine("h800")).run(Halves(forward, backward, 1), ctx)
+    assert list(ctx.schedules) == ["forward", "backward"], "what was chosen is kept for the build's trace"
+    assert {s.task.name for s in ctx.schedules["backward"].slots} <= {n.name for n in backward.graph.nodes}
     assert moved > 0, "the weight gradients of the backward can hide its transfers"
     for half, was in zip((forward, backward), before):
         assert order_only(was, half.graph) == []

@@ -40,9 +40,10 @@ formats = st.one_of(
         st.sampled_from(["e4m3", "e5m2"]),
         groups,
         st.sampled_from(vocab.SCALES),
-        st.sampled_from(["", " online", " delayed(history = 16, algo = max, margin = 0)"]),
+        st.sampled_from(["", " online"]),
         st.sampled_from(["", " rne", " stochastic"]),
     ),
+    st.sampled_from(["e4m3 [tensor] scale fp32 delayed(history = 16, algo = max, margin = 0)"]),
 )
 maybe = st.sampled_from(["", "?"])
 

@@ -17,7 +17,8 @@ from fp8c.specs.load import load, loads
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))
 import role_records
 
-from fp8c.tools.spec_command import Difference, check_on_uses, diff_plans, diff_text
+from fp8c.specs.plan_diff import Difference, diff_plans, diff_text
+from fp8c.tools.spec_command import check_on_uses
 
 H200 = load_target("h200")
 MODEL = """

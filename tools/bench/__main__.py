@@ -1,15 +1,23 @@
-"""`python -m fp8c.tools.bench NAME ...`: run one benchmark."""
+"""`fp8c bench NAME ...`, `python -m fp8c.tools.bench NAME ...`: run one benchmark."""
 
+import functools
 import sys
 
-from fp8c.tools.bench import gemm, gemm_table
+from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, step
 
-BENCHMARKS = {"gemm": gemm.main, "gemm-table": gemm_table.main}
+BENCHMARKS = {
+    "gemm": gemm.main,
+    "gemm-table": gemm_table.main,
+    "kernels": kernels.main,
+    "layer": functools.partial(step.main, "layer"),
+    "optimizer": optimizer.main,
+    "step": functools.partial(step.main, "step"),
+}
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BENCHMARKS:
-        print(f"usage: python -m fp8c.tools.bench {{{','.join(BENCHMARKS)}}} ...", file=sys.stderr)
+        print(f"usage: fp8c bench {{{','.join(BENCHMARKS)}}} ...", file=sys.stderr)
         return 2
     return BENCHMARKS[arguments[0]](arguments[1:])
 

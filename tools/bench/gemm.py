@@ -117,7 +117,10 @@ def make_operands(p: Problem) -> Operands:
         (p.m * p.groups if p.kind == "m-grouped" else p.m),
         (p.k * p.groups if p.kind == "k-grouped" else p.k),
     )
-    blocks = tokens // BLOCK_K + p.groups if p.kind == "k-grouped" else math.ceil(p.k / BLOCK_K)
+    blocks = math.ceil(p.k / BLOCK_K)
+    if p.kind == "k-grouped":  # each expert's tokens in whole blocks
+        blocks = tokens // BLOCK_K + p.groups
+        tokens = blocks * BLOCK_K
     leading = (p.groups,) if p.kind == "m-grouped" else ()
     block_scale = _scales(*leading, math.ceil(p.n / BLOCK_K), blocks)
     is_wgrad = p.kind in ("wgrad", "k-grouped")

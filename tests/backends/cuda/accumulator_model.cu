@@ -31,14 +31,13 @@ __device__ float cut13(double x) {
 }
 
 extern "C" __global__ void accumulator_model(Operand a, Operand b, float* out, long long out_row, int m, int n, int k,
-                                             int promote, int shift) {
+                                             int promote) {
     const long long index = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
     if (index >= static_cast<long long>(m) * n) return;
     const int i = index / n, j = index % n;
     float total = 0, sum = 0;
-    // Instructions end at multiples of 32 less `shift`, and where the sum is promoted.
     for (int k0 = 0, k1; k0 < k; k0 = k1) {
-        k1 = min(k, min((k0 + shift) / 32 * 32 + 32 - shift, k0 / 128 * 128 + 128));
+        k1 = min(k, k0 + 32);
         int top = sum != 0 ? (__float_as_int(sum) >> 23 & 255) - 127 : -127;
         for (int l = k0; l < k1; ++l)
             top = max(top, exponent(a.codes[i * a.row + l]) + exponent(b.codes[j * b.row + l]));

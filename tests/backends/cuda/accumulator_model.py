@@ -38,12 +38,9 @@ def _function() -> ctypes.c_void_p:
 
 
 def model_product(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_rows_per_scale: int, promote: bool = True, shift: int = 0
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_rows_per_scale: int, promote: bool = True
 ) -> Tensor:
-    """FP32 [M, N] as the tensor core makes it. Scales [M, K / 128] and [N / b_rows_per_scale, K / 128], any strides.
-
-    `shift`: the instructions cover 32 of K from `shift` before the first element on, each cut where a scale group ends.
-    """
+    """FP32 [M, N] as the tensor core makes it. Scales [M, K / 128] and [N / b_rows_per_scale, K / 128], any strides."""
     (m, k), n = a.shape, b.shape[0]
     out = torch.zeros(m, n, device=a.device)
     if out.numel() == 0 or k == 0:
@@ -53,7 +50,7 @@ def model_product(
         _Operand(b.data_ptr(), b.stride(0), b_scale.data_ptr(), *b_scale.stride(), b_rows_per_scale),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_longlong(n),
-        *(ctypes.c_int(x) for x in (m, n, k, int(promote), shift)),
+        *(ctypes.c_int(x) for x in (m, n, k, int(promote))),
     ]
     parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

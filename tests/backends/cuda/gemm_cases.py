@@ -90,8 +90,11 @@ def random_case(rng: random.Random, config: GemmConfig, largest: int) -> Case:
         None if config.grouping is DENSE else torch.tensor(list(accumulate(splits)), dtype=torch.int32, device="cuda")
     )
     rows_past_end = rng.choice((0, 0, 7)) if config.grouping is ROWS else 0
-    a = _payload(rng, m + rows_past_end, k)
-    b = _payload(rng, experts * n if config.grouping is ROWS else n, k)
+    if config.grouping is REDUCTION:  # each expert's tokens in whole blocks of 128 (`fp8c.ops`)
+        a, b = (_in_blocks(_payload(rng, rows, k), splits) for rows in (m, n))
+    else:
+        a = _payload(rng, m + rows_past_end, k)
+        b = _payload(rng, experts * n if config.grouping is ROWS else n, k)
     blocks = k // 128 + experts if config.grouping is REDUCTION else -(-k // 128)
     a_scale = _row_scales(a.shape[0], blocks)
     block_rows = -(-n // 128)
@@ -115,10 +118,10 @@ def random_case(rng: random.Random, config: GemmConfig, largest: int) -> Case:
         case Grouping.REDUCTION_GROUPS:
             parts = []
             for e, (start, end) in enumerate(_ranges(splits)):
-                row, tokens = start // 128 + e, slice(start, end)
-                scales_a, scales_b = a_scale[:, row:], b_scale[:, row:]
-                shift = start % 16
-                parts.append(model_product(a[:, tokens], scales_a, b[:, tokens], scales_b, b_rows, shift=shift))
+                block = start // 128 + e
+                tokens = slice(block * 128, block * 128 + end - start)
+                scales_a, scales_b = a_scale[:, block:], b_scale[:, block:]
+                parts.append(model_product(a[:, tokens], scales_a, b[:, tokens], scales_b, b_rows))
             product = torch.stack(parts)
     if config.output is ADD:
         before = torch.randn(product.shape, device="cuda")
@@ -155,6 +158,16 @@ def _payload(rng: random.Random, rows: int, k: int) -> Tensor:
         )
     codes[:, k:] = 0x7F
     return codes.view(torch.float8_e4m3fn)[:, :k]
+
+
+def _in_blocks(payload: Tensor, splits: list[int]) -> Tensor:
+    """[rows, 128 * (K // 128 + E)]: expert e's columns from 128 * (start // 128 + e) on, zeros in between."""
+    blocks = payload.shape[1] // 128 + len(splits)
+    out = torch.zeros(payload.shape[0], blocks * 128, dtype=torch.uint8, device=payload.device)
+    for e, (start, end) in enumerate(_ranges(splits)):
+        first = 128 * (start // 128 + e)
+        out[:, first : first + end - start] = payload.view(torch.uint8)[:, start:end]
+    return out.view(torch.float8_e4m3fn)
 
 
 def _uniform(*shape: int) -> Tensor:

@@ -137,9 +137,9 @@ def test_reduction_groups_restart_their_scales(tmp_path: Path, output: Output, s
         sizes = [rng.choice((0, 0, 1, 17, 127, 128, 129, 900)) for _ in range(rng.randint(1, 6))]
         ends = list(itertools.accumulate(sizes))
         m, n = 513, 300
-        found = tiles_of(program, rng.choice((2, 6, 132)), m, n, ends[-1], *ends)
+        found = tiles_of(program, rng.choice((2, 6, 132)), m, n, 128 * (ends[-1] // 128 + len(sizes)), *ends)
         expected = [
-            (group, row, m, col, start, end - start, start // 128 + group)
+            (group, row, m, col, 128 * (start // 128 + group), end - start, start // 128 + group)
             for group, (start, end) in enumerate(zip([0, *ends], ends))
             if not (skips_empty and start == end)
             for row in range(0, m, config.tile_m)

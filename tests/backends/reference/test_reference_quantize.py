@@ -150,10 +150,21 @@ def test_strides_do_not_matter(layout: str, fmt: str) -> None:
     expected = torch.ops.fp8c.quantize(view.clone(memory_format=torch.contiguous_format), fmt)
     quantized = torch.ops.fp8c.quantize(view, fmt)
     assert_same_bits(quantized, expected, layout)
-    assert all(t.is_contiguous() for t in (*quantized, *decompositions.quantize(view, fmt)))
-    aligned = view[:128, :128]  # without padding, which would hide the strides of the input
-    assert all(t.is_contiguous() for t in torch.ops.fp8c.quantize(aligned, fmt))
-    assert all(t.is_contiguous() for t in decompositions.quantize(aligned, fmt))
+    for source in (view, view[:128, :128]):  # the second without padding, which would hide the strides of the input
+        layout_of_format = [t.stride() for t in ops.empty_quantized(source, source.shape, Format.parse(fmt))]
+        assert [t.stride() for t in torch.ops.fp8c.quantize(source, fmt)] == layout_of_format
+        assert [t.stride() for t in decompositions.quantize(source, fmt)] == layout_of_format
+
+
+def test_the_layout_is_what_the_gemms_read_without_a_copy() -> None:
+    """Reduction innermost, data rows of 16 bytes, 1x128 scales with rows innermost, four to a row."""
+    x = torch.randn(131, 200)
+    q, s = torch.ops.fp8c.quantize(x, "e4m3[1x128] fp32")
+    assert q.stride() == (200, 1) and s.stride() == (1, 132)
+    q, s = torch.ops.fp8c.quantize(x, "e4m3[128x1] fp32")
+    assert q.t().stride() == (144, 1) and s.t().stride() == (1, 200)
+    q, s = torch.ops.fp8c.quantize(x, "e4m3[128x128] fp32")
+    assert q.is_contiguous() and s.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -189,7 +200,7 @@ def test_error_of_one_quantization_is_that_of_the_format() -> None:
     for fmt, mantissa_bits, smallest in (("e4m3", 3, 2.0**-9), ("e5m2", 2, 2.0**-16), ("e5m6", 6, 2.0**-20)):
         text = f"{fmt}[1x128] fp32"
         q, s = torch.ops.fp8c.quantize(x, text)
-        back = dequantize_f32(q, s, Format.parse(text), None, 256).double()
+        back = dequantize_f32(q, s, Format.parse(text), 256).double()
         scale = s.double().repeat_interleave(128, dim=1)
         # Half a unit in the last place, or half the smallest subnormal, plus two FP32 roundings (quotient and product).
         bound = torch.maximum(2.0 ** -(mantissa_bits + 1) * x.double().abs(), smallest / 2 * scale)
@@ -217,23 +228,27 @@ def test_groups_restart_at_each_expert(ends: list[int], fmt: str) -> None:
     x = filled("mixed", rows, cols)
     offs = torch.tensor(ends, dtype=torch.int32)
     q, s = torch.ops.fp8c.quantize(x, fmt, offs)
-    assert s.shape[0] == rows // height + len(ends)
-    back = torch.ops.fp8c.dequantize(q, s, fmt, torch.float32, offs, cols)
+    assert s.shape[0] == rows // height + len(ends) and q.shape[0] == height * s.shape[0]
+    back = torch.ops.fp8c.dequantize(q, s, fmt, torch.float32, None, cols)
+    where = ops.stored_rows(offs, rows, height)
     used: set[int] = set()
     for expert, (start, end) in enumerate(zip([0, *ends], ends)):
         alone = torch.ops.fp8c.quantize(x[start:end], fmt)
         first = start // height + expert
         scale_rows = range(first, first + -(-(end - start) // height))
+        assert where[start:end].tolist() == list(range(first * height, first * height + end - start))
         assert not used & set(scale_rows)
         used |= set(scale_rows)
-        assert_same_bits((q[start:end], s[list(scale_rows)]), alone, expert)
+        assert_same_bits((q[where[start:end]], s[list(scale_rows)]), alone, expert)
         expected = torch.ops.fp8c.dequantize(*alone, fmt, torch.float32, None, cols)
-        assert torch.equal(back[start:end], expected)
+        assert torch.equal(back[where[start:end]], expected)
     unused = sorted(set(range(s.shape[0])) - used)
     assert (s[unused].float() == 1.0).all()
-    assert not q[ends[-1] :].view(torch.uint8).any() and not back[ends[-1] :].any()
+    empty = torch.ones(q.shape[0], dtype=torch.bool)
+    empty[where[: ends[-1]]] = False
+    assert not q[empty].view(torch.uint8).any() and not back[empty].any()
     assert_same_bits(decompositions.quantize(x, fmt, offs), (q, s), fmt)
-    assert torch.equal(decompositions.dequantize(q, s, fmt, torch.float32, offs, cols), back)
+    assert torch.equal(decompositions.dequantize(q, s, fmt, torch.float32, None, cols), back)
 
 
 def test_nan_of_one_expert_stays_with_it() -> None:
@@ -242,10 +257,20 @@ def test_nan_of_one_expert_stays_with_it() -> None:
     offs = torch.tensor([130, 290], dtype=torch.int32)
     for quantize in (torch.ops.fp8c.quantize, decompositions.quantize):
         q, s = quantize(x, "e4m3[128x1] fp32", offs)
-        back = torch.ops.fp8c.dequantize(q, s, "e4m3[128x1] fp32", torch.float32, offs)
-        bad = back.isnan().nonzero()
+        back = torch.ops.fp8c.dequantize(q, s, "e4m3[128x1] fp32", torch.float32)
+        bad = back[ops.stored_rows(offs, 290, 128)].isnan().nonzero()
         assert set(bad[:, 1].tolist()) == {2}
         assert bad[:, 0].min() == 130 and bad[:, 0].max() == 257
+
+
+def test_offsets_are_refused_where_a_pair_is_read() -> None:
+    offs = torch.tensor([130, 290], dtype=torch.int32)
+    q, s = torch.ops.fp8c.quantize(torch.randn(300, 4), "e4m3[128x1] fp32", offs)
+    for module in (torch.ops.fp8c, decompositions):
+        with pytest.raises(DiagnosticError, match="E0521.*stored in whole groups"):
+            module.dequantize(q, s, "e4m3[128x1] fp32", torch.float32, offs)
+        with pytest.raises(DiagnosticError, match="E0521.*stored in whole groups"):
+            module.requantize(q, s, "e4m3[128x1] fp32", "e4m3[1x128] fp32", offs)
 
 
 # Requantize ---------------------------------------------------------------------------------------------------------

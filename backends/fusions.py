@@ -1,0 +1,26 @@
+"""Which fused operators a target's backend runs as one kernel: what `fuse-casts` may put into a graph. No torch here."""
+
+from __future__ import annotations
+
+from fp8c.target_record import TargetRecord
+
+#: `backends/triton`, on every NVIDIA architecture with FP8.
+TRITON = frozenset(
+    {
+        "quantize_both",
+        "quantize_weight",
+        "quantize_transposed",
+        "gather_quantize",
+        "gather_quantized",
+        "gather_requantized",
+        "swiglu_quantize",
+        "swiglu_quantize_cached",
+        "swiglu_backward_quantize",
+    }
+)
+
+
+def fusions_of(target: TargetRecord | None) -> frozenset[str]:
+    """Operator names of `fp8c.fused_ops`; none for the CPU, where the plain form would only hide what is done."""
+    is_gpu = target is not None and target.architecture.startswith("sm")
+    return TRITON if is_gpu else frozenset()

@@ -1,0 +1,28 @@
+"""Triton kernels: every operator but attention, on any GPU with FP8 conversions (compute capability 8.9 and up).
+
+Importing this module registers them for CUDA. A kernel is compiled at its first call, into Triton's own cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fp8c.backends.triton import quantize, requantize, swiglu, transpose
+
+_LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
+for _kernel in (
+    quantize.quantize,
+    quantize.quantize_both,
+    quantize.quantize_weight,
+    quantize.quantize_transposed,
+    quantize.gather_quantize,
+    requantize.dequantize,
+    requantize.requantize,
+    requantize.gather_quantized,
+    requantize.gather_requantized,
+    swiglu.swiglu_quantize,
+    swiglu.swiglu_quantize_cached,
+    swiglu.swiglu_backward_quantize,
+    transpose.transposed,
+):
+    _LIBRARY.impl(_kernel.__name__, _kernel, "CUDA")  # type: ignore[no-untyped-call]

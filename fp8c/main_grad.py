@@ -1,0 +1,169 @@
+"""FP32 gradients: backward adds each weight gradient to its parameter's `main_grad` inside the GEMM that computes it.
+
+    Before:  %dw = fp8c.scaled_mm(%dyq, %dys, %xq, %xs, ..., bfloat16)      returned as the parameter's gradient
+    After:   fp8c.scaled_mm_add_(%main_grad, %dyq, %dys, %xq, %xs, ...)     f32[N, K] += FP32 product; None is returned
+
+`p.main_grad` is an FP32 tensor of the parameter's shape, zero at first, as Megatron-LM has it; `p.grad` stays None. What
+is no GEMM (norms, embeddings, biases) is added as it is, so every trained parameter follows one convention, and a
+gradient that reaches a parameter outside the compiled step is moved over by a hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fp8c import graph as g
+from fp8c import ops
+from fp8c.diagnostics import ExitCode, fail
+from fp8c.graph import aten
+
+#: On the backward half's output node: for each result the parameter whose gradient it is, "" for anything else.
+GRADIENT_OF = "fp8c_gradient_of"
+
+_ADDING: dict[Any, Any] = {ops.SCALED_MM: ops.SCALED_MM_ADD_, ops.SCALED_GROUPED_WGRAD: ops.SCALED_GROUPED_WGRAD_ADD_}
+
+
+def add_main_grads(module: nn.Module) -> None:
+    """Give every trained parameter of a module an FP32 `main_grad`, unless it has one.
+
+    Raises: DiagnosticError E0843 for parameters that are sharded
+    """
+    for name, p in module.named_parameters():
+        if not p.requires_grad or p.is_meta:
+            continue
+        if hasattr(p, "device_mesh"):
+            raise fail(
+                "E0843",
+                f"main_grad=True needs whole parameters, but '{name}' is sharded",
+                help="compile without main_grad: FSDP2 reduces gradients in FP32 with MixedPrecisionPolicy(reduce_dtype=...)",
+                exit_code=ExitCode.MODEL,
+            )
+        if getattr(p, "main_grad", None) is None:
+            p.main_grad = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)  # type: ignore[attr-defined]
+        if not getattr(p, "_fp8c_moves_grad", False):
+            p._fp8c_moves_grad = True  # type: ignore[attr-defined]
+            p.register_post_accumulate_grad_hook(_move_grad)  # type: ignore[no-untyped-call]
+
+
+def _move_grad(p: Tensor) -> None:
+    """A gradient that came past the compiled step: an uncompiled call, or the other side of a graph break."""
+    if p.grad is not None and getattr(p, "main_grad", None) is not None:
+        p.main_grad.add_(p.grad)  # type: ignore[attr-defined]
+        p.grad = None
+
+
+def zero_main_grads(module: nn.Module) -> None:
+    """Set every `main_grad` to zero in place."""
+    found = (getattr(p, "main_grad", None) for p in module.parameters())
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for t in (t for t in found if isinstance(t, Tensor)):
+        by_device.setdefault(t.device, []).append(t)
+    for tensors in by_device.values():
+        torch._foreach_zero_(tensors)
+
+
+def mark_gradients(backward: fx.Graph, primals: Sequence[str], inputs: Mapping[str, str]) -> None:
+    """Note on the backward half which result is whose gradient. Results come in the order of the joint graph's primals."""
+    output = g.output_node(backward)
+    results = output.args[0]
+    assert isinstance(results, (list, tuple))
+    names = [inputs.get(primal, "") for primal in primals]
+    output.meta[GRADIENT_OF] = [
+        name if isinstance(result, fx.Node) else ""
+        for result, name in zip(results, names + [""] * (len(results) - len(names)))
+    ]
+
+
+def split_gradients(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
+    """Let a backward half add its weight gradients to further inputs instead of returning them.
+
+    Returns: the half, with None for those results, and the parameters whose accumulators it takes, in order
+    """
+    owners: list[str] = g.output_node(gm.graph).meta.get(GRADIENT_OF, [])
+    if not any(owners):
+        return gm, []
+    graph = g.copy_graph(gm.graph)
+    output = g.output_node(graph)
+    results = list(output.args[0])  # type: ignore[arg-type]
+    last = graph.find_nodes(op="placeholder")[-1]
+    names: list[str] = []
+    for i, (result, name) in enumerate(zip(results, owners)):
+        if not name:
+            continue
+        with graph.inserting_after(last):
+            accumulator = last = graph.placeholder(f"main_grad_{i}")
+        with g.value(result).fake_mode:
+            accumulator.meta["val"] = torch.empty(
+                g.value(result).shape, dtype=torch.float32, device=g.value(result).device
+            )
+        add_to(graph, accumulator, result, output)
+        results[i] = None
+        names.append(name)
+    output.args = (tuple(results) if isinstance(output.args[0], tuple) else results,)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return fx.GraphModule(gm, graph), names
+
+
+def add_to(graph: fx.Graph, accumulator: fx.Node, gradient: fx.Node, output: fx.Node) -> None:
+    """Insert `accumulator += gradient`: in the GEMM that computes it where that is one, right behind it."""
+    source, transposed = behind_views(gradient)
+    adding = _ADDING.get(source.target) if source.op == "call_function" else None
+    if adding is not None and len(source.users) == 1:
+        operands, (a_fmt, b_fmt, promote_every, _) = list(source.args[:-4]), source.args[-4:]
+        if transposed:  # (A B^T)^T = B A^T
+            operands[:4] = [*operands[2:4], *operands[:2]]
+            a_fmt, b_fmt = b_fmt, a_fmt
+        with graph.inserting_before(source):
+            g.emit(graph, adding, accumulator, *operands, a_fmt, b_fmt, promote_every, like=source)
+        return
+    with graph.inserting_before(g.after(gradient) if gradient.op != "placeholder" else output):
+        g.emit(graph, aten.add_.Tensor, accumulator, gradient, like=gradient)
+
+
+def behind_views(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The node behind transposes of the last two axes and casts that nothing else reads; whether their number is odd."""
+    odd = False
+    while (
+        node.op == "call_function" and len(node.users) == 1 and isinstance(node.args[0] if node.args else None, fx.Node)
+    ):
+        if node.target in g.TRANSPOSES and g.swaps_last_two(node):
+            odd = not odd
+        elif node.target not in g.CASTS:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node, odd
+
+
+def run_with_accumulators(run: Callable[..., Any], names: Sequence[str], module: nn.Module) -> Callable[..., Any]:
+    """A backward's compiled function behind one that adds the accumulators to its inputs. Boxed, as `run` is."""
+    parameters = {g.canonical_path(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+    owners = [parameters[name] for name in names]
+
+    def boxed(inputs: list[Any]) -> Any:
+        inputs += [accumulator_of(p) for p in owners]
+        return run(inputs)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
+
+
+def accumulator_of(p: Tensor) -> Tensor:
+    """The parameter's `main_grad`; a new one where the optimizer has taken it away.
+
+    Raises: DiagnosticError E0843 for one of another type or shape
+    """
+    found = getattr(p, "main_grad", None)
+    if found is None:
+        found = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+        p.main_grad = found  # type: ignore[attr-defined]
+    if not isinstance(found, Tensor) or found.dtype is not torch.float32 or found.shape != p.shape:
+        shown = g.type_text(found) if isinstance(found, Tensor) else type(found).__name__
+        raise fail(
+            "E0843", f"main_grad is {shown}, expected f32{list(p.shape)}", help="leave main_grad to fp8c.compile"
+        )
+    return found

@@ -1,0 +1,237 @@
+"""A module's forward and backward as graphs that run by themselves, and the two of different micro-batches as one.
+
+    stage = Stage.capture(step, (x,))
+    outputs, kept = stage.forward(x0)
+    outputs, kept, dx = stage.pair((x1,), kept, (dy0,))     # forward of micro-batch 1 beside backward of micro-batch 0
+    dx = stage.backward(kept, dy1)
+
+This is what a pipeline schedule with overlapped pairs (DualPipe) needs and autograd cannot do: run two micro-batches'
+work in one order that a scheduler chose. Gradients of parameters are added to `.grad` as autograd would.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from fp8c import driver
+from fp8c import graph as g
+from fp8c.backends import lowering
+from fp8c.cost_model import Machine
+from fp8c.diagnostics import ExitCode, fail
+from fp8c.graph_costs import node_us
+from fp8c.passes.schedule_overlap import NodeCost, OverlapReport, agree, pair_graphs, schedule_graph
+
+
+class _Called(nn.Module):
+    """`module(*batch)`: the capture takes one batch. Paths of the module stay (a prefix `module.` is dropped)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any) -> Any:
+        return self.module(*batch)
+
+
+@dataclass
+class Stage:
+    """Forward and backward graphs of one module for inputs of one shape.
+
+    halves:    forward returns its outputs, then what backward needs; backward takes that and the outputs' gradients
+    values:    for every input of the forward, the tensor of the model it is; None for data
+    data:      for every input of the forward, which of the call's tensors it is; None for the model's
+    outputs:   positions of the module's differentiable outputs among the forward's results
+    kept:      for every input of the backward, its position among the forward's results; None for a gradient
+    tangents:  for every input of the backward, which output's gradient it is; None for others
+    """
+
+    forward_graph: fx.GraphModule
+    backward_graph: fx.GraphModule
+    values: list[Any]
+    data: list[int | None]
+    outputs: list[int]
+    kept: list[int | None]
+    tangents: list[int | None]
+    pair_graph: fx.GraphModule | None = None
+    report: OverlapReport | None = None
+    _parameters: list[nn.Parameter | None] = field(default_factory=list)
+
+    # --- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def capture(cls, step: nn.Module, inputs: Sequence[Tensor], session: driver.Session | None = None) -> Stage:
+        """Capture `step(*inputs)` of a prepared model, or of one that `fp8c.compile` returned.
+
+        Inputs that are floating-point get gradients. Raises: DiagnosticError E0870 for a module that writes to its
+        inputs; whatever a capture raises.
+        """
+        if session is None:
+            session = driver.session_of(step).fresh()
+            step = driver.uncompiled(step)
+        device = inputs[0].device.type
+        lowering.register_kernels(device)
+        given = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in inputs)
+        rewritten = driver.capture_step(_Called(step), given, session)
+        session.plan_only = False
+        halves = rewritten.halves
+        forward, backward = halves.forward, halves.backward
+        values, data = _inputs_of(forward.graph, session.examples, given)
+        results = g.output_node(forward.graph).args[0]
+        assert isinstance(results, (list, tuple))
+        outputs = _outputs_of(rewritten.joint_before.graph, halves.num_fwd_outputs)
+        names = [n.name if isinstance(n, fx.Node) else "" for n in results]
+        kept: list[int | None] = []
+        tangents: list[int | None] = []
+        for node in backward.graph.find_nodes(op="placeholder"):
+            is_tangent = str(node.target).startswith("tangents")
+            tangents.append(_tangent_of(node, len([t for t in tangents if t is not None])) if is_tangent else None)
+            kept.append(None if is_tangent else names.index(str(node.target)))
+        # Dynamo also returns values that the module put into its buffers; those have no gradient.
+        outputs = [at for at in outputs if at in tangents]
+        tangents = [None if at is None else outputs.index(at) for at in tangents]
+        parameters = [v if isinstance(v, nn.Parameter) and v.requires_grad else None for v in values]
+        made = cls(forward, backward, values, data, outputs, kept, tangents, _parameters=parameters)
+        made._given = given  # type: ignore[attr-defined]  # weak references of the capture lead to them
+        return made
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Tensor) -> tuple[list[Tensor], list[Any]]:
+        """The module's outputs (flattened), and what `backward` needs."""
+        with torch.no_grad():
+            return self._split(self.forward_graph(*self._forward_inputs(inputs)))
+
+    def backward(self, kept: list[Any], *gradients: Tensor) -> list[Tensor | None]:
+        """Add the parameters' gradients to `.grad`; return those of the inputs. `kept` is emptied."""
+        with torch.no_grad():
+            arguments = self._backward_inputs(kept, gradients)
+            kept.clear()
+            return self._finish(self.backward_graph(*arguments))
+
+    def pair(
+        self, inputs: Sequence[Tensor], kept: list[Any], gradients: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Any], list[Tensor | None]]:
+        """`forward(*inputs)` of one micro-batch beside `backward(kept, *gradients)` of another, as scheduled."""
+        if self.pair_graph is None:
+            self.schedule_pair(lambda node: 0.0)
+        assert self.pair_graph is not None
+        with torch.no_grad():
+            arguments = [*self._forward_inputs(inputs), *self._backward_inputs(kept, gradients)]
+            kept.clear()
+            ahead, behind = self.pair_graph(*arguments)
+            del arguments
+            return (*self._split(ahead), self._finish(behind))
+
+    def _forward_inputs(self, inputs: Sequence[Tensor]) -> list[Any]:
+        return [_local(value) if at is None else inputs[at].detach() for value, at in zip(self.values, self.data)]
+
+    def _backward_inputs(self, kept: list[Any], gradients: Sequence[Tensor]) -> list[Any]:
+        return [
+            kept[position] if position is not None else gradients[tangent]  # type: ignore[index]
+            for position, tangent in zip(self.kept, self.tangents)
+        ]
+
+    def _split(self, results: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+        return [results[i] for i in self.outputs], list(results)
+
+    def _finish(self, gradients: Sequence[Any]) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * (max((at for at in self.data if at is not None), default=-1) + 1)
+        for parameter, at, gradient in zip(self._parameters, self.data, gradients):
+            if at is not None:
+                found[at] = gradient
+            elif parameter is not None and gradient is not None:
+                accumulate(parameter, gradient)
+        return found
+
+    # --- scheduling ---------------------------------------------------------------------------------------------------
+
+    def schedule_pair(self, cost_us: NodeCost) -> OverlapReport:
+        """Put forward and backward into one graph and order it; `cost_us` gives the microseconds of its nodes.
+
+        All ranks have to use the same durations; their orders are compared (E0757).
+        """
+        pair = pair_graphs(copy.copy(self.forward_graph), copy.copy(self.backward_graph))
+        self.report = schedule_graph(pair.graph, cost_us)
+        agree(pair.graph)
+        pair.graph.lint()
+        pair.recompile()
+        self.pair_graph = pair
+        return self.report
+
+    def schedule_pair_for(self, machine: Machine, comm_sms: int) -> OverlapReport:
+        """`schedule_pair` with the cost model's durations."""
+        return self.schedule_pair(functools.partial(node_us, machine=machine, comm_sms=comm_sms))
+
+
+def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add a gradient, of the local shard where the parameter is a DTensor, to `.grad`."""
+    if isinstance(parameter, DTensor):
+        if parameter.grad is not None:
+            parameter.grad._local_tensor.add_(gradient)  # type: ignore[attr-defined]
+            return
+        gradient = DTensor.from_local(
+            gradient,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
+
+
+def _local(value: Any) -> Any:
+    return value.to_local().detach() if isinstance(value, DTensor) else value
+
+
+def _dynamo_index(node: fx.Node, position: int) -> tuple[int, str]:
+    """Which input of Dynamo's graph a placeholder is, or is a part of, and the part's name."""
+    described: Any = node.meta.get("desc")
+    part = ""
+    while hasattr(described, "base"):
+        part = str(getattr(described, "attr", ""))
+        described = described.base
+    return getattr(described, "idx", position), part
+
+
+def _inputs_of(graph: fx.Graph, examples: Sequence[Any], given: Sequence[Tensor]) -> tuple[list[Any], list[int | None]]:
+    values: list[Any] = []
+    data: list[int | None] = []
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        index, part = _dynamo_index(node, position)
+        example = examples[index]
+        at = next((i for i, tensor in enumerate(given) if tensor is example), None)
+        data.append(at)
+        values.append(None if at is not None else example.device_mesh if part == "device_mesh" else example)
+    return values, data
+
+
+def _outputs_of(joint: fx.Graph, count: int) -> list[int]:
+    """Positions of the module's outputs. Raises: E0870 when the capture returns changed inputs."""
+    described = g.output_node(joint).meta.get("desc") or [None] * count
+    described = pytree.tree_leaves(described, is_leaf=lambda d: d is None or not isinstance(d, (list, tuple)))[:count]
+    if any("Mutation" in type(d).__name__ for d in described):
+        raise fail(
+            "E0870",
+            "the module writes to an input or a buffer in a way the captured graph can't keep",
+            help="write to buffers under torch.no_grad(), and to no input",
+            exit_code=ExitCode.MODEL,
+        )
+    return [i for i, d in enumerate(described) if d is None or "PlainAOTOutput" in type(d).__name__]
+
+
+def _tangent_of(node: fx.Node, position: int) -> int:
+    output = getattr(node.meta.get("desc"), "output", None)
+    return int(getattr(output, "idx", position))

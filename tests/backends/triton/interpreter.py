@@ -1,0 +1,60 @@
+"""Triton's interpreter with its conversions and fused multiply-add made right; import before any kernel.
+
+Triton 3.6 to 3.9 interpret casts to FP8 and BF16 wrongly (ties, carries, saturation; triton issue 8322) and `fma` as two
+roundings. Here casts are torch's, after the clamp that `cvt.rn.satfinite` does, and fma adds in FP64 before one rounding:
+exact for the remainders that the kernels compute, because the product of two FP32 numbers fits FP64.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_TORCH = {
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float32: torch.float32,
+    tl.float64: torch.float64,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+}
+_BITS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+_LARGEST = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
+_original = interpreter._convert_float
+
+
+def _unsigned(width: int) -> Any:
+    return getattr(np, f"uint{width}")
+
+
+def _convert_float(x: Any, src: Any, dst: Any, rounding: Any) -> Any:
+    if src not in _TORCH or dst not in _TORCH:
+        return _original(x, src, dst, rounding)
+    raw = torch.from_numpy(np.ascontiguousarray(x).view(_unsigned(src.primitive_bitwidth)).copy())
+    values = raw.view(_TORCH[src])
+    if dst in _LARGEST:
+        wide = values.float()
+        values = wide.clamp(-_LARGEST[dst], _LARGEST[dst])  # NaN stays
+    bits = values.to(_TORCH[dst]).view(_BITS[dst.primitive_bitwidth])
+    if dst is tl.float8e4nv:
+        bits = torch.where(wide.isnan(), 0x7F, bits.int()).to(torch.uint8)
+    return bits.numpy().view(_unsigned(dst.primitive_bitwidth)).reshape(x.shape)
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    with np.errstate(all="ignore"):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), x.dtype.scalar)
+
+
+interpreter._convert_float = _convert_float
+interpreter.InterpreterBuilder.create_fma = _fma
+np.seterr(all="ignore")

@@ -1,0 +1,143 @@
+"""Expert parallelism on gloo ranks against one device: the same bits."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+Run = Callable[..., list[Any]]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"distributed_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def jobs() -> ModuleType:
+    return load("jobs")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Run]:
+    with load("ranks").pool(2) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Run]:
+    with load("ranks").pool(4) as run:
+        yield run
+
+
+def check_step(run: Run, jobs: ModuleType, world: int, *args: Any) -> None:
+    """Forward and expert gradients against one device with all ranks' sequences in one batch; replicated parameters
+    against one device per rank, summed in rank order."""
+    got = run("expert_parallel_step", *args)
+    assert len({g["plan"] for g in got}) == 1
+    together = jobs.one_device_step(*args[:2], list(range(world)), *args[2:])
+    for rank, found in enumerate(got):
+        assert torch.equal(found["logits"], together["logits"][rank : rank + 1])
+    for name, gradient in got[0]["experts"].items():
+        assert torch.equal(gradient, jobs.stacked(together["gradients"], name)), name
+        assert torch.equal(got[0]["experts reduced"][name], gradient / world), name
+    assert len(got[0]["experts"]) == (2 if args[0] == "hf" else 3)
+    alone = [jobs.one_device_step(*args[:2], [rank], *args[2:])["gradients"] for rank in range(world)]
+    for name in got[0]["own"]:
+        total = torch.zeros_like(alone[0][name], dtype=torch.float32)
+        for rank in range(world):
+            assert torch.equal(got[rank]["own"][name], alone[rank][name]), name
+            total += alone[rank][name].float()
+        mean = (total / world).to(alone[0][name].dtype)
+        assert all(torch.equal(found["reduced"][name], mean) for found in got), name
+
+
+# deepseek_v3 sends FP8: rows are quantized before they travel instead of after, which is the same to the bit.
+@pytest.mark.parametrize("kind", ["hf", "loop"])
+@pytest.mark.parametrize("spec", ["bf16", "deepseek_v3"])
+@pytest.mark.slow
+def test_two_ranks_compute_what_one_device_does(two: Run, jobs: ModuleType, kind: str, spec: str) -> None:
+    check_step(two, jobs, 2, kind, spec)
+
+
+@pytest.mark.slow
+def test_a_rank_whose_experts_get_no_row(two: Run, jobs: ModuleType) -> None:
+    """Every token goes to experts 1 and 2: the second rank receives nothing."""
+    check_step(two, jobs, 2, "loop", "deepseek_v3", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "spec", "expert", "experts"), [("hf", "bf16", None, 8), ("loop", "deepseek_v3", 5, 7)]
+)
+def test_four_ranks_compute_what_one_device_does(
+    four: Run, jobs: ModuleType, kind: str, spec: str, expert: int | None, experts: int
+) -> None:
+    """The second with seven experts (2, 2, 2, 1 of them on the ranks) and every token at experts 5 and 6."""
+    check_step(four, jobs, 4, kind, spec, expert, experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "spec"), [("hf", "bf16"), ("loop", "deepseek_v3")])
+def test_pairs_of_micro_batches_give_the_same_bits(two: Run, kind: str, spec: str) -> None:
+    """Scheduled pairs of a forward and a backward against autograd, one micro-batch after another."""
+    for found in two("paired_steps", kind, spec):
+        plain, paired = found["plain"], found["paired"]
+        assert found["moved"] > 0
+        for name in ("outputs", "dx"):
+            assert len(plain[name]) == len(paired[name]) == 3
+            assert all(torch.equal(a, b) for a, b in zip(plain[name], paired[name])), name
+        assert plain["gradients"].keys() == paired["gradients"].keys()
+        assert all(torch.equal(a, paired["gradients"][n]) for n, a in plain["gradients"].items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_loads_on_four(two: Run, four: Run, tmp_path: Path) -> None:
+    saved = two("save_step", str(tmp_path / "checkpoint"))[0]
+    for loaded in four("load_step", str(tmp_path / "checkpoint")):
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
+
+
+@pytest.mark.slow
+def test_a_one_device_checkpoint_loads(two: Run) -> None:
+    assert two("load_one_device_state") == [True, True]
+
+
+@pytest.mark.slow
+def test_fsdp2_around_the_dense_parameters(two: Run, jobs: ModuleType) -> None:
+    got = two("fsdp_step", "bf16")
+    for rank, found in enumerate(got):
+        alone = jobs.one_device_step("loop", "bf16", [rank])
+        assert torch.equal(found["logits"], alone["logits"])
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_told_before_they_exchange_anything(two: Run) -> None:
+    for text in two("different_specs"):
+        assert "E0863" in text and "ranks 0 and 1 differ in spec" in text
+    for text in two("different_graphs"):
+        assert "E0863" in text and "ranks 0 and 1 differ in graph" in text
+
+
+@pytest.mark.slow
+def test_an_optimizer_refuses_gradients_that_differ_between_ranks(two: Run) -> None:
+    for text in two("unreduced_gradients"):
+        assert "E0864" in text and "reduce_gradients" in text
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_reported(jobs: ModuleType) -> None:
+    with load("ranks").pool(2, 30.0) as run:
+        told, died = run("lose_a_rank")
+    assert died == (7,)
+    assert "E0865" in told

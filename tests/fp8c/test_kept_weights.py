@@ -1,0 +1,231 @@
+"""Weights are quantized once per value: over micro-batches, forward and backward, lengths and modes, and never stale."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fp8c
+import fp8c.backends.reference  # noqa: F401  (the CPU's kernels)
+from fp8c import driver
+from fp8c.kept_weights import WeightStore
+from tests.models.harness import count_executed, gradients, loss_of
+from tests.models.test_handwritten import BF16, Mlp, features
+
+GEMMS = 3  # of Mlp: gate, up, down
+
+
+def compiled(model: nn.Module | None = None, **options: bool) -> tuple[nn.Module, WeightStore]:
+    step = fp8c.compile(model if model is not None else Mlp(), "deepseek_v3", "cpu", **options)
+    return step, driver.session_of(step).weights
+
+
+def train(step: nn.Module, x: Tensor | None = None) -> Tensor:
+    loss = loss_of(step(features() if x is None else x))
+    loss.backward()
+    return loss.detach()
+
+
+def quantizes(step: nn.Module) -> Counter[str]:
+    return count_executed(lambda: train(step))
+
+
+def test_once_per_optimizer_step_over_micro_batches() -> None:
+    step, store = compiled()
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    for done in range(1, 4):
+        for _ in range(4):
+            train(step)
+        assert store.refreshed == GEMMS * done
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_results_are_those_without() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    kept, _ = compiled(copy.deepcopy(model))
+    plain, store = compiled(copy.deepcopy(model), keep_weights=False)
+    for step in (kept, plain):
+        optimizer = torch.optim.AdamW(step.parameters(), lr=1e-2)
+        torch.manual_seed(1)
+        for _ in range(3):
+            train(step, features())
+            optimizer.step()
+        train(step, features(length=24))
+    assert store.refreshed == 0 and not store.entries
+    assert all(torch.equal(a, b) for a, b in zip(gradients(kept).values(), gradients(plain).values(), strict=True))
+
+
+def test_a_step_without_a_change_quantizes_no_weight() -> None:
+    kept, _ = compiled()
+    plain, _ = compiled(keep_weights=False)
+    for step in (kept, plain):
+        train(step)
+    # the weights' quantizes of forward, and the last one's of backward: the first two need no gradient of their input
+    assert quantizes(plain)["fp8c::quantize"] - quantizes(kept)["fp8c::quantize"] == GEMMS + 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizers_are_noticed(fused: bool) -> None:
+    step, store = compiled(Mlp(dtype=torch.float32))
+    x = features(dtype=torch.float32)
+    train(step, x)
+    torch.optim.AdamW(step.parameters(), lr=0.1, fused=fused).step()
+    before = store.refreshed
+    train(step, x)
+    assert store.refreshed == before + GEMMS
+
+
+def test_other_writes_are_noticed() -> None:
+    step, store = compiled()
+    first, weights = train(step), {k: v.clone() for k, v in step.state_dict().items()}
+    with torch.no_grad():
+        for p in step.parameters():
+            p.mul_(2)
+    assert not torch.equal(train(step), first)
+    step.load_state_dict(weights)
+    assert torch.equal(train(step), first)
+    for p in step.parameters():
+        p.data = p.data * 2  # another address
+    assert not torch.equal(train(step), first)
+
+
+class Behind(torch.optim.Optimizer):
+    """Writes through `.data`, which no version counts."""
+
+    def __init__(self, parameters: object) -> None:
+        super().__init__(parameters, {})  # type: ignore[arg-type]
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.mul_(2)
+
+
+def test_an_optimizer_that_writes_data_is_noticed_and_others_do_not_count() -> None:
+    step, store = compiled()
+    first = train(step)
+    before = store.refreshed
+    Behind(Mlp().parameters()).step()
+    train(step)
+    assert store.refreshed == before
+    Behind(step.parameters()).step()
+    assert not torch.equal(train(step), first)
+
+
+def test_writes_behind_everything_can_be_told() -> None:
+    step, _ = compiled()
+    first = train(step)
+    for p in step.parameters():
+        p.data.mul_(2)
+    assert torch.equal(train(step), first)  # what nobody says, nobody sees
+    fp8c.weights_changed(step)
+    assert not torch.equal(train(step), first)
+
+
+def test_lengths_and_inference_share_them() -> None:
+    step, store = compiled()
+    train(step)
+    train(step, features(length=48))
+    with torch.no_grad():
+        step(features())
+    with torch.inference_mode():
+        step(features())
+    assert store.refreshed == GEMMS
+
+
+def test_inference_first_then_training() -> None:
+    step, store = compiled()
+    with torch.inference_mode():
+        step(features())
+    train(step)
+    assert store.refreshed == GEMMS and all(p.grad is not None for p in step.parameters())
+
+
+def test_frozen_weights_are_quantized_once() -> None:
+    model = Mlp()
+    for p in list(model.parameters())[:1]:
+        p.requires_grad_(False)
+    step, store = compiled(model)
+    optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        train(step)
+        optimizer.step()
+    assert store.refreshed == GEMMS + 2 * (GEMMS - 1)
+
+
+def test_a_copy_keeps_its_own() -> None:
+    step, store = compiled()
+    train(step)
+    other = copy.deepcopy(step)
+    theirs = driver.session_of(other).weights
+    assert theirs is not store and not theirs.entries
+    train(other)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert float(train(step)) != float(train(other))
+
+
+def test_memory_is_counted_and_freed() -> None:
+    step, store = compiled()
+    train(step)
+    numbers = sum(p.numel() for p in step.parameters() if p.dim() == 2)
+    assert numbers <= store.size_bytes <= 1.01 * numbers + 4 * 128  # a byte each, and a scale for each 128x128
+    alive = [v.data_ptr() for e in store.entries.values() for v in e.values]
+    assert len(set(alive)) == len(alive)
+    held = weakref.ref(next(iter(store.entries.values())).values[0])
+    del step, store
+    torch._dynamo.reset()
+    gc.collect()
+    assert held() is None
+
+
+def test_bf16_weights_of_a_tied_model_are_no_quantized_ones() -> None:
+    step, store = compiled()
+    train(step)
+    assert all(v.dtype in (torch.float8_e4m3fn, torch.float32) for e in store.entries.values() for v in e.values)
+    assert BF16 not in {v.dtype for e in store.entries.values() for v in e.values}
+
+
+def test_a_transposed_copy_is_made_of_the_kept_one() -> None:
+    """Backward's transposed weight (fuse-casts) shares the forward's quantize instead of keeping a second copy."""
+    pytest.importorskip("fp8c.fused_ops")
+    from torch import fx
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from fp8c.kept_weights import split_weights
+
+    ops, fmt = torch.ops.fp8c, "e4m3[128x128] fp32"
+    w, x = torch.randn(256, 128).to(BF16), torch.randn(256, 4)
+
+    def half(name: str) -> fx.GraphModule:
+        def run(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+            if name == "forward":
+                q, s = ops.quantize(w, fmt)
+                return q.float() @ x.new_ones(128, 4) * s[0, 0], s
+            qt, s = ops.quantize_transposed(w, fmt)
+            return qt.float() @ x, s
+
+        gm = make_fx(run, tracing_mode="fake")(w, x)
+        gm.graph.find_nodes(op="placeholder")[0].meta["fp8c_name"] = "w"
+        return gm
+
+    store = WeightStore()
+    with torch.no_grad():
+        for name in ("forward", "backward"):
+            gm = half(name)
+            main, chains = split_weights(gm)
+            (chain,) = chains
+            values = store.values(chain, [w])
+            found = main(w, x, *(values[i] for i in chain.reads))
+            assert all(torch.equal(a, b) for a, b in zip(found, gm(w, x), strict=True))
+    assert store.refreshed == 1 and len(store.entries) == 1
+    assert sum(v.numel() for e in store.entries.values() for v in e.values) == w.numel() + 2

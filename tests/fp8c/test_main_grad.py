@@ -1,0 +1,165 @@
+"""`main_grad`: every trained parameter's gradient, accumulated in FP32 by the GEMM that computes it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fp8c
+from fp8c.diagnostics import DiagnosticError
+from fp8c.main_grad import accumulator_of
+from tests.models.harness import count_executed, gradients, loss_of
+from tests.models.test_handwritten import BF16, D, Mlp, features
+from tests.passes.steps import experts_function, random
+
+
+class Norm(nn.Module):
+    """A bias, a norm's weight and a matrix stored [K, N] beside a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(D, 256, bias=True, dtype=BF16)
+        self.scale = nn.Parameter(torch.ones(256, dtype=BF16))
+        self.stored_kn = nn.Parameter(random(256, D) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + 1e-6).to(BF16) * self.scale
+        return h @ self.stored_kn
+
+
+class Experts(nn.Module):
+    """Grouped GEMMs; the third expert gets no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(random(4, 256, 128) * 0.1)
+        self.down = nn.Parameter(random(4, 128, 128) * 0.1)
+        self.register_buffer("rows", torch.randint(128, (256,), generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("offs", torch.tensor([70, 130, 130, 256], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return experts_function(x.reshape(-1, 128), self.rows, self.offs, self.up, self.down)
+
+
+MODELS: dict[str, Any] = {"mlp": Mlp, "norm": Norm, "experts": Experts}
+
+
+def compiled(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return fp8c.compile(MODELS[name](), "deepseek_v3", "cpu", **options)
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(1, 128, D, generator=torch.Generator().manual_seed(i)).to(BF16) for i in range(3)]
+
+
+def fp32_gradients(name: str, x: Tensor) -> dict[str, Tensor]:
+    """One micro-batch's gradients before they are rounded to BF16, from main_grad of a fresh copy."""
+    step = compiled(name, main_grad=True)
+    loss_of(step(x)).backward()
+    return {n: p.main_grad.clone() for n, p in step.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_micro_batches_add_up_in_fp32(name: str) -> None:
+    step = compiled(name, main_grad=True)
+    total: dict[str, Tensor] = {}
+    for x in batches():
+        loss_of(step(x)).backward()
+        for n, grad in fp32_gradients(name, x).items():
+            total[n] = total[n] + grad if n in total else grad
+    for n, p in step.named_parameters():
+        assert p.grad is None and p.main_grad.dtype is torch.float32
+        # the same FP32 products; the GEMM adds them to the accumulator in one rounding
+        assert torch.equal(p.main_grad, total[n]), n
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_micro_batch_rounds_to_the_usual_gradient(name: str) -> None:
+    x = batches()[0]
+    plain = compiled(name)
+    loss_of(plain(x)).backward()
+    for n, grad in fp32_gradients(name, x).items():
+        assert torch.equal(grad.to(BF16), gradients(plain)[n]), n
+
+
+def test_the_gemm_accumulates() -> None:
+    step = compiled("mlp", main_grad=True)
+    loss_of(step(features())).backward()  # compiles
+    counts = count_executed(lambda: loss_of(step(features())).backward())
+    assert counts["fp8c::scaled_mm_add_"] == 3 and counts["fp8c::scaled_mm"] == 3 + 1  # forward, and down's dgrad
+    experts = compiled("experts", main_grad=True)
+    loss_of(experts(batches()[0])).backward()
+    counts = count_executed(lambda: loss_of(experts(batches()[0])).backward())
+    assert counts["fp8c::scaled_grouped_wgrad_add_"] == 2 and counts["fp8c::scaled_grouped_wgrad"] == 0
+
+
+def test_zero_grad_and_new_accumulators() -> None:
+    step = compiled("mlp", main_grad=True)
+    p = step.gate.weight
+    address = p.main_grad.data_ptr()
+    loss_of(step(features())).backward()
+    assert p.main_grad.any()
+    step.zero_grad()
+    assert not p.main_grad.any() and p.main_grad.data_ptr() == address
+    flat = torch.zeros(p.numel())  # Megatron-LM's way: a view of one flat buffer
+    p.main_grad = flat.view_as(p)
+    loss_of(step(features())).backward()
+    assert flat.any()
+    p.main_grad = None
+    loss_of(step(features())).backward()
+    assert torch.equal(p.main_grad.flatten(), flat)
+
+
+def test_gradients_from_outside_are_moved_over() -> None:
+    step = compiled("mlp", main_grad=True)
+    loss_of(step.down(features().repeat(1, 1, 2))).backward()  # a part of it, called uncompiled
+    assert step.down.weight.grad is None and step.down.weight.main_grad.any()
+
+
+def test_tied_and_frozen_parameters() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(128, D, dtype=BF16)
+            self.body = nn.Linear(D, D, bias=False, dtype=BF16)
+            self.head = nn.Linear(D, 128, bias=False, dtype=BF16)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.body(self.table(ids)))
+
+    model = Tied()
+    frozen = copy.deepcopy(model)
+    plain = fp8c.compile(copy.deepcopy(model), "deepseek_v3", "cpu")
+    step = fp8c.compile(model, "deepseek_v3", "cpu", main_grad=True)
+    ids = torch.randint(128, (2, 64), generator=torch.Generator().manual_seed(0))
+    for m in (plain, step):
+        F.cross_entropy(m(ids).float().flatten(0, 1), ids.flatten()).backward()
+    assert torch.equal(step.table.weight.main_grad.to(BF16), plain.table.weight.grad)
+    frozen.body.weight.requires_grad_(False)
+    step = fp8c.compile(frozen, "deepseek_v3", "cpu", main_grad=True)
+    F.cross_entropy(step(ids).float().flatten(0, 1), ids.flatten()).backward()
+    assert getattr(step.body.weight, "main_grad", None) is None and step.table.weight.main_grad.any()
+
+
+def test_an_accumulator_of_another_kind_is_refused() -> None:
+    p = nn.Parameter(torch.zeros(4, 8))
+    p.main_grad = torch.zeros(4, 8, dtype=BF16)
+    with pytest.raises(DiagnosticError, match=r"main_grad is bf16\[4, 8\], expected f32\[4, 8\]"):
+        accumulator_of(p)
+
+
+def test_a_module_of_torchs_own() -> None:
+    """Dynamo reaches its parameters through a bound method, so they have other names."""
+    step = fp8c.compile(
+        nn.Sequential(nn.Linear(128, 128, bias=False, dtype=BF16)), "deepseek_v3", "cpu", main_grad=True
+    )
+    loss_of(step(torch.randn(4, 128).to(BF16))).backward()
+    assert step[0].weight.main_grad.any() and step[0].weight.grad is None

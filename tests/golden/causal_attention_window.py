@@ -1,0 +1,15 @@
+# RUN: --spec=deepseek_v3 --passes=causal-attention
+import torch
+import torch.nn.functional as F
+
+
+def model(q: "bf16[1, 2, 128, 64]", k: "bf16[1, 2, 128, 64]", v: "bf16[1, 2, 128, 64]"):
+    positions = torch.arange(128)
+    mask = (positions[None, :] <= positions[:, None]) & (positions[None, :] > positions[:, None] - 32)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+# CHECK-LABEL: graph model
+# CHECK:       %[[MASK:\w+]] = aten.bitwise_and.Tensor({{.*}}) : b8[128, 128]
+# CHECK:       fp8c.attention({{.*}}, %[[MASK]], False, None, False)
+# CHECK:       fp8c.attention_backward({{.*}}, %[[MASK]], False, None, False)

@@ -1,0 +1,209 @@
+"""`python -m fp8c.tools.bench optimizer`: the fused AdamW beside a copy and torch's fused FP32 AdamW; the EMA's cost.
+
+The parameters are those of a Mixture-of-Experts model: some large tensors and many small ones. Bytes that must move are
+counted once for each tensor read and once for each written: 22 a parameter for the update (read master, gradient and
+moments, write master, moments and parameter), and 4 for the norm where a step is checked or clipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fp8c.optim import EMA, AdamW
+from fp8c.optim.ema import PIECE, fold
+
+SCHEMA = "fp8c.bench.optimizer/1"
+UPDATE_BYTES, NORM_BYTES = 22, 4  # BF16 parameter and moments, FP32 master and gradient
+SLEEP_CYCLES = 10_000_000  # some 5 ms
+TORCH_BYTES = 28  # FP32 parameter, gradient and moments: all four read, three written
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    us: float
+    spread_us: float  # distance of the quartiles
+    bytes: int
+
+    @property
+    def tb_per_s(self) -> float:
+        return self.bytes / self.us / 1e6
+
+
+def shapes(layers: int, dim: int, experts: int) -> list[tuple[int, ...]]:
+    """A tensor for every weight of such a model: experts fused, norms and routers small."""
+    layer: list[tuple[int, ...]] = [(dim,), (dim,), (dim, dim), (dim, 2 * dim), (dim, dim), (experts, dim)]
+    layer += [(experts, dim, dim), (experts, dim, dim // 2), (dim, 3), (17,)]
+    return [(32000, dim), *(shape for _ in range(layers) for shape in layer)]
+
+
+def parameters(sizes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> nn.ParameterList:
+    made = nn.ParameterList()
+    for size in sizes:
+        made.append(nn.Parameter(torch.randn(size, device="cuda").to(dtype)))
+    return made
+
+
+def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
+    """Median and distance of the quartiles in microseconds, by events, after three calls.
+
+    The device is kept busy until the host has launched the work, as a backward keeps it busy in front of an optimizer.
+    """
+    for _ in range(3):
+        work()
+    found = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(SLEEP_CYCLES)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) * 1e3)
+    quartiles = statistics.quantiles(found, n=4)
+    return statistics.median(found), quartiles[2] - quartiles[0]
+
+
+def adamw_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
+    count = sum(torch.Size(size).numel() for size in sizes)
+    rows = []
+    rows.append(copy_row(count * 11 // 4))  # as many bytes read and written as the update's
+    for name, options, moved in (
+        ("update", {"skip_nonfinite": False}, UPDATE_BYTES),
+        ("update, checked and clipped", {"max_norm": 1.0}, UPDATE_BYTES + NORM_BYTES),
+        ("update, checked, clipped and cleared", {"max_norm": 1.0, "clears": True}, UPDATE_BYTES + NORM_BYTES + 4),
+    ):
+        params = parameters(sizes, torch.bfloat16)
+        for p in params:
+            p.main_grad = torch.randn(p.shape, device="cuda")
+        optimizer = AdamW(params, spec="deepseek_v3", **options)  # type: ignore[arg-type]
+        us, spread = timed(optimizer.step)
+        rows.append(Row(f"fp8c {name}", us, spread, moved * count))
+        del params, optimizer
+        torch.cuda.empty_cache()
+    return rows + torch_rows(sizes)
+
+
+def copy_row(elements: int) -> Row:
+    source = torch.randn(elements, device="cuda")
+    target = torch.empty_like(source)
+    us, spread = timed(lambda: target.copy_(source))
+    return Row("copy", us, spread, 2 * elements * 4)
+
+
+def torch_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
+    """torch's fused AdamW on FP32 parameters, alone and behind torch's clipping."""
+    count = sum(torch.Size(size).numel() for size in sizes)
+    params = parameters(sizes, torch.float32)
+    for p in params:
+        p.grad = torch.randn(p.shape, device="cuda")
+    theirs = torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    us, spread = timed(theirs.step)
+    rows = [Row("torch fused FP32", us, spread, TORCH_BYTES * count)]
+
+    def clipped() -> None:
+        nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        theirs.step()
+
+    us, spread = timed(clipped)
+    return [*rows, Row("torch clip_grad_norm_ and fused FP32", us, spread, (TORCH_BYTES + 12) * count)]
+
+
+def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> dict[str, float]:
+    """Milliseconds of a loop's step without and with an EMA of every step; the loop multiplies for `step_ms`, then
+    steps.
+
+    The two alternate, six rounds, so that a drift of the machine meets both.
+    """
+    params = parameters(sizes, torch.bfloat16)
+    for p in params:
+        p.main_grad = torch.randn(p.shape, device="cuda")
+    optimizer = AdamW(params, spec="deepseek_v3", max_norm=1.0)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    us, _ = timed(lambda: a @ a)
+    products = max(1, round(step_ms * 1e3 / us))
+    ema = EMA(params, 0.999, optimizer=optimizer)
+    found: dict[str, list[float]] = {"without": [], "with": []}
+    for _ in range(6):
+        for name in found:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(steps):
+                for _ in range(products):
+                    a @ a
+                optimizer.step()
+                if name == "with":
+                    ema.update()
+            torch.cuda.synchronize()
+            found[name].append((time.perf_counter() - start) / steps * 1e3)
+            ema.flush()
+    result = {f"{name}_ms": statistics.median(values) for name, values in found.items()}
+    result |= {f"{name}_spread_ms": max(values) - min(values) for name, values in found.items()}
+    count = sum(p.numel() for p in params)
+    result |= {"waits": float(ema.waits), "updates": float(ema.updates), "parameters": float(count)}
+    averages = list(ema.average.values())
+    values = [value.bfloat16() for value in averages]
+    scratch = torch.empty(PIECE)
+    started = time.perf_counter()
+    for average, value in zip(averages, values):
+        fold(average, value, 0.999, scratch)
+    result["fold_ms"] = (time.perf_counter() - started) * 1e3
+    ema.close()
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fp8c.tools.bench optimizer", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument(
+        "--ema-step-ms", type=float, default=100.0, help="length of the loop's step; 0 leaves the EMA out"
+    )
+    parser.add_argument("--ema-layers", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("this benchmark needs a GPU", file=sys.stderr)
+        return 5
+    sizes = shapes(args.layers, args.dim, args.experts)
+    rows = adamw_rows(sizes)
+    copy = rows[0].tb_per_s
+    count = sum(torch.Size(size).numel() for size in sizes)
+    print(f"{torch.cuda.get_device_name()}, {count / 1e6:.0f} M parameters in {len(sizes)} tensors")
+    for row in rows:
+        share = f"{row.tb_per_s / copy:6.1%} of the copy"
+        print(f"{row.name:42} {row.us:9.1f} us +- {row.spread_us:6.1f}  {row.tb_per_s:5.2f} TB/s  {share}", flush=True)
+    found: dict[str, object] = {
+        "schema": SCHEMA,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "tensors": len(sizes),
+        "parameters": count,
+        "rows": [asdict(row) | {"tb_per_s": row.tb_per_s} for row in rows],
+    }
+    if args.ema_step_ms:
+        ema = ema_rows(shapes(args.ema_layers, args.dim, args.experts), args.ema_step_ms, 10)
+        found["ema"] = ema
+        print(
+            f"a step of {ema['without_ms']:.2f} ms takes {ema['with_ms']:.2f} ms with an EMA of "
+            f"{ema['parameters'] / 1e6:.0f} M parameters ({ema['with_ms'] / ema['without_ms'] - 1:+.2%}; a fold takes "
+            f"{ema['fold_ms']:.0f} ms on the CPU; the host waited {ema['waits']:.0f} of {ema['updates']:.0f} times)"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
