@@ -13,6 +13,9 @@ TRITON = frozenset(
         "gather_quantize",
         "gather_quantized",
         "gather_requantized",
+        "swiglu_quantize",
+        "swiglu_quantize_cached",
+        "swiglu_backward_quantize",
     }
 )
 

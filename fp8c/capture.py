@@ -238,11 +238,14 @@ def fake_on_cpu(module: nn.Module, batch: Any) -> Any:
     mode = FakeTensorMode()
     made: dict[int, torch.Tensor] = {}
 
+    def fake_part(shard: torch.Tensor) -> torch.Tensor:
+        return FakeTensor(mode, shard, torch.device("cpu"))
+
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "meta" or isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in made and isinstance(tensor, DTensor):
-            part = fake(tensor.to_local().detach())
+            part = fake_part(tensor.to_local().detach())
             sharded = DTensor.from_local(
                 part,
                 tensor.device_mesh,

@@ -403,6 +403,12 @@ def spec_show(name: str) -> None:
 @click.option(
     "--without", multiple=True, metavar="PASS", help="Leave out an optional exact pass, causal-attention say."
 )
+@click.option(
+    "--mesh",
+    "mesh_text",
+    metavar="NAME=N,...",
+    help="Plan one rank of a mesh, e.g. ep=64,pp=16: experts are sharded over ep. Needs no GPU and no other process.",
+)
 @click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
 @click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
@@ -424,6 +430,7 @@ def compile_(
     verify: bool,
     no_baseline: bool,
     without: tuple[str, ...],
+    mesh_text: str | None,
     force: bool,
     print_ir_before: tuple[str, ...],
     print_ir_after: tuple[str, ...],
@@ -457,6 +464,7 @@ def compile_(
             weights=weights,
             verify=verify,
             baseline=not no_baseline,
+            mesh=command.parse_mesh(mesh_text),
             without=without,
             force=force,
             printing=Printing(

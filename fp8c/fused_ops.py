@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8c import swiglu_ops
 from fp8c.diagnostics import fail
 from fp8c.ops import KERNEL_TAGS, check_quantize_input, empty_quantized, empty_scale, quantized_format, restarts
 
@@ -25,6 +26,7 @@ _SCHEMAS = {
     "gather_requantized": (
         "(Tensor q, Tensor s, Tensor rows, str src, str dst, Tensor? offs=None) -> (Tensor, Tensor)"
     ),
+    **swiglu_ops.SCHEMAS,
 }
 
 _LIBRARY = torch.library.Library("fp8c", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -140,6 +142,9 @@ _PLAIN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "gather_quantize": (gather_quantize, _fake_gather_quantize),
     "gather_quantized": (gather_quantized, _fake_gather_quantized),
     "gather_requantized": (gather_requantized, _fake_gather_requantized),
+    "swiglu_quantize": (swiglu_ops.swiglu_quantize, swiglu_ops.fake_swiglu_quantize),
+    "swiglu_quantize_cached": (swiglu_ops.swiglu_quantize_cached, swiglu_ops.fake_swiglu_quantize_cached),
+    "swiglu_backward_quantize": (swiglu_ops.swiglu_backward_quantize, swiglu_ops.fake_swiglu_backward_quantize),
 }
 for _name, (_plain, _fake) in _PLAIN.items():
     _LIBRARY.define(_name + _SCHEMAS[_name], tags=KERNEL_TAGS)  # type: ignore[no-untyped-call]
@@ -158,6 +163,9 @@ QUANTIZE_TRANSPOSED = torch.ops.fp8c.quantize_transposed.default
 GATHER_QUANTIZE = torch.ops.fp8c.gather_quantize.default
 GATHER_QUANTIZED = torch.ops.fp8c.gather_quantized.default
 GATHER_REQUANTIZED = torch.ops.fp8c.gather_requantized.default
+SWIGLU_QUANTIZE = torch.ops.fp8c.swiglu_quantize.default
+SWIGLU_QUANTIZE_CACHED = torch.ops.fp8c.swiglu_quantize_cached.default
+SWIGLU_BACKWARD_QUANTIZE = torch.ops.fp8c.swiglu_backward_quantize.default
 
 
 @dataclass(frozen=True)
@@ -185,12 +193,21 @@ MAKES: dict[Any, tuple[Made | None, ...]] = {
     QUANTIZE_TRANSPOSED: (Made("data", 1, is_transposed=True), _SCALE),
     GATHER_QUANTIZE: (Made("data", 2), Made("scale", 2)),
     GATHER_REQUANTIZED: (Made("data", 4), Made("scale", 4)),
+    SWIGLU_QUANTIZE: (Made("data", 3), Made("scale", 3)),
+    SWIGLU_QUANTIZE_CACHED: (Made("data", 2), Made("scale", 2), Made("data", 3, 1), Made("scale", 3, 1)),
+    SWIGLU_BACKWARD_QUANTIZE: (
+        *(Made("data", 6), Made("scale", 6)),
+        *(Made("data", 7, 1), Made("scale", 7, 1)),
+        *(Made("data", 8, 2), Made("scale", 8, 2)),
+        None,
+    ),
 }
 
-#: Operators that read one pair, their first two arguments: the index of its format among the arguments.
-READS: dict[Any, int] = {
-    torch.ops.fp8c.dequantize.default: 2,
-    torch.ops.fp8c.requantize.default: 2,
-    GATHER_QUANTIZED: 3,
-    GATHER_REQUANTIZED: 3,
+#: Operators that read one pair: where its data stands among the arguments (its scale follows), and where its format.
+READS: dict[Any, tuple[int, int]] = {
+    torch.ops.fp8c.dequantize.default: (0, 2),
+    torch.ops.fp8c.requantize.default: (0, 2),
+    GATHER_QUANTIZED: (0, 3),
+    GATHER_REQUANTIZED: (0, 3),
+    SWIGLU_BACKWARD_QUANTIZE: (1, 5),
 }

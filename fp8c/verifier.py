@@ -135,8 +135,8 @@ def scales_paired(
                 data, scale = node.args[operands + 2 * i : operands + 2 * i + 2]
                 found += _check_pair(node, data, scale, str(node.args[formats + i]), types, operand)
         elif node.target in fused_ops.READS:
-            text = str(node.args[fused_ops.READS[node.target]])
-            found += _check_pair(node, node.args[0], node.args[1], text, types, "q")
+            first, fmt = fused_ops.READS[node.target]
+            found += _check_pair(node, node.args[first], node.args[first + 1], str(node.args[fmt]), types, "q")
     return found
 
 

@@ -67,10 +67,36 @@ def test_a_damaged_build_is_an_error_for_every_verb(
     assert "Traceback" not in said
 
 
-def test_a_build_whose_content_is_not_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "build")
-    assert main(["diff", str(tmp_path / "build"), "bf16"]) == 2
-    assert "is no plan" in capsys.readouterr().err
+LOCK = {"uses": {}, "sections": {}, "spec": "s", "spec_hash": "h", "target": "h200"}
+WRONG = {
+    "an empty plan": {"plan.lock.json": b"{}"},
+    "a list": {"plan.lock.json": b"[]"},
+    "no JSON": {"plan.lock.json": b"{"},
+    "a use without fields": {"plan.lock.json": json.dumps({**LOCK, "uses": {"a": {"op": "linear"}}}).encode()},
+    "a decision without a reason": {
+        "plan.lock.json": json.dumps({**LOCK, "sections": {"dispatch": {"payload": {"value": "bf16"}}}}).encode()
+    },
+    "no plan": {"other.json": b"{}"},
+}
+
+
+@pytest.mark.parametrize("files", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("verb", VERBS, ids=lambda v: v[0])
+def test_whole_files_that_hold_something_else_are_an_error(
+    files: dict[str, bytes],
+    verb: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    graphs = {f"graphs/{name}.txt": b"graph x\n" for name in ("captured", "forward", "backward")}
+    keys = ("model", "spec", "target", "versions", "parameters", "plan")
+    b.write_build(tmp_path / "build", {key: {} for key in keys}, {**graphs, **files}, {"argv": []}, {})
+    name, *rest = verb
+    assert main([name, "build", *rest]) == 2
+    said = capsys.readouterr().err
+    assert "E0612" in said and "Traceback" not in said
 
 
 def test_explain_needs_a_code_or_a_build_and_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

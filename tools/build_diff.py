@@ -17,6 +17,7 @@ from fp8c.specs.load import load
 from fp8c.specs.plan import PrecisionPlan, plan_from_json
 from fp8c.specs.plan_diff import Difference, diff_plans
 from fp8c.specs.resolve import resolve
+from fp8c.tools.build_contents import read_contents, read_lock
 from fp8c.tools.explain import ranges, size
 from fp8c.tools.viewer.graph_reader import CASTS, formats_in, read_graph
 
@@ -67,7 +68,7 @@ def compare(old: str, new: str) -> Comparison:
 
 
 def compare_builds(a: Build, b: Build) -> Comparison:
-    reports = a.json("report.json"), b.json("report.json")
+    reports = read_contents(a).report, read_contents(b).report
     texts = [[r["text"] for r in report["remarks"]] for report in reports]
     return Comparison(
         _inputs(a, b),
@@ -85,7 +86,7 @@ def compare_with_spec(a: Build, spec: str) -> Comparison:
     before = _plan(a)
     loaded = load(spec)
     after = resolve(loaded, [plan.use for plan in before.uses.values()], load_target(a.manifest["target"]["name"]))
-    said = a.json("report.json")["remarks"]
+    said = read_contents(a).report["remarks"]
     new = [render(d) for d in after.diagnostics]
     own = [r["text"] for r in said if r["code"] in {d.code for d in after.diagnostics}]
     inputs = (("spec", before.spec, after.spec),) if before.spec != after.spec else ()
@@ -95,9 +96,9 @@ def compare_with_spec(a: Build, spec: str) -> Comparison:
 
 def _plan(build: Build) -> PrecisionPlan:
     try:
-        return plan_from_json(build.json("plan.lock.json"))
-    except (KeyError, TypeError, ValueError) as error:
-        message = f"{build.path / 'plan.lock.json'} is no plan: {type(error).__name__} {error}"
+        return plan_from_json(read_lock(build))
+    except (TypeError, ValueError) as error:  # a value that no plan has
+        message = f"{build.path / 'plan.lock.json'} is no plan: {error}"
         raise fail("E0612", message, help="build it again with `fp8c compile`", exit_code=ExitCode.USAGE) from None
 
 

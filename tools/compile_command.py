@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fp8c import __version__, driver
 from fp8c import graph as g
@@ -54,6 +58,7 @@ class Request:
     weights: Weights = "auto"
     verify: bool = False
     baseline: bool = True
+    mesh: tuple[tuple[str, int], ...] = ()
     without: tuple[str, ...] = ()
     force: bool = False
     printing: Printing = field(default_factory=Printing)
@@ -132,8 +137,8 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
             check_step(loaded)
     parameters = parameter_types(loaded.module)  # as the user's model has them, before anything is prepared
     with progress.stage("preparing the model"):
-        session.remarks += prepare(loaded.module, loaded.example_inputs)
-    session.want_baseline = request.baseline
+        session.remarks += prepare(loaded.module, loaded.example_inputs, planned_mesh(request))
+    session.want_baseline = request.baseline and not request.mesh  # a process of its own, without the mesh
     rewritten = capture(loaded, session, observer, request, progress)
     saved = saved_of(rewritten, rewritten.halves)
     baseline = None
@@ -165,6 +170,45 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
         with progress.stage("writing the build"):
             write(request, loaded, parameters, session, rewritten, observer, result, progress)
     return result
+
+
+def parse_mesh(text: str | None) -> tuple[tuple[str, int], ...]:
+    """`ep=64,pp=16` as pairs. Raises: DiagnosticError E0866, exit code USAGE."""
+    if text is None:
+        return ()
+    pairs = [re.fullmatch(r"([a-z]\w*)=([1-9]\d{0,5})", part.strip()) for part in text.split(",")]
+    names = [pair[1] for pair in pairs if pair]
+    if None in pairs or len(set(names)) != len(names):
+        raise fail(
+            "E0866",
+            f"'{text}' is no mesh",
+            help="write names and sizes, each name once: --mesh ep=64,pp=16",
+            exit_code=ExitCode.USAGE,
+        )
+    return tuple((pair[1], int(pair[2])) for pair in pairs if pair)
+
+
+def planned_mesh(request: Request) -> DeviceMesh | None:
+    """The mesh asked for, over a process group that exists in name only: this process is its first rank.
+
+    Raises: DiagnosticError E0866 together with --verify, which would need the other ranks.
+    """
+    if not request.mesh:
+        return None
+    if request.verify:
+        raise fail(
+            "E0866",
+            "--verify runs the step, and --mesh plans one rank of many",
+            help="leave one of them out; `torchrun` runs a step on several ranks",
+            exit_code=ExitCode.USAGE,
+        )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    names, sizes = zip(*request.mesh)
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(sizes))
+    mesh: DeviceMesh = init_device_mesh("cpu", tuple(sizes), mesh_dim_names=tuple(names))
+    return mesh
 
 
 def check_batch(loaded: LoadedModel) -> None:
@@ -344,6 +388,7 @@ def model_reference(request: Request, loaded: LoadedModel) -> dict[str, Any]:
         "overrides": {k: request.overrides[k] for k in sorted(request.overrides)},
         "batch": request.batch,
         "seq": request.seq,
+        "mesh": dict(request.mesh),
         "weights": loaded.weights,
         "has_loss_function": loaded.loss is not None,
     }

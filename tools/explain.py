@@ -23,6 +23,7 @@ from fp8c.roles import OPERANDS
 from fp8c.specs.load import Spec, loads, shipped
 from fp8c.specs.plan import uses_from_json
 from fp8c.specs.select import Selection, indices
+from fp8c.tools.build_contents import read_lock
 
 SCHEMA = "fp8c.explain/1"
 GRAPHS = ("forward", "backward", "captured")
@@ -120,7 +121,7 @@ class _Reader:
 
     def __init__(self, build: Build) -> None:
         self.build = build
-        self.lock: Mapping[str, Any] = build.json("plan.lock.json")
+        self.lock = read_lock(build)
         self.uses: Mapping[str, Any] = self.lock["uses"]
 
     @cached_property
@@ -258,8 +259,8 @@ class _Reader:
         )
 
     def answer(self, name: str, decision: Mapping[str, Any], use: Mapping[str, Any] | None = None) -> Answer:
-        overrode = tuple((_text(o["value"]), self.because(o["reason"])) for o in decision["overrode"])
-        value = _text(decision["value"])
+        overrode = tuple((value_words(o["value"]), self.because(o["reason"])) for o in decision["overrode"])
+        value = value_words(decision["value"])
         others = [text for text, _ in overrode]
         costs = _costs(name, value, others, use["shape"]) if use is not None else ()
         return Answer(name, value, self.because(decision["reason"]), overrode, costs)
@@ -293,8 +294,12 @@ def _role(line: str) -> str:
     return line.rpartition("   # ")[2].rpartition("  ")[0]
 
 
-def _text(value: Any) -> str:
-    return " ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+def value_words(value: Any) -> str:
+    """A value of a lock as the language writes it; a retile is its group and whether it must be exact."""
+    if isinstance(value, list):
+        group, is_exact = value
+        return f"[{group}] exact" if is_exact else f"[{group}]"
+    return str(value)
 
 
 def _layer(key: str) -> int | None:

@@ -1,12 +1,12 @@
 """Loss gap: train the same byte-level MoE transformer in BF16 and under a spec, many seeds, and compare honestly.
 
     python -m fp8c.tools.loss_gap --seeds 8 --steps 300
-    python -m fp8c.tools.loss_gap --device cuda --seeds 4 --steps 3000 --size 100m --parallel 12      on a GPU, all at once
+    python -m fp8c.tools.loss_gap --device cuda --seeds 4 --steps 3000 --size 100m --parallel 12     all at once, on a GPU
 
 Each seed trains several times from the same weights on the same batches, under the same optimizer: BF16, the spec, BF16
 with every GEMM summed in another order (K reversed), and, where asked for, further specs. The third is the yardstick: a
-gap that BF16 has against itself says nothing about FP8. The figure of a run is the mean loss of its last fifth; gaps are
-relative, signed, and averaged over seeds with their standard error. Master weights and gradient sums are FP32 and
+gap that BF16 has against itself says nothing about FP8. The figure of a run is the mean loss of its last fifth; gaps
+are relative, signed, and averaged over seeds with their standard error. Master weights and gradient sums are FP32 and
 moments BF16, as the recipe asks (`fp8c.optim.AdamW`); the model's parameters are the masters' BF16 copies.
 
 On a GPU the BF16 runs go through torch.compile. There the yardstick is `bf16-flipped`: every batch in reverse order,
@@ -212,41 +212,44 @@ def cosine(i: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
 
 
-def gap(runs: dict[tuple[str, int], float], variant: str) -> Gap:
-    """Relative gap of a variant against BF16, seed by seed."""
-    seeds = sorted(s for v, s in runs if v == variant and ("bf16", s) in runs)
-    return Gap(tuple(runs[variant, s] / runs["bf16", s] - 1 for s in seeds))
+Runs = dict[tuple[str, int], list[float]]  # (variant, seed) -> losses
 
 
-def read_runs(path: Path, setup: Setup) -> dict[tuple[str, int], float]:
-    """Figures of the finished runs of a setup in a file."""
+def gap(runs: Runs, variant: str, base: str = "bf16") -> tuple[Gap, int]:
+    """Relative gap of a variant against another, seed by seed, over the last fifth of the steps; and how many steps.
+
+    Of runs that were stopped early so many steps count as three seeds (or all, when there are fewer) have reached.
+    """
+    both = [s for v, s in runs if v == variant and (base, s) in runs]
+    reached = {s: min(len(runs[variant, s]), len(runs[base, s])) for s in sorted(both)}
+    steps = sorted(reached.values(), reverse=True)[:3][-1] if reached else 0
+    seeds = [s for s, count in reached.items() if count >= steps]
+    last = {(v, s): final_loss(runs[v, s][:steps]) for v in (variant, base) for s in seeds}
+    return Gap(tuple(last[variant, s] / last[base, s] - 1 for s in seeds)), steps
+
+
+def read_runs(path: Path, setup: Setup) -> Runs:
+    """The runs of a setup in a file, those that were stopped early included."""
     if not path.exists():
         return {}
     lines = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
-    return {
-        (r["variant"], r["seed"]): r["last_fifth"]
-        for r in lines
-        if {**asdict(Setup()), **r["setup"]} == asdict(setup) and len(r["losses"]) == setup.steps
-    }
+    return {(r["variant"], r["seed"]): r["losses"] for r in lines if {**asdict(Setup()), **r["setup"]} == asdict(setup)}
 
 
-def report(runs: dict[tuple[str, int], float]) -> str:
+def report(runs: Runs) -> str:
     lines = []
-    for variant, name in (
-        ("spec", "spec against BF16"),
-        ("bf16-reversed", "BF16 against itself, sums reversed"),
-        ("bf16-flipped", "BF16 against itself, batches flipped"),
-        ("blocks", "128x128 gradients against BF16"),
+    for variant, base, name in (
+        ("spec", "bf16", "spec against BF16"),
+        ("bf16-reversed", "bf16", "BF16 against itself, sums reversed"),
+        ("bf16-flipped", "bf16", "BF16 against itself, batches flipped"),
+        ("blocks", "bf16", "128x128 gradients against BF16"),
+        ("blocks", "spec", "128x128 gradients against 1x128"),
     ):
-        found = gap(runs, variant)
+        found, steps = gap(runs, variant, base)
         if found.values:
             far = abs(found.mean) > 2 * found.standard_error
             verdict = "" if len(found.values) < 2 else f", {'' if far else 'not '}distinguishable from 0 (two errors)"
-            lines.append(f"{name:36} {found.text()}{verdict}")
-    both = sorted(s for v, s in runs if v == "blocks" and ("spec", s) in runs)
-    if both:
-        found = Gap(tuple(runs["blocks", s] / runs["spec", s] - 1 for s in both))
-        lines.append(f"{'128x128 gradients against 1x128':36} {found.text()}")
+            lines.append(f"{name:36} {found.text()}{verdict}, {steps} steps")
     return "\n".join(lines)
 
 
@@ -277,14 +280,15 @@ def run_one(setup: Setup, variant: str, seed: int, place: Path) -> None:
 
 def run_parallel(setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int, out: Path, limit_s: float) -> None:
     """All runs as processes on one GPU, at most `parallel` at a time. The first of each variant compiles alone, so that
-    the others find its kernels in the caches. What is unfinished after `limit_s` is stopped and kept as far as it got."""
+    the others find its kernels in the caches. What is unfinished after `limit_s` is stopped and kept as far as it
+    got.
+    """
     folder = Path(tempfile.mkdtemp())
     options = [part for name, value in asdict(setup).items() for part in (f"--{name.replace('_', '-')}", str(value))]
     started, waiting = time.perf_counter(), list(wanted)
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     leaders: dict[str, Path] = {}
-    done: set[tuple[str, int]] = set()
     while (waiting or running) and time.perf_counter() - started < limit_s:
         for run in list(waiting):
             variant, seed = run
@@ -307,7 +311,8 @@ def run_parallel(setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int,
         for run, process in list(running.items()):
             if process.poll() is not None:
                 del running[run]
-                done.add(run)
+                if not leaders[run[0]].with_suffix(".compiled").exists():  # it failed: the others would as well
+                    waiting = [other for other in waiting if other[0] != run[0]]
         time.sleep(0.2)
     for process in running.values():
         process.terminate()
@@ -335,7 +340,8 @@ def main(argv: Iterable[str] | None = None) -> None:
         return
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     known = read_runs(args.out, setup)
-    wanted = [(variant, seed) for seed in seeds for variant in args.variants if (variant, seed) not in known]
+    finished = {run for run, losses in known.items() if len(losses) >= setup.steps}
+    wanted = [(variant, seed) for seed in seeds for variant in args.variants if (variant, seed) not in finished]
     if args.parallel:
         run_parallel(setup, wanted, args.parallel, args.out, args.limit_s)
     else:

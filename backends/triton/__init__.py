@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8c.backends.triton import quantize, requantize, transpose
+from fp8c.backends.triton import quantize, requantize, swiglu, transpose
 
 _LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
 for _kernel in (
@@ -20,6 +20,9 @@ for _kernel in (
     requantize.requantize,
     requantize.gather_quantized,
     requantize.gather_requantized,
+    swiglu.swiglu_quantize,
+    swiglu.swiglu_quantize_cached,
+    swiglu.swiglu_backward_quantize,
     transpose.transposed,
 ):
     _LIBRARY.impl(_kernel.__name__, _kernel, "CUDA")  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 Legend: `bits` int32 is an FP32 number's representation; a tile is rows x 128 columns in FP32.
 
 Division. The payload is the FP32 quotient x / scale, rounded correctly. A division per element costs more than memory
-leaves time for, so a group's reciprocal r = RN(1 / s) is divided once, and each element takes q = RN(x * r), then one
+leaves time for, so a group's reciprocal r = RN(1 / s) is made once, and each element takes q = RN(x * r), then one
 correction q' = RN(q + (x - q s) r) whose remainder is exact. That is the correctly rounded quotient for every x of at most
 11 significant bits (BF16, FP16) and every s: all 2^10 x 2^23 pairs of significands were compared with a division. For
 wider x, the first correction makes q faithful and a second one makes it correct (Markstein, "Computation of elementary
@@ -43,9 +43,11 @@ def magnitude_bits(x):
 def scale_of(amax_bits, ELEMENT: tl.constexpr, KIND: tl.constexpr):
     """The FP32 scale of groups whose largest magnitude has these bits: 1 for zero, NaN for an infinity or NaN."""
     largest: tl.constexpr = 448.0 if ELEMENT == 0 else (57344.0 if ELEMENT == 1 else 65024.0)
-    amax = amax_bits.to(tl.float32, bitcast=True)
-    scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, largest, tl.float32)), _SMALLEST_SCALE)
-    bits = scale.to(tl.int32, bitcast=True)
+    # amax / largest, rounded correctly: compared with a division for every significand of amax and each of the three.
+    negated = amax_bits.to(tl.float32, bitcast=True) * -1.0
+    q = negated * (-1.0 / largest)
+    scale = tl.fma(tl.fma(q, largest, negated), -1.0 / largest, q)
+    bits = tl.maximum(scale, _SMALLEST_SCALE).to(tl.int32, bitcast=True)
     if KIND != 0:
         bits = (bits + 0x007FFFFF) & 0x7F800000  # up to the next power of two
     bits = tl.where(amax_bits == 0, 0x3F800000, bits)
@@ -68,19 +70,28 @@ def load_scale(pointers, mask, KIND: tl.constexpr):
     if KIND == 2:
         exponent = tl.load(pointers, mask=mask, other=0).to(tl.int32)
         bits = tl.where(exponent == 0xFF, _NAN_BITS, tl.where(exponent == 0, 0x00400000, exponent << 23))
-        return tl.where(mask, bits.to(tl.float32, bitcast=True), 0.0)
-    return tl.load(pointers, mask=mask, other=0.0)
+        scale = tl.where(mask, bits.to(tl.float32, bitcast=True), 0.0)
+    else:
+        scale = tl.load(pointers, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit
 def reciprocal(scale, KIND: tl.constexpr):
     """(-lift, scale * lift, -1 / (scale * lift)) of each group, for `quotient`."""
-    minus_one = tl.full(scale.shape, -1.0, tl.float32)
-    if KIND != 0:  # 1 / 2^n is exact, and so is every product with it
-        return minus_one, scale, tl.div_rn(minus_one, scale)
+    if KIND != 0:  # 1 / 2^n: the exponent of 2^-n is 254 less that of 2^n; NaN stays one
+        bits = scale.to(tl.int32, bitcast=True)
+        inverse = tl.where(bits >= _INFINITY_BITS, bits, 0x7F000000 - bits) | -0x80000000
+        return scale, scale, inverse.to(tl.float32, bitcast=True)
     lift = tl.where(scale < _SMALL, _LIFT, 1.0)
     lifted = scale * lift
-    return lift * -1.0, lifted, tl.div_rn(minus_one, lifted)
+    # One Newton step from the approximate division is RN(1 / s), or next to it where that changes no quotient (every s and
+    # every x of 11 bits were tried); only for a significand of all ones it is always one too small, and that counts.
+    inverse = 1.0 / lifted
+    inverse = tl.fma(tl.fma(inverse * -1.0, lifted, 1.0), inverse, inverse)
+    is_ones = (lifted.to(tl.int32, bitcast=True) & 0x007FFFFF) == 0x007FFFFF
+    inverse = (inverse.to(tl.int32, bitcast=True) + is_ones.to(tl.int32)).to(tl.float32, bitcast=True)
+    return lift * -1.0, lifted, inverse * -1.0
 
 
 @triton.jit
@@ -89,9 +100,11 @@ def quotient(x, lift, scale, inverse, KIND: tl.constexpr, WIDE: tl.constexpr):
 
     It computes with -x, -1 / s and the negated remainder, which is +0 where q is exact, so that -0 stays -0.
     """
-    negated = x * lift
-    q = negated * inverse
-    if KIND == 0:
+    if KIND != 0:
+        q = (x * -1.0) * inverse
+    else:
+        negated = x * lift
+        q = negated * inverse
         q = tl.fma(tl.fma(q, scale, negated), inverse, q)
         if WIDE:
             q = tl.fma(tl.fma(q, scale, negated), inverse, q)
@@ -102,15 +115,19 @@ def quotient(x, lift, scale, inverse, KIND: tl.constexpr, WIDE: tl.constexpr):
 def fp8_codes(x, ELEMENT: tl.constexpr):
     """E4M3 or E5M2 codes in uint8. The cast saturates (cvt.rn.satfinite)."""
     if ELEMENT == 0:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        codes = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    return codes
 
 
 @triton.jit
 def fp8_values(codes, ELEMENT: tl.constexpr):
     if ELEMENT == 0:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return codes.to(tl.float8e5, bitcast=True).to(tl.float32)
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        values = codes.to(tl.float8e5, bitcast=True).to(tl.float32)
+    return values
 
 
 @triton.jit

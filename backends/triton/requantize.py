@@ -27,7 +27,7 @@ ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_WARPS = 128, 8
+COLUMN_TILE, COLUMN_WARPS = 64, 2
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -114,10 +114,10 @@ def gather_kernel(
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * out_row + cols[None, :], data, mask=mask)
     if pid % tiles == 0:
         group = tl.arange(0, G_PAD)
-        group_mask = row_ok[:, None] & (group < groups)[None, :]
-        scale = tl.load(s_ptr + source[:, None] * s_row + group.to(tl.int64)[None, :] * s_col, mask=group_mask, other=0)
+        scale_ok = row_ok[:, None] & (group < groups)[None, :]
+        scale = tl.load(s_ptr + source[:, None] * s_row + group.to(tl.int64)[None, :] * s_col, mask=scale_ok, other=0)
         pointers = out_s_ptr + rows.to(tl.int64)[:, None] * out_s_row + group.to(tl.int64)[None, :] * out_s_col
-        tl.store(pointers, scale, mask=group_mask)
+        tl.store(pointers, scale, mask=scale_ok)
 
 
 # Launchers ----------------------------------------------------------------------------------------------------------

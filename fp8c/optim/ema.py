@@ -32,7 +32,9 @@ from fp8c.optim.adamw import local
 #: Parameters below this go to the host together: one copy for many small tensors.
 SMALL_BYTES = 1 << 20
 ALIGNMENT_BYTES = 64
-PIECE = 1 << 19  # elements that a fold takes at a time: average and parameter stay in the CPU's caches
+#: Elements that a fold takes at a time. Every piece is two calls into PyTorch, and before each the thread may have to
+#: wait for the interpreter while the training loop launches kernels: few large pieces.
+PIECE = 1 << 24
 
 
 class EMA:
@@ -67,6 +69,8 @@ class EMA:
         self.updates = 0
         self.waits = 0
         self.average = {name: local(p).detach().to("cpu", torch.float32, copy=True) for name, p in self.params.items()}
+        largest = max(average.numel() for average in self.average.values())
+        self._scratch = torch.empty(min(PIECE, largest), dtype=torch.float32)
         self._snapshots = [Snapshot(list(self.params.values())) for _ in range(buffers)]
         self._free: queue.Queue[Snapshot] = queue.Queue()
         for snapshot in self._snapshots:
@@ -109,7 +113,7 @@ class EMA:
             try:
                 with torch.no_grad():
                     for average, parameter in zip(averages, snapshot.arrived()):
-                        fold(average, parameter, self.decay)
+                        fold(average, parameter, self.decay, self._scratch)
             except BaseException as error:  # noqa: BLE001 (raised in the training loop, by _raise)
                 self._error = error
             self._free.put(snapshot)
@@ -180,16 +184,16 @@ class EMA:
         self.calls, self.updates = int(state["calls"]), int(state["updates"])
 
 
-def fold(average: Tensor, parameter: Tensor, decay: float) -> None:
-    """average = lerp(average, parameter, 1 - decay): average FP32, parameter of any type, both on the CPU, equal strides.
+def fold(average: Tensor, parameter: Tensor, decay: float, scratch: Tensor) -> None:
+    """average = lerp(average, parameter, 1 - decay): average FP32, parameter of any type, both on the CPU, equal
+    strides.
 
-    Piece by piece, because a temporary of the whole parameter would cost more time than the arithmetic.
+    scratch: FP32 [PIECE] to convert into; memory that is new each time would cost more than the arithmetic
     """
     if not is_dense(average) or average.stride() != parameter.stride():
         average.lerp_(parameter.float(), 1.0 - decay)
         return
     pieces = zip(torch.split(in_memory_order(average), PIECE), torch.split(in_memory_order(parameter), PIECE))
-    scratch = torch.empty(min(PIECE, average.numel()), dtype=torch.float32)
     for old, new in pieces:
         old.lerp_(scratch[: len(new)].copy_(new), 1.0 - decay)
 
@@ -266,11 +270,14 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def placed_like(value: Tensor, param: Tensor) -> Tensor:
-    """A DTensor of the parameter's placement around a local value that stays on the CPU; the value for other parameters."""
+    """A DTensor of the parameter's placement around a local value that stays on the CPU; the value for other
+    parameters.
+    """
     if not isinstance(param, DTensor):
         return value
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     spec = param._spec
     meta = TensorMeta(param.shape, param.stride(), value.dtype)
-    return DTensor(value, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]
+    placed = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return DTensor(value, placed, requires_grad=False)  # type: ignore[no-untyped-call]

@@ -158,6 +158,8 @@ def test_an_accumulator_of_another_kind_is_refused() -> None:
 
 def test_a_module_of_torchs_own() -> None:
     """Dynamo reaches its parameters through a bound method, so they have other names."""
-    step = fp8c.compile(nn.Sequential(nn.Linear(128, 128, bias=False, dtype=BF16)), "deepseek_v3", "cpu", main_grad=True)
+    step = fp8c.compile(
+        nn.Sequential(nn.Linear(128, 128, bias=False, dtype=BF16)), "deepseek_v3", "cpu", main_grad=True
+    )
     loss_of(step(torch.randn(4, 128).to(BF16))).backward()
     assert step[0].weight.main_grad.any() and step[0].weight.grad is None

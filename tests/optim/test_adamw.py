@@ -21,7 +21,7 @@ from fp8c.optim import AdamW, StateTypes, state_types
 ROOT = Path(__file__).parents[2]
 
 
-def model(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+def model(dtype: torch.dtype = torch.bfloat16) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)).to(dtype)
 
@@ -93,7 +93,7 @@ def test_masters_follow_fp64_as_closely_as_the_moments_round() -> None:
 
 
 def test_small_updates_are_not_lost_as_they_are_in_bf16() -> None:
-    net = nn.Linear(8, 8, bias=False).bfloat16()
+    net: Any = nn.Linear(8, 8, bias=False).bfloat16()
     nn.init.ones_(net.weight)
     optimizer = AdamW(net, lr=1e-4, weight_decay=0.0)
     for _ in range(60):
@@ -187,7 +187,7 @@ def test_groups_and_schedulers() -> None:
     net = model(torch.float32)
     other = model(torch.float32)
 
-    def groups(m: nn.Sequential) -> list[dict[str, Any]]:
+    def groups(m: Any) -> list[dict[str, Any]]:
         return [
             {"params": [m[0].weight, m[2].weight]},
             {"params": [m[0].bias, m[2].bias], "weight_decay": 0.0, "lr": 3e-2},
@@ -245,7 +245,7 @@ def test_own_state_dict_resumes_bit_for_bit() -> None:
 
 
 def test_a_parameter_written_by_someone_else_gets_a_new_master_only_where_it_changed() -> None:
-    net = nn.Linear(4, 4, bias=False).bfloat16()
+    net: Any = nn.Linear(4, 4, bias=False).bfloat16()
     optimizer = AdamW(net, lr=1e-3)
     net.weight.main_grad = torch.randn(4, 4)
     optimizer.step()
@@ -321,7 +321,7 @@ def test_bad_input_is_named() -> None:
 
 
 def test_why_w1103_warns_a_bf16_moment_does_not_decay_near_beta_one() -> None:
-    net = nn.Linear(4, 4, bias=False).bfloat16()
+    net: Any = nn.Linear(4, 4, bias=False).bfloat16()
     optimizer = AdamW(net, betas=(0.9, 0.999))
     net.weight.main_grad = torch.ones(4, 4)
     optimizer.step()

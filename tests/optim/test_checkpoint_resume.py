@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path: Path) -> No
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 
-def small(width: int = 128, spec: str = "deepseek_v3") -> tuple[nn.Module, AdamW]:
+def small(width: int = 128, spec: str = "deepseek_v3") -> tuple[Any, AdamW]:
     torch.manual_seed(0)
     step = fp8c.compile(nn.Sequential(nn.Linear(128, width, bias=False)).bfloat16(), spec, "cpu")
     optimizer = AdamW(step)
@@ -55,7 +56,7 @@ def small(width: int = 128, spec: str = "deepseek_v3") -> tuple[nn.Module, AdamW
 def test_a_save_that_breaks_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, optimizer = small()
     checkpoint.save(tmp_path, 1, step, optimizer)
-    weights = {n: p.detach().clone() for n, p in step.named_parameters()}
+    weights: dict[str, Any] = {n: p.detach().clone() for n, p in step.named_parameters()}
     optimizer.step()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write", lambda *_: (_ for _ in ()).throw(OSError("no space left")))

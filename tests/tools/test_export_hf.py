@@ -35,7 +35,7 @@ OPTIONS = [part for name, value in TINY.items() for part in ("-a", f"{name}={val
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[nn.Module, Path]]:
     """A model after one optimizer step, and its checkpoint with MTP weights beside it."""
     folder = tmp_path_factory.mktemp("run")
-    module = load_model("hf:deepseek_v3", weights="random", overrides=TINY, seq=128).module
+    module: Any = load_model("hf:deepseek_v3", weights="random", overrides=TINY, seq=128).module
     module.mtp = nn.ModuleDict({"eh_proj": nn.Linear(512, 256, bias=False), "mlp": nn.ModuleDict()}).bfloat16()
     module.mtp["mlp"]["gate_proj"] = nn.Linear(256, 384, bias=False).bfloat16()
     optimizer = AdamW(module, lr=1e-2, spec="deepseek_v3")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,5 +116,58 @@ def test_the_trace_has_two_streams_for_each_half() -> None:
     json.dumps(trace)
 
 
-def test_a_build_with_a_schedule_has_its_trace(built: Build, tmp_path: Path) -> None:
+COLLECTIVES = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(1024, 1024, bias=False)
+        self.shared = nn.Linear(1024, 1024, bias=False)
+
+    def forward(self, x):
+        there = all_to_all_single_autograd(x, None, None, dist.group.WORLD)
+        back = all_to_all_single_autograd(self.up(there), None, None, dist.group.WORLD)
+        return (back + self.shared(x)).float().square().mean()
+
+
+def model():
+    return Model().bfloat16()
+
+
+def example_inputs():
+    return (torch.randn(2048, 1024, dtype=torch.bfloat16),)
+"""
+
+
+def test_a_build_with_collectives_has_its_schedule(built: Build, tmp_path: Path) -> None:
     assert not built.has("schedule.trace.json")  # no collectives, nothing to schedule
+    (tmp_path / "spread.py").write_text(COLLECTIVES)
+    command = [
+        sys.executable,
+        "-m",
+        "fp8c",
+        "compile",
+        str(tmp_path / "spread.py"),
+        "--no-baseline",
+        "--target",
+        "h800",
+    ]
+    command += ["--spec", "rowwise", "--weights", "meta", "-o", str(tmp_path / "build")]
+    root = Path(__file__).parents[2]
+    subprocess.run(command, check=True, cwd=root, capture_output=True)
+    build = read_build(tmp_path / "build")
+    events = [e for e in build.json("schedule.trace.json")["traceEvents"] if e["ph"] == "X"]
+    sent = [e for e in events if e["tid"] == 1]
+    assert [e["pid"] for e in sent].count(0) == 2 and 1 in {e["pid"] for e in sent}
+    shared = [e for e in events if e["pid"] == 0 and e["tid"] == 0 and e["name"].startswith("scaled_mm")]
+    first = min(sent, key=lambda e: (e["pid"], e["ts"]))
+    assert any(e["ts"] < first["ts"] + first["dur"] for e in shared), "compute runs beside the first transfer"
+    assert page_data(build)["schedule"] == build.json("schedule.trace.json")

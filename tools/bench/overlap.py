@@ -150,8 +150,8 @@ class Timed(fx.Interpreter):
                 WAIT(found)
             self.wall_us[n.name] = (time.perf_counter() - started) * 1e6
             return found
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self.SLEEP_CYCLES)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(self.SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         first.record()
         found = super().run_node(n)
         if is_collective(n):
@@ -420,18 +420,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (args.out / "schedule.json").write_text(json.dumps(_slots(report.schedule.slots)))
 
     # The same bits, as far as PyTorch's attention has the same bits twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         control = bits_of(first, step, first.unscheduled)
         again = bits_of(first, step, first.unscheduled)
         paired = bits_of(first, step, first.scheduled)
+        paired_again = bits_of(first, step, first.scheduled)
+        names_of = [n for n, p in step.named_parameters() if p.grad is not None]
         note(
             repeated_differs=equal(control, again),
             scheduled_differs=equal(control, paired),
+            scheduled_repeated_differs=equal(paired, paired_again),
             compared=[len(control[0]), len(control[1])],
+            differing={
+                n: float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-30))
+                for n, a, b in zip(names_of, control[1], paired[1])
+                if not torch.equal(a, b)
+            },
         )
-        del control, again, paired
+        del control, again, paired, paired_again
     except RuntimeError as error:
         note(equality_failed=str(error)[:500])
     torch.use_deterministic_algorithms(False)
@@ -468,6 +476,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             dist.all_reduce(rows_here, op=dist.ReduceOp.MAX)
             note(**{f"skew_{strength}": {"largest": float(rows_here), **traced(six_pairs, args.out, rank)}})
         skew(step, 0.0)
+        for other in sorted(set(tried) - {blocks}):  # how the share of SMs matters
+            if time.perf_counter() - started > args.seconds:
+                break
+            send_through((*halves, plain), names[other])
+            reserve(other)
+            durations = measured_durations(plain, pair_arguments, clock, repeats=2)
+            alone_ms = clock.time_ms(first.unscheduled) / 2
+            report = stage.schedule_pair(cost)
+            _, kept = stage.forward(inputs[0])
+            holder[0] = work.pairs(2, kept)
+            found = {"pair_ms": clock.time_ms(six_pairs) / 6, "predicted_ms": report.schedule.makespan_us / 1e3}
+            found |= {"unscheduled_ms": alone_ms, **traced(six_pairs, args.out, rank)}
+            note(**{f"thread_blocks_{other}": found})
     note(seconds=time.perf_counter() - started)
     return results
 

@@ -136,7 +136,9 @@ class Browser:
         return float(metrics["TaskDuration"])
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        """Write what the window shows, as PNG or WebP by the name's ending."""
+        options = {"format": "webp", "quality": 88} if path.suffix == ".webp" else {"format": "png"}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **options)["data"]))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 from fp8c.build import Build
 from fp8c.diagnostics import ExitCode, fail
+from fp8c.tools.build_contents import read_contents
 from fp8c.tools.viewer.build_graphs import BuildGraphs, Half, identical_siblings, read_graphs
 from fp8c.tools.viewer.graph_reader import PLUMBING, precision
 
@@ -77,11 +78,11 @@ def duration_trace(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_explorer(build: Build, out: Path) -> str:
-    lock = build.json("plan.lock.json")
-    graphs = read_graphs(build, lock["uses"])
+    uses = read_contents(build).uses
+    graphs = read_graphs(build, uses)
     document = {
         "label": f"{build.manifest['model']['name']} under {build.manifest['spec']['name']}",
-        "graphs": [explorer_graph(half, graphs, lock["uses"]) for half in graphs.halves],
+        "graphs": [explorer_graph(half, graphs, uses) for half in graphs.halves],
     }
     out.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
     count = sum(len(half.nodes) for half in graphs.halves)
@@ -139,7 +140,7 @@ _COLOURS = {"e4m3": "#dcecfb", "e5m2": "#fde5d3", "e5m6": "#fae0f0", "bf16": "#f
 
 
 def dot(build: Build, out: Path) -> str:
-    uses = build.json("plan.lock.json")["uses"]
+    uses = read_contents(build).uses
     graphs = read_graphs(build, uses)
     signs = {use["path"]: str(sorted((k, str(d["value"])) for k, d in use["fields"].items())) for use in uses.values()}
     folds = identical_siblings(graphs, signs)

@@ -1,6 +1,6 @@
 """The viewer's page: data, style, scripts and the layout library put into one file that asks no network for anything.
 
-The scripts in `page/` are parts of one; `vendor/dagre.min.js` (@dagrejs/dagre 3.1.3, MIT, licence beside it) finds where
+The scripts in `web/` are parts of one; `vendor/dagre.min.js` (@dagrejs/dagre 3.1.3, MIT, licence beside it) finds where
 boxes lie. The page's policy allows exactly these scripts, by their hashes.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from fp8c.tools.viewer.page_data import packed
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("data.js", "layout.js", "canvas.js", "panel.js", "tables.js", "search.js", "main.js")
+_SCRIPTS = ("data.js", "layout.js", "canvas.js", "panel.js", "panel_module.js", "tables.js", "search.js", "main.js")
 _PLACES = re.compile(r"(__SCRIPT_HASHES__|__STYLE__|__DATA__|__DAGRE__|__SCRIPT__)")
 
 
@@ -35,7 +35,7 @@ def page(data: Mapping[str, Any]) -> bytes:
 
 
 def _read(name: str) -> str:
-    return (_FOLDER / "page" / name).read_text(encoding="utf-8")
+    return (_FOLDER / "web" / name).read_text(encoding="utf-8")
 
 
 def _digest(script: str) -> str:

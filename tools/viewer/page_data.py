@@ -15,6 +15,8 @@ from dataclasses import asdict
 from typing import Any
 
 from fp8c.build import Build
+from fp8c.tools.build_contents import read_contents
+from fp8c.tools.explain import value_words
 from fp8c.tools.viewer.build_graphs import BuildGraphs, Half, identical_siblings, read_graphs
 from fp8c.tools.viewer.figures import gemm_flops, memory_rows, traffic_rows
 from fp8c.tools.viewer.graph_reader import GEMM_KINDS, PLUMBING, precision, type_bytes
@@ -46,8 +48,8 @@ class Decisions:
     def number(self, fields: Mapping[str, Any]) -> int:
         rows = []
         for name, decision in sorted(fields.items()):
-            overrode = [[_text(o["value"]), self.rule(o["reason"])] for o in decision["overrode"]]
-            rows.append([name, _text(decision["value"]), self.rule(decision["reason"]), overrode])
+            overrode = [[value_words(o["value"]), self.rule(o["reason"])] for o in decision["overrode"]]
+            rows.append([name, value_words(decision["value"]), self.rule(decision["reason"]), overrode])
         return self.sets.setdefault(json.dumps(rows), len(self.sets))
 
     def rule(self, reason: Mapping[str, Any] | None) -> int:
@@ -57,14 +59,10 @@ class Decisions:
         return self.rules.setdefault(json.dumps(row), len(self.rules))
 
 
-def _text(value: Any) -> str:
-    return " ".join(str(v) for v in value) if isinstance(value, list) else str(value)
-
-
 def page_data(build: Build) -> dict[str, Any]:
     """Everything the page shows. Raises: DiagnosticError E0612 for a build whose files are not what they should be."""
-    lock, report = build.json("plan.lock.json"), build.json("report.json")
-    uses: dict[str, Any] = lock["uses"]
+    contents = read_contents(build)
+    lock, report, uses = contents.lock, contents.report, contents.uses
     graphs = read_graphs(build, uses)
     decisions = Decisions()
     sets = {key: decisions.number(use["fields"]) for key, use in uses.items()}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fp8c.build import Build
+from fp8c.tools.build_contents import read_contents
 from fp8c.tools.explain import ranges, size
 from fp8c.tools.viewer.build_graphs import BuildGraphs, identical_siblings, read_graphs
 from fp8c.tools.viewer.figures import element, gemm_flops, memory_rows, traffic_rows
@@ -14,8 +15,8 @@ from fp8c.tools.viewer.graph_reader import is_gemm, type_bytes
 
 def inspect_text(build: Build, only: str = "") -> str:
     """The whole page as text; `only` keeps modules whose path contains it."""
-    lock, report = build.json("plan.lock.json"), build.json("report.json")
-    uses: dict[str, Any] = lock["uses"]
+    contents = read_contents(build)
+    lock, report, uses = contents.lock, contents.report, contents.uses
     graphs = read_graphs(build, uses)
     saved = report["saved_bytes"]
     lines = [

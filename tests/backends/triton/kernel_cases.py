@@ -23,6 +23,7 @@ import fp8c.fused_ops  # noqa: F401
 from fp8c.backends.reference.formats import decode_e5m6, unpack_e5m6
 from fp8c.backends.triton import quantize as kernels
 from fp8c.backends.triton import requantize as retiling
+from fp8c.backends.triton import swiglu as activations
 
 Case = Callable[[str], None]
 ops = torch.ops.fp8c
@@ -188,10 +189,86 @@ def requantize_cases() -> Iterator[tuple[str, Case]]:
         )
 
 
+def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], formats: tuple[str, ...], label: object) -> None:
+    """Pairs of values that went through exp: the operands of a rounding may differ in their last bit.
+
+    A BF16 rounding that goes the other way is 2**-8 of the value, which may move its FP8 code by one: half a step more than
+    a rounding, 2**-3 of a normal E4M3 value and 2**-9 scales of a subnormal one. It happens to few values.
+    """
+    assert [t.shape for t in found] == [t.shape for t in expected], label
+    for i, fmt in enumerate(formats):
+        (q, s), (wanted, wanted_scale) = ([t.cpu() for t in pair[2 * i : 2 * i + 2]] for pair in (found, expected))
+        assert q.stride() == wanted.stride() and s.stride() == wanted_scale.stride(), (label, fmt)
+        values, reference = (ops.dequantize(*p, fmt, torch.float32) for p in ((q, s), (wanted, wanted_scale)))
+        assert torch.equal(values.isnan(), reference.isnan()), (label, fmt)
+        largest = dequantized_ones(wanted, wanted_scale, fmt)
+        bound = 2.0**-3 * reference.abs() + 2.0**-8 * largest
+        wrong = ((values - reference).abs() > bound) & ~reference.isnan()
+        assert not wrong.any(), (label, fmt, int(wrong.sum()))
+        assert float((values != reference).where(~reference.isnan(), False).float().mean()) < 0.01, (label, fmt)
+
+
+def dequantized_ones(q: Tensor, s: Tensor, fmt: str) -> Tensor:
+    """The scale of each element."""
+    return ops.dequantize(torch.ones(q.shape).to(q.dtype), s, fmt, torch.float32)
+
+
+def swiglu_cases() -> Iterator[tuple[str, Case]]:
+    act, act_t, act2 = "e4m3[1x128] fp32", "e4m3[128x1] fp32", "e4m3[1x128] pow2"
+
+    def tokens(rows: int, cols: int, seed: int) -> Tensor:
+        return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+    def forward(rows: int, features: int, is_weighted: bool, cache: str | None) -> Case:
+        x, weight = tokens(rows, 2 * features, 1), tokens(rows, 1, 2).float()[:, 0] if is_weighted else None
+
+        def case(device: str) -> None:
+            w = None if weight is None else weight.to(device)
+            label = (rows, features, is_weighted, cache)
+            if cache is None:
+                gate, up = x.chunk(2, -1)
+                found = activations.swiglu_quantize(*x.to(device).chunk(2, -1), w, act)
+                close(found, ops.swiglu_quantize(gate, up, weight, act), (act,), label)
+                return
+            expected = ops.swiglu_quantize_cached(x, weight, act, cache)
+            found = activations.swiglu_quantize_cached(x.to(device), w, act, cache)
+            close(found, expected, (act,), label)
+            same(found[2:], expected[2:], label)
+
+        return case
+
+    def backward(rows: int, features: int, is_weighted: bool, offs: Tensor | None) -> Case:
+        dh, pair = tokens(rows, features, 3), ops.quantize(tokens(rows, 2 * features, 4), act)
+        weight = tokens(rows, 1, 5).float()[:, 0] if is_weighted else None
+        tail = (act, act_t, act2, "e4m3[128x1] pow2")
+
+        def case(device: str) -> None:
+            moved = [None if t is None else t.to(device) for t in (dh, *pair, weight, offs)]
+            found = activations.swiglu_backward_quantize(*moved, *tail)
+            expected = ops.swiglu_backward_quantize(dh, *pair, weight, offs, *tail)
+            close(found[:6], expected[:6], tail[1:], (rows, features, is_weighted, offs))
+            # Terms of 8 significant bits each, summed in FP32; a term may differ by one BF16 rounding of the product.
+            bound = 2.0**-8 * (dh.float().abs() * 8).sum(1, keepdim=True) + 1e-5 if weight is not None else 0.0
+            assert found[6].shape == expected[6].shape
+            assert ((found[6].cpu() - expected[6]).abs() <= bound).all()
+
+        return case
+
+    yield "forward", forward(40, 128, False, None)
+    yield "forward, ragged features", forward(17, 200, True, None)
+    yield "forward, cached", forward(40, 256, False, act)
+    yield "forward, weighted and cached", forward(40, 256, True, act2)
+    yield "backward", backward(130, 128, False, None)
+    yield "backward, weighted", backward(130, 256, True, None)
+    for offs in (OFFSETS[1], OFFSETS[4]):
+        yield "backward of experts", backward(300, 128, True, offs)
+
+
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Case]]]] = {
     "quantize": quantize_cases,
     "fused": fused_cases,
     "requantize": requantize_cases,
+    "swiglu": swiglu_cases,
 }
 
 

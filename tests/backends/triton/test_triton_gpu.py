@@ -23,7 +23,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-GROUPS = ("quantize", "fused", "requantize")
+GROUPS = ("quantize", "fused", "requantize", "swiglu")
 
 
 @pytest.mark.parametrize("group", GROUPS)

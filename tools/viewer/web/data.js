@@ -37,7 +37,9 @@ class Fold {
     this.id = members[0].path;
     for (const m of members) m.fold = this;
   }
-  get shown() { return this.members[this.at]; }
+  get shown() {
+    return this.members[this.at];
+  }
   get label() {
     const last = this.members[this.members.length - 1];
     return `${this.shown.parent.name || "model"} ${this.members[0].name}–${last.name}`;
@@ -59,18 +61,36 @@ class Half {
     this._readers = null;
     this._byName = null;
   }
-  nameOf(i) { const n = this.number[i], base = this.all.strings[this.base[i]]; return n < 0 ? base : `${base}_${n}`; }
-  opOf(i) { return this.all.strings[this.op[i]]; }
-  typeOf(i) { return this.all.strings[this.type[i]]; }
-  bytesOf(i) { return this.all.bytes[this.type[i]]; }
-  precisionOf(i) { return this.all.strings[this.precision[i]]; }
-  useOf(i) { return this.all.uses.get(this.all.strings[this.use[i]]) || null; }
-  isDrawn(i) { return this.showsPlumbing || !this.plumbingOps.has(this.op[i]); }
+  nameOf(i) {
+    const n = this.number[i],
+      base = this.all.strings[this.base[i]];
+    return n < 0 ? base : `${base}_${n}`;
+  }
+  opOf(i) {
+    return this.all.strings[this.op[i]];
+  }
+  typeOf(i) {
+    return this.all.strings[this.type[i]];
+  }
+  bytesOf(i) {
+    return this.all.bytes[this.type[i]];
+  }
+  precisionOf(i) {
+    return this.all.strings[this.precision[i]];
+  }
+  useOf(i) {
+    return this.all.uses.get(this.all.strings[this.use[i]]) || null;
+  }
+  isDrawn(i) {
+    return this.showsPlumbing || !this.plumbingOps.has(this.op[i]);
+  }
   argsOf(i) {
     let k = 0;
     return this.all.strings[this.args[i]].replace(/%/g, () => "%" + this.inputName(this.inputs[i][k++]));
   }
-  inputName(n) { return n >= 0 ? this.nameOf(n) : this.all.strings[-1 - n]; }
+  inputName(n) {
+    return n >= 0 ? this.nameOf(n) : this.all.strings[-1 - n];
+  }
   find(name) {
     if (!this._byName) this._byName = new Map(Array.from({ length: this.size }, (_, i) => [this.nameOf(i), i]));
     return this._byName.get(name);
@@ -97,7 +117,8 @@ class Half {
   }
   count() {
     for (const m of this.all.modules) m.counts[this.index] = 0;
-    for (let i = 0; i < this.size; i++) if (this.isDrawn(i)) for (let m = this.modules[i]; m; m = m.parent) m.counts[this.index]++;
+    for (let i = 0; i < this.size; i++)
+      if (this.isDrawn(i)) for (let m = this.modules[i]; m; m = m.parent) m.counts[this.index]++;
   }
 }
 
@@ -141,7 +162,9 @@ class Model {
     for (const child of m.children) first = Math.min(first, this.firstNode(child));
     return first;
   }
-  half(when, direction) { return this.halves.find(h => h.when === when && h.direction === direction); }
+  half(when, direction) {
+    return this.halves.find(h => h.when === when && h.direction === direction);
+  }
   rule(number) {
     if (number < 0) return null;
     const [rule, spec, file, line, because] = this.data.rules[number];
@@ -160,20 +183,43 @@ const numbers = new Intl.NumberFormat("en-US");
 const count = n => numbers.format(n);
 function bytes(n) {
   if (n === null || n === undefined) return "–";
-  for (const [unit, size] of [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]])
+  for (const [unit, size] of [
+    ["TiB", 2 ** 40],
+    ["GiB", 2 ** 30],
+    ["MiB", 2 ** 20],
+    ["KiB", 2 ** 10],
+  ])
     if (n >= size) return (n / size).toFixed(n / size < 10 ? 2 : 1) + " " + unit;
   return n + " B";
 }
-const shortOp = op => op.replace(/^(aten|fp8c|_c10d_functional|prims)\./, "").replace(/\.(Tensor|Scalar|default|dim|int|dim_IntList|Tensor_Scalar|value|stable)$/, "");
+const shortOp = op =>
+  op
+    .replace(/^(aten|fp8c|_c10d_functional|prims)\./, "")
+    .replace(/\.(Tensor|Scalar|default|dim|int|dim_IntList|Tensor_Scalar|value|stable)$/, "");
 
 /** The precision class of a text: `e4m3[1x128] fp32`, `e4m3 × e4m3`, `bf16`. */
 function precisionClass(text) {
-  const words = text.split(" × ").map(w => (w.match(/^(e4m3|e5m2|e5m6|bf16|f16|f32|f64)/) || ["other"])[0]);
+  const words = text
+    .split(" × ")
+    .map(w => (w.replace(/^fp/, "f").match(/^(e4m3|e5m2|e5m6|bf16|f16|f32|f64)/) || ["other"])[0]);
   return words.find(w => w.startsWith("e5") || w === "e4m3") || words[0];
 }
-const PRECISION_NAMES = { e4m3: "E4M3", e5m2: "E5M2", e5m6: "E5M6", bf16: "BF16", f16: "FP16", f32: "FP32", f64: "FP64", other: "no float" };
-const precisionName = text => text.split(" × ").map(w => {
-  const group = (w.match(/\[([^\]]*)\]/) || [])[1];
-  const name = PRECISION_NAMES[precisionClass(w)];
-  return name === "no float" ? w || "–" : group ? `${name} ${group}` : name;
-}).join(" × ");
+const PRECISION_NAMES = {
+  e4m3: "E4M3",
+  e5m2: "E5M2",
+  e5m6: "E5M6",
+  bf16: "BF16",
+  f16: "FP16",
+  f32: "FP32",
+  f64: "FP64",
+  other: "no float",
+};
+const precisionName = text =>
+  text
+    .split(" × ")
+    .map(w => {
+      const group = (w.match(/\[([^\]]*)\]/) || [])[1];
+      const name = PRECISION_NAMES[precisionClass(w)];
+      return name === "no float" ? w || "–" : group ? `${name} ${group}` : name;
+    })
+    .join(" × ");
