@@ -49,8 +49,7 @@ class GemmConfig:
     """One instance of the kernel.
 
     `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A;
-    `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time;
-    `direct_output`: rows of 128 bytes are written by ordinary stores instead of TMA.
+    `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
 
     scales: Scales
@@ -65,7 +64,6 @@ class GemmConfig:
     promote: bool = True
     unroll: bool = True
     flight: int = 1
-    direct_output: bool = True
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -77,6 +75,16 @@ class GemmConfig:
     @property
     def tile_n(self) -> int:
         return self.wave_n * self.waves_n
+
+    @property
+    def a_box(self) -> int:
+        """Rows of one box of A: half a tile where blocks share it, or where a tile may have an upper half only."""
+        return self.tile_m // max(self.cluster, self.waves_m)
+
+    @property
+    def has_one_box_of_rows(self) -> bool:
+        """Whether a tensor of fewer rows than a tile has a box of as many rows: `ONE_BOX_OF_ROWS` in gemm.cu."""
+        return self.grouping is Grouping.DENSE and self.cluster == 1 and self.waves_m == 1
 
     @property
     def scale_a_box(self) -> int:
@@ -153,7 +161,6 @@ class GemmConfig:
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
-            f"constexpr bool DIRECT_OUTPUT = {str(self.direct_output).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
             f"constexpr Output OUTPUT = Output::{self.output.name};",

@@ -50,6 +50,10 @@ constexpr int SEGMENT = greatest_common_divisor(WAVE_N, 128), SEGMENTS = WAVE_N 
 constexpr int SEGMENT_SLOTS = SEGMENTS <= 2 ? SEGMENTS : (SEGMENTS + 3) / 4 * 4;  // read as vectors
 constexpr int BLOCKS_OF_WAVE = (WAVE_N + 255 - SEGMENT) / 128;  // that a wave can touch
 
+// Of a tile with no more than half of its rows only the first wave of a warpgroup is needed. With K groups the code for this
+// would cost registers that the main loop needs.
+constexpr bool HALVES = WAVES_M == 2 && GROUPING != REDUCTION_GROUPS;
+
 // Shared memory: STAGES x A, x B, staging of the output, STAGES x scales of A, x scales of B, ring of tiles, barriers.
 constexpr int A_BYTES = TILE_M * BLOCK_K, B_BYTES = TILE_N * BLOCK_K;
 // The copy engine wants coordinates along rows of memory in multiples of 16 bytes. Rows of a group start anywhere, so
@@ -117,6 +121,10 @@ DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, ROUND) * ROUND; }
 constexpr int FEW_ROWS = FLIGHT > 1 && GROUPING == DENSE ? 16 : 0;
 DEVICE bool has_few_rows(const Problem& p) { return FEW_ROWS > 0 && p.m <= FEW_ROWS; }
 
+// Rows past the tensor's end cost requests to memory, all of them to one place; so the host's box of A has no more rows than
+// the tensor. What lies in the tile's other rows of shared memory goes into rows of the result that nobody writes.
+constexpr bool ONE_BOX_OF_ROWS = GROUPING == DENSE && CLUSTER == 1 && WAVES_M == 1;
+
 using StageRing = Ring<STAGES>;
 using TileRing = Ring<TILE_SLOTS>;
 
@@ -166,41 +174,52 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         if (tile.is_end) return;
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
+        // With halves, A comes in two boxes, of which a tile without lower rows takes one.
+        const bool is_half = HALVES && tile.row_end - tile.row <= TILE_M / 2;
+        const int a_bytes = is_half ? A_BYTES / 2 : ONE_BOX_OF_ROWS ? min(p.m, TILE_M) * BLOCK_K : A_BYTES;
+        const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
+        const int bytes = a_bytes + B_BYTES + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
 #pragma unroll 1
-        for (int block = 0; block < padded; ++block, stages.advance()) {
-            const uint32 s = stages.slot();
-            const int k = tile.k_begin + block * BLOCK_K;
-            stages.wait_empty();
-            if (block >= blocks) {
-                barrier_arrive(stages.full());
-                continue;
-            }
-            const uint32 arrived = stages.full();
-            // Rows and columns past the tensors' ends arrive as zeros.
-            const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
-            barrier_arrive_expect(arrived, scales_a ? STAGE_BYTES : A_BYTES + B_BYTES + SCALE_B_BYTES);
-            if constexpr (CLUSTER == 1) {
-                load_tile(shared + s * A_BYTES, map_a, arrived, k, tile.row);
-            } else {  // each block of the cluster fetches one half of A for both
-                const int half = cluster_rank() * (TILE_M / 2);
-                load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, arrived, k, tile.row + half);
-            }
-            load_tile(shared + OFFSET_B + s * B_BYTES, map_b, arrived, k, row_b);
-            if (scales_a)
+        for (int first = 0; first < padded; first += ROUND, stages.advance(ROUND)) {
+            const uint32 base = FLIGHT == 1 ? 0 : stages.slot(), phase = stages.phase();
 #pragma unroll
-                for (int i = 0; i < SCALE_A_BOXES; ++i)
-                    load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + i * SCALE_A_BOX * 4, map_scale_a, arrived,
-                              (tile.row & ~3) + i * SCALE_A_BOX, tile.scale_row + block);
-            if constexpr (SCALES == PER_ROW)
-                load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, arrived, tile.col,
-                          tile.scale_row + block);
+            for (int i = 0; i < ROUND; ++i) {
+                const int block = first + i, k = tile.k_begin + block * BLOCK_K;
+                const uint32 s = base + i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
+                barrier_wait(full + STAGES * 8, phase ^ 1);
+                if (block >= blocks) {
+                    barrier_arrive(full);
+                    continue;
+                }
+                // Rows and columns past the tensors' ends arrive as zeros.
+                barrier_arrive_expect(full, bytes);
+                if constexpr (CLUSTER == 1) {
+                    load_tile(shared + s * A_BYTES, map_a, full, k, tile.row);
+                    if (WAVES_M == 2 && !is_half)
+                        load_tile(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
+                } else {  // each block of the cluster fetches one half of A for both
+                    const int half = cluster_rank() * (TILE_M / 2);
+                    if (!is_half || half == 0)
+                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
+                }
+                load_tile(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
+                if (scales_a)
+#pragma unroll
+                    for (int box = 0; box < SCALE_A_BOXES; ++box)
+                        load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + box * SCALE_A_BOX * 4, map_scale_a, full,
+                                  (tile.row & ~3) + box * SCALE_A_BOX, tile.scale_row + block);
+                if constexpr (SCALES == PER_ROW)
+                    load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, full, tile.col,
+                              tile.scale_row + block);
+            }
         }
     }
 }
 
-// One warp: a lane fetches the scales of one k-block for all waves, 32 k-blocks at a time,
-// and hands them over stage by stage.
+// One warp: a lane fetches the scales of one k-block for all waves, some rounds of k-blocks at a time, and hands them over
+// when its stage is free; the stages of a round at once.
 DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
+    constexpr int AT_ONCE = 32 / ROUND * ROUND;
     const Problem& p = args.problem;
     const int lane = threadIdx.x % 32, last_row = ceil_div(p.n, 128) - 1;
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
@@ -213,7 +232,7 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* scales = args.scale_b + tile.scale_row * args.scale_b_col;
         if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
-        for (int first = 0; first < padded; first += 32) {
+        for (int first = 0; first < padded; first += AT_ONCE) {
             float values[WAVES_N][BLOCKS_OF_WAVE];
 #pragma unroll
             for (int w = 0; w < WAVES_N; ++w)
@@ -223,33 +242,37 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
                     if (first + lane < blocks)
                         values[w][j] = __ldg(scales + row * args.scale_b_row + (first + lane) * args.scale_b_col);
                 }
-            for (int i = 0; i < min(32, padded - first); ++i, stages.advance()) {
-                stages.wait_empty();
-                if (lane != i) continue;
-                const uint32 slot = shared + OFFSET_SCALE_B + stages.slot() * SCALE_B_STRIDE;
+#pragma unroll 1
+            for (int i = 0; i < min(AT_ONCE, padded - first); i += ROUND, stages.advance(ROUND)) {
+                if (lane >= i && lane < i + ROUND) {
+                    const uint32 s = stages.slot() + lane - i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
+                    barrier_wait(full + STAGES * 8, stages.phase() ^ 1);
+                    const uint32 slot = shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE;
 #pragma unroll
-                for (int w = 0; w < WAVES_N; ++w)
+                    for (int w = 0; w < WAVES_N; ++w)
 #pragma unroll
-                    for (int segment = 0; segment < SEGMENTS; ++segment) {
-                        const int block = ((tile.col + w * WAVE_N) % 128 + segment * SEGMENT) / 128;
-                        float value = values[w][0];
+                        for (int segment = 0; segment < SEGMENTS; ++segment) {
+                            const int block = ((tile.col + w * WAVE_N) % 128 + segment * SEGMENT) / 128;
+                            float value = values[w][0];
 #pragma unroll
-                        for (int j = 1; j < BLOCKS_OF_WAVE; ++j) value = block == j ? values[w][j] : value;
-                        store_shared(slot + (w * SEGMENT_SLOTS + segment) * 4, value);
-                    }
-                barrier_arrive(stages.full());
+                            for (int j = 1; j < BLOCKS_OF_WAVE; ++j) value = block == j ? values[w][j] : value;
+                            store_shared(slot + (w * SEGMENT_SLOTS + segment) * 4, value);
+                        }
+                    barrier_arrive(full);
+                }
+                __syncwarp();
             }
-            __syncwarp();
         }
     }
 }
 
-// One warp, dense problems of few rows: a lane fetches one row's scales of A of four k-blocks. The lanes lie along rows
-// (a power of two of them) and k-blocks.
+// One warp, dense problems of few rows: lanes lie along rows (a power of two of them) and k-blocks, and each fetches the
+// scales of LOADS k-blocks at a time.
+DEVICE int few_rows_shift(const Problem& p) { return 32 - __clz(p.m - 1); }
 DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
-    constexpr int LOADS = 4;
-    const int lane = threadIdx.x % 32, shift = 32 - __clz(args.problem.m - 1), at_once = 32 >> shift;
-    const int row = lane & ((1 << shift) - 1), own = lane >> shift;
+    constexpr int LOADS = 8;
+    const int lane = threadIdx.x % 32, shift = few_rows_shift(args.problem), at_once = 32 >> shift;
+    const int row = lane & ((1 << shift) - 1), own = lane >> shift, step = min(at_once, ROUND);
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     while (true) {
@@ -258,20 +281,23 @@ DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
         release_tile(tiles);
         if (tile.is_end) return;
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
+        const float* source = args.scale_a + row + own * args.scale_a_col;
         for (int first = 0; first < padded; first += LOADS * at_once) {
             float values[LOADS];
 #pragma unroll
-            for (int j = 0; j < LOADS; ++j) {
-                const int block = first + j * at_once + own;
-                if (block < blocks && row < args.problem.m) values[j] = __ldg(args.scale_a + row + block * args.scale_a_col);
-            }
+            for (int j = 0; j < LOADS; ++j, source += at_once * args.scale_a_col)
+                if (first + j * at_once + own < blocks && row < args.problem.m) values[j] = __ldg(source);
 #pragma unroll
             for (int j = 0; j < LOADS; ++j)
 #pragma unroll 1
-                for (int i = 0; i < min(at_once, padded - first - j * at_once); ++i, stages.advance()) {
-                    stages.wait_empty();
-                    if (own == i) store_shared(shared + OFFSET_SCALE_A + stages.slot() * SCALE_A_STRIDE + row * 4, values[j]);
-                    barrier_arrive(stages.full());
+                for (int i = 0; i < min(at_once, padded - first - j * at_once); i += step, stages.advance(step)) {
+                    if (own >= i && own < i + step) {
+                        const uint32 s = stages.slot() + own - i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
+                        barrier_wait(full + STAGES * 8, stages.phase() ^ 1);
+                        store_shared(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + row * 4, values[j]);
+                        barrier_arrive(full);
+                    }
+                    __syncwarp();
                 }
         }
     }
@@ -314,7 +340,7 @@ DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const fl
 // A warp writes its 16 x WAVE_N result in chunks of 16 x CHUNK through its own staging memory, without waiting for any
 // other warp. Chunks of 128-byte rows are swizzled like TMA does it, others are dense.
 constexpr int OUT_BYTES = OUTPUT == BF16 ? 2 : 4;
-constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0, DIRECT = OUT_SWIZZLED && DIRECT_OUTPUT;
+constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0;
 constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
                       : OUTPUT == BF16 ? WAVE_N / (WAVE_N > 128 ? 2 : 1)
                                        : greatest_common_divisor(WAVE_N, 16);
@@ -358,22 +384,6 @@ DEVICE void stage_chunk(uint32 buffer, const float (&acc)[PART], int chunk, int 
     }
 }
 
-// Writes a whole staged chunk of 128-byte rows with ordinary stores of 16 bytes a lane, or adds it. Unlike a store by TMA
-// it leaves the buffer free at once: the wait for TMA's read took longer than staging.
-DEVICE void write_whole_chunk(const Arguments& args, uint32 buffer, const Tile& tile, int row0, int col0, int lane) {
-    const int row = lane / 8, byte = lane % 8 * 16;
-    const long long at = (GROUPING == REDUCTION_GROUPS ? tile.group * args.out_group : 0) + (row0 + row) * args.out_row + col0;
-    uint8* out = static_cast<uint8*>(args.out) + at * OUT_BYTES + byte;
-    int4 v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = load_shared4(staged(buffer, row + 4 * i, byte));
-#pragma unroll
-    for (int i = 0; i < 4; ++i, out += 4 * OUT_BYTES * args.out_row) {
-        if constexpr (OUTPUT == FP32_ADD) add_global4(out, v[i]);
-        else *reinterpret_cast<int4*>(out) = v[i];
-    }
-}
-
 // Writes any part of a chunk: where rows or columns end inside it, and outputs whose rows aren't aligned to 16 bytes.
 DEVICE void copy_chunk(const Arguments& args, uint32 buffer, const Tile& tile, int row0, int col0, int lane) {
     constexpr int PIECES = CHUNK * OUT_BYTES / 16, PER_PIECE = 16 / OUT_BYTES;
@@ -413,7 +423,7 @@ DEVICE constexpr int wave_col(int w) { return WAVES_N == 1 ? 0 : w * WAVE_N; }
 
 // Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:
 // were this a loop that the compiler chose not to unroll, `acc` would be indexed at run time and move to local memory.
-// With TMA, each chunk is a group of stores, empty where there is nothing to write, so that chunks alternate between buffers.
+// Each chunk is a group of stores, empty where TMA has nothing to write, so that chunks alternate between the buffers.
 template <int index>
 DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32 staging, const Tile& tile,
                          const float (&acc)[WAVES][PART], int row0, int lane) {
@@ -422,29 +432,20 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
         const int row = row0 + wave_row(wave), col = tile.col + wave_col(wave) + chunk * CHUNK;
         if (row < tile.row_end && col < args.problem.n) {
             const uint32 buffer = staging + index % BUFFERS * CHUNK_BYTES;
-            if constexpr (DIRECT) {
-                __syncwarp();
-                stage_chunk(buffer, acc[wave], chunk, lane);
-                __syncwarp();
-                const bool is_whole = args.out_aligned && tile.row_end - row >= 16 && args.problem.n - col >= CHUNK;
-                if (is_whole) write_whole_chunk(args, buffer, tile, row, col, lane);
-                else copy_chunk(args, buffer, tile, row, col, lane);
-            } else {
-                wait_stores_read<BUFFERS - 1>();
-                __syncwarp();
-                stage_chunk(buffer, acc[wave], chunk, lane);
-                fence_async();
-                __syncwarp();
-                // TMA clips at the tensor's last row, not at a group's.
-                if (!args.out_aligned || (tile.row_end - row < 16 && tile.row_end != args.problem.m)) {
-                    copy_chunk(args, buffer, tile, row, col, lane);
-                } else if (elect_one()) {
-                    if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, buffer, col, row, tile.group);
-                    else store_tile(map_out, buffer, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
-                }
+            wait_stores_read<BUFFERS - 1>();
+            __syncwarp();
+            stage_chunk(buffer, acc[wave], chunk, lane);
+            fence_async();
+            __syncwarp();
+            // TMA clips at the tensor's last row, not at a group's.
+            if (!args.out_aligned || (tile.row_end - row < 16 && tile.row_end != args.problem.m)) {
+                copy_chunk(args, buffer, tile, row, col, lane);
+            } else if (elect_one()) {
+                if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, buffer, col, row, tile.group);
+                else store_tile(map_out, buffer, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
             }
         }
-        if constexpr (!DIRECT) commit_stores();
+        commit_stores();
         write_chunks<index + 1>(args, map_out, staging, tile, acc, row0, lane);
     }
 }
@@ -548,10 +549,6 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
             for (int i = 0; i < PART; ++i) c.acc[w][i] += part[i];
     }
 }
-
-// Of a tile with no more than half of its rows only the first wave of a warpgroup is needed. With K groups the code for this
-// would cost registers that the main loop needs.
-constexpr bool HALVES = WAVES_M == 2 && GROUPING != REDUCTION_GROUPS;
 
 // The k-blocks of one tile; `phase` is of the ring of stages, which the tile begins and ends at stage 0.
 template <int waves>
@@ -708,7 +705,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     if (threadIdx.x == 0) {
         const int few_rows = has_few_rows(args.problem);
-        const int writers = 1 + SCALE_WARPS + 32 * few_rows;
+        const int writers = 1 + SCALE_WARPS + (few_rows ? 1 << few_rows_shift(args.problem) : 0);
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
         TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
         barrier_init_done();

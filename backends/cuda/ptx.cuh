@@ -165,11 +165,6 @@ DEVICE void add_global(float* address, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
-DEVICE void add_global4(void* address, int4 v) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(__int_as_float(v.x)),
-                 "f"(__int_as_float(v.y)), "f"(__int_as_float(v.z)), "f"(__int_as_float(v.w)) : "memory");
-}
-
 // Tensor core ----------------------------------------------------------------------------------------------------
 
 // Descriptor of a K-major operand tile of 128-byte rows under TMA's 128-byte swizzle (PTX ISA, "matrix descriptor"):

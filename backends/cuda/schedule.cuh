@@ -39,7 +39,7 @@ struct Ring {
     DEVICE uint32 phase() const { return uses / slots & 1; }
     DEVICE void wait_full() const { barrier_wait(full(), phase()); }
     DEVICE void wait_empty() const { barrier_wait(empty(), ~(uses / slots) & 1); }
-    DEVICE void advance() { ++uses; }
+    DEVICE void advance(int count = 1) { uses += count; }
     static DEVICE void init(uint32 barriers, uint32 writers, uint32 readers) {
         for (int i = 0; i < slots; ++i) {
             barrier_init(barriers + i * 8, writers);

@@ -17,10 +17,11 @@ _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one aft
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
 _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
+_CLUSTER_BELOW_K = 1024  # dense fprop and dgrad with a longer K run better alone when the card is at its power limit
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
 _WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
-_WIDE = (144, 160, 176, 192)
+_WIDE = (144, 160, 192)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def choose(
 ) -> GemmConfig:
     """The instance with the least estimated clocks."""
     configs = candidates(scales, grouping, output, promote, a_type, b_type)
+    if shape.m <= 64:  # a second warpgroup would have no rows
+        configs = (config for config in configs if config.tile_m == 64)
     best = min(configs, key=lambda config: estimated_clocks(config, shape))
     return _clustered(best, shape)
 
@@ -94,9 +97,23 @@ def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
     tensor = config.tile_m * config.tile_n / 32 / _utilisation(config)
     traffic = (config.tile_m + config.tile_n) * BLOCK_K / _L2_BYTES_PER_CLOCK * min(1.0, tiles / shape.multiprocessors)
     block = max(tensor, traffic, _CLOCKS_PER_BLOCK_AT_LEAST)
+    if config.flight > 1:
+        block = _small_block_clocks(config, shape, tiles)
+        rounds = 0
     epilogue = config.tile_m * config.tile_n * config.output.element_bytes / _EPILOGUE_BYTES_PER_CLOCK
-    idle_stages = rounds * config.stages - math.ceil(k / BLOCK_K)
+    idle_stages = max(0, rounds * config.stages - math.ceil(k / BLOCK_K))
     return waves * (math.ceil(k / BLOCK_K) * block + idle_stages * 40 + epilogue + _TILE_CLOCKS)
+
+
+def _small_block_clocks(config: GemmConfig, shape: Shape, tiles: float) -> float:
+    """A k-block of a tile with several in flight, measured with M = 64: what its columns, its rows and L2 cost."""
+    columns = (0.2 if config.warpgroups == 1 else 0.8) * config.tile_n
+    segments = 6 * config.wave_n // math.gcd(config.wave_n, BLOCK_K)  # each has its scale of B to load and multiply
+    latency = (210 if config.flight == 4 else 380) + columns + segments
+    tensor = config.tile_m * config.tile_n / 32 / (0.6 if config.warpgroups == 1 else _utilisation(config))
+    rows = min(shape.m, config.tile_m)
+    traffic = (rows + config.tile_n) * BLOCK_K / _L2_BYTES_PER_CLOCK * min(1.0, tiles / shape.multiprocessors)
+    return max(latency, tensor, traffic)
 
 
 def _tiles(config: GemmConfig, shape: Shape) -> tuple[float, int, float]:
@@ -105,8 +122,9 @@ def _tiles(config: GemmConfig, shape: Shape) -> tuple[float, int, float]:
     match config.grouping:
         case Grouping.DENSE:
             return math.ceil(shape.m / config.tile_m), col_tiles, shape.k
-        case Grouping.ROW_GROUPS:  # the last tile of a group is on average half full
-            return shape.m / config.tile_m + 0.5 * shape.groups, col_tiles, shape.k
+        case Grouping.ROW_GROUPS:  # on average half of 128 rows are lost; tiles of 256 rows may be halves
+            wasted = 0.5 * shape.groups if config.waves_m == 1 else 0.25 * shape.groups
+            return shape.m / config.tile_m + wasted, col_tiles, shape.k
         case Grouping.REDUCTION_GROUPS:
             return math.ceil(shape.m / config.tile_m) * shape.groups, col_tiles, shape.k / max(shape.groups, 1)
 
@@ -115,13 +133,17 @@ def _utilisation(config: GemmConfig) -> float:
     """Share of the tensor core's rate in the main loop, fitted."""
     if config.warpgroups == 1:
         return 0.35  # nobody multiplies while the one warpgroup promotes
-    share = 0.85 if config.waves_m == 2 else 0.70 + 0.10 * min(config.tile_n, 192) / 192
+    if config.waves_m == 2:
+        share = 0.85
+    else:  # three waves of 64 columns read A once, but wait for each other
+        share = 0.73 if config.waves_n == 3 else 0.70 + 0.10 * min(config.tile_n, 192) / 192
     return share * ((0.75 if config.waves_m == 2 else 0.65) if config.scales is Scales.PER_ROW else 1.0)
 
 
 def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
     row_tiles, col_tiles, _ = _tiles(config, shape)
     is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
-    if not is_large or col_tiles % 2 or shape.multiprocessors % 2:
+    is_light = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE and shape.k >= _CLUSTER_BELOW_K
+    if is_light or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
         return config
     return replace(config, cluster=2)

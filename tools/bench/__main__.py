@@ -3,10 +3,11 @@
 import functools
 import sys
 
-from fp8c.tools.bench import gemm, kernels, optimizer, step
+from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, step
 
 BENCHMARKS = {
     "gemm": gemm.main,
+    "gemm-table": gemm_table.main,
     "kernels": kernels.main,
     "layer": functools.partial(step.main, "layer"),
     "optimizer": optimizer.main,

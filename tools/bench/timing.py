@@ -1,12 +1,13 @@
 """Timing of contenders in turn, in one process, through CUDA graphs.
 
 A GPU at its power limit runs a kernel up to a fifth slower or faster depending on what ran before it. So each contender is
-timed twice: sustained (median over `seconds` of back-to-back runs, in `ROUNDS` turns with the order reversed from turn to
-turn, each after a warm-up) and burst (20 ms after `idle_seconds` of rest), and only figures of one process are compared. Graphs keep launch overhead out of short kernels.
+timed twice: sustained (median over `seconds` of back-to-back runs, in `ROUNDS` turns, each turn in another order, each
+measurement after a warm-up) and burst (20 ms after `idle_seconds` of rest), and only figures of one process are compared. Graphs keep launch overhead out of short kernels.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import sys
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROUNDS = 4
+ROUNDS = 6
 WARMUP_SECONDS = 0.02
 BURST_SECONDS = 0.02
 GRAPH_MICROSECONDS = 2000  # of work in one graph, so that its replay hides the next one's launch
@@ -43,7 +44,7 @@ def time_in_turn(
             torch.cuda.synchronize()
     sustained: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(ROUNDS):
-        for name in list(graphs)[:: -1 if turn % 2 else 1]:
+        for name in random.Random(turn).sample(list(graphs), len(graphs)):
             _times_us(graphs[name], calls, WARMUP_SECONDS)
             sustained[name] += _times_us(graphs[name], calls, seconds / ROUNDS)
     burst = {}

@@ -316,6 +316,8 @@ function listen(view) {
     const isDark = chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     document.documentElement.dataset.theme = isDark ? "light" : "dark";
   });
+  for (const column of document.querySelectorAll(".column-body"))
+    column.addEventListener("scroll", () => view.prepareNext(), { passive: true });
   window.addEventListener("hashchange", () => view.goToAddress(location.hash));
   listenToSearch(view);
 }
