@@ -104,17 +104,24 @@ def reduce_gradients(step: nn.Module) -> None:
     group = mesh.get_group()
     ranks = group.size()
     for parameter in step.parameters():
-        gradient = parameter.grad
+        gradient = gradient_of(parameter)
         if isinstance(gradient, DTensor) and "ep" in (gradient.device_mesh.mesh_dim_names or ()):
             gradient._local_tensor.div_(ranks)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in replicated_parameters(step):
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        gradient = gradient_of(parameter)
+        if gradient is not None:
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for gradients in by_dtype.values():
         for bucket in _buckets(gradients):
             _mean_in_rank_order(bucket, group, ranks)
     _unreduced(step).clear()
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+    """What an optimizer step reads: the FP32 accumulator where there is one, else `.grad`."""
+    found: Tensor | None = getattr(parameter, "main_grad", None)
+    return parameter.grad if found is None else found
 
 
 BUCKET_BYTES = 64 << 20

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     SCHEDULER,
     ("specs", "partition", "pass_manager", "verifier", "saved"),
     ("capture", "kept_weights", "main_grad", "models", "prepare", "passes", "backends", "graph_durations"),
-    ("pipeline", "structured_trace", "baseline", "driver", "dynamo", "optim", "distributed"),
+    ("pipeline", "structured_trace", "baseline", "driver", "dynamo", "optim", "distributed", "stage", "pipelining"),
     ("build", "reload", "fingerprint"),
     ("tools",),
     ("cli", "build_commands", "__main__"),

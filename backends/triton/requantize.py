@@ -27,7 +27,7 @@ ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_WARPS = 64, 4
+COLUMN_TILE, COLUMN_WARPS = 64, 2
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from fp8c.formats import Element, Format
 from fp8c.fused_ops import plain
 from fp8c.ops import empty_quantized, is_stored_transposed, quantized_format, restarts
 
-FORWARD_ROWS, FORWARD_WARPS = 16, 2
+FORWARD_ROWS, FORWARD_WARPS = 8, 2
 ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_WARPS = 32, 4
+COLUMN_TILE, COLUMN_WARPS = 32, 2
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
