@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fp8c
-from fp8c import distributed
+from fp8c import distributed, dynamo
 from fp8c.optim import EMA, AdamW, Precision, Telemetry, checkpoint
 from fp8c.optim.telemetry import Row
 
@@ -164,7 +164,7 @@ def sharded(model: nn.Module, args: argparse.Namespace, world: int, device: torc
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in [*model.layers, model.mtp.layer]:
         if args.spec != "off":
-            layer.forward = torch.compile(layer.forward, backend="fp8c", options={"spec": args.spec})
+            layer.forward = torch.compile(layer.forward, backend=dynamo.backend, options={"spec": args.spec})
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
