@@ -100,8 +100,9 @@ function joins(half, nodes, itemOf, isInside) {
 /** Runs of small operators joined to each other; GEMMs, attention and casts stay on their own. A run lies between the
  * same modules: what comes before a module and what comes after it are two runs. */
 function looseParts(half, module, drawn) {
-  const major = /(mm|attention\w*|quantize|dequantize|requantize|_grouped_mm|all_\w+|reduce_scatter\w*)(\.|$)/;
-  const small = new Set(drawn.filter(i => !major.test(half.opOf(i)) && !half.gemm[i]));
+  const isLarge = op =>
+    isGemmOp(op) || /attention|quantize|all_to_all|all_gather|all_reduce|reduce_scatter|exchange/.test(op);
+  const small = new Set(drawn.filter(i => !isLarge(half.opOf(i)) && !half.gemm[i]));
   const group = new Map();
   const find = i => {
     while (group.get(i) !== i) {

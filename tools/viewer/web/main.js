@@ -33,7 +33,7 @@ class View {
         !this.isSelected(half, item) &&
         from.gemm[s.node] > 0 &&
         half.gemm[item.node] > 0 &&
-        /mm/.test(half.opOf(item.node)) &&
+        isGemmOp(half.opOf(item.node)) &&
         this.model.strings[half.use[item.node]] === this.model.strings[from.use[s.node]]
       );
     const module = item.kind === "module" ? item.module : item.kind === "fold" ? item.fold.shown : null;
