@@ -83,7 +83,8 @@ def main() -> None:
         if found and rank == 0:
             print(f"going on after step {start} ({found.path})", *found.remarks, sep="\n")
     log = Log(args, rank, world, device)
-    is_whole = args.spec != "off" and args.parallel != "fsdp"  # one compiled step, which can change its precision
+    # One compiled step can change its precision; pieces of one, and experts on other ranks, keep theirs.
+    is_whole = args.spec != "off" and args.parallel != "fsdp" and not args.ep
     precision = Precision(step, first=args.bf16_first, last=args.bf16_last, total=args.steps) if is_whole else None
     telemetry = Telemetry(step, args.telemetry_every) if is_whole and args.telemetry_every else None
     corpus = moe_transformer.read_corpus()

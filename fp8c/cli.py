@@ -410,6 +410,7 @@ def spec_show(name: str) -> None:
     help="Plan one rank of a mesh, e.g. ep=64,pp=16: experts are sharded over ep. Needs no GPU and no other process.",
 )
 @click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
+@click.option("--kernels", is_flag=True, help="Compile the step's Triton kernels for the target; needs no GPU.")
 @click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
 @click.option("--print-ir-after-all", is_flag=True, help="Print the graph after every pass.")
@@ -432,6 +433,7 @@ def compile_(
     without: tuple[str, ...],
     mesh_text: str | None,
     force: bool,
+    kernels: bool,
     print_ir_before: tuple[str, ...],
     print_ir_after: tuple[str, ...],
     print_ir_after_all: bool,
@@ -467,6 +469,7 @@ def compile_(
             mesh=command.parse_mesh(mesh_text),
             without=without,
             force=force,
+            kernels=kernels,
             printing=Printing(
                 print_ir_before,
                 print_ir_after,

@@ -78,6 +78,8 @@ EXPLANATIONS: dict[str, str] = {
     "their portable form, slowly.",
     "E0431": "The CUDA compiler rejected a kernel of fp8c. This is a bug in fp8c, or a compiler older than CUDA 12.8: "
     "please report the message.",
+    "E0433": "`--kernels` compiles the step's Triton kernels ahead of time. That takes a target that is a GPU (h100, h200, "
+    "h800, b200) and the triton package; it takes no GPU.",
     "E0432": "A call of the CUDA driver failed while a kernel was loaded or started. A message about the driver's version "
     "asks for a newer driver; an illegal address or instruction points at a bug in fp8c or at memory freed too early.",
     "R0430": "A GEMM runs in its portable form instead of a tensor-core kernel, or an operand is copied before it, for the "

@@ -49,7 +49,8 @@ class StageModule(nn.Module):
     def stage_for(self, inputs: Sequence[Tensor]) -> Stage:
         key = tuple((tuple(t.shape), t.dtype) for t in inputs)
         if key not in self.stages:
-            self.stages[key] = Stage.capture(self.step, inputs, self.session.fresh())
+            with torch.enable_grad():  # also from inside an autograd function
+                self.stages[key] = Stage.capture(self.step, inputs, self.session.fresh())
         return self.stages[key]
 
     def paired_with(self, behind: Stage, inputs: Sequence[Tensor]) -> Pair:

@@ -65,22 +65,22 @@ def fuse_forward(graph: fx.Graph, fusions: frozenset[str]) -> int:
 
 def swiglu_behind(result: Any) -> Forward | None:
     """The SwiGLU that made this value, through reshapes, a weight per row and the cast behind it."""
-    node = g.strip(result, g.RESHAPES)
+    node: Any = g.strip(result, g.RESHAPES)
     weight = None
     if g.is_call(node, g.CASTS) and isinstance(node.args[0], fx.Node) and g.is_call(node.args[0], {aten.mul.Tensor}):
         weighted = node.args[0]
         weight = row_weight(weighted.args[1])
         if weight is None or g.value(weighted).dtype is not torch.float32:
             return None
-        node = g.strip(weighted.args[0], g.RESHAPES)  # type: ignore[arg-type]
+        node = g.strip(weighted.args[0], g.RESHAPES)
     if not g.is_call(node, {aten.mul.Tensor}) or not all(isinstance(a, fx.Node) for a in node.args):
         return None
     product, (silu, up) = node, (node.args[0], node.args[1])
-    if g.is_call(up, {aten.silu.default}):  # type: ignore[arg-type]
+    if g.is_call(up, {aten.silu.default}):
         silu, up = up, silu
-    if not g.is_call(silu, {aten.silu.default}):  # type: ignore[arg-type]
+    if not g.is_call(silu, {aten.silu.default}):
         return None
-    gate = silu.args[0]  # type: ignore[union-attr]
+    gate = silu.args[0]
     assert isinstance(silu, fx.Node) and isinstance(gate, fx.Node) and isinstance(up, fx.Node)
     if not g.same_sizes(g.value(gate), g.value(up)) or g.value(gate).dtype != g.value(product).dtype:
         return None
@@ -92,7 +92,7 @@ def swiglu_behind(result: Any) -> Forward | None:
 def row_weight(node: Any) -> fx.Node | None:
     """The vector w of `w[:, None]`, in FP32."""
     is_column = isinstance(node, fx.Node) and g.is_call(node, {aten.unsqueeze.default}) and node.args[1] in (-1, 1)
-    vector = node.args[0] if is_column else None
+    vector: Any = node.args[0] if is_column else None
     is_vector = isinstance(vector, fx.Node) and g.value(vector).dim() == 1 and g.value(vector).dtype is torch.float32
     return vector if is_vector else None
 
@@ -102,11 +102,11 @@ def joined_halves(gate: fx.Node, up: fx.Node) -> fx.Node | None:
     for node, index in ((gate, 0), (up, 1)):
         if node.target is not operator.getitem or node.args[1] != index:
             return None
-    split = gate.args[0]
-    if split is not up.args[0] or not g.is_call(split, _SPLITS):  # type: ignore[arg-type]
+    split: Any = gate.args[0]
+    if split is not up.args[0] or not g.is_call(split, _SPLITS):
         return None
     assert isinstance(split, fx.Node)
-    source = split.args[0]
+    source: Any = split.args[0]
     assert isinstance(source, fx.Node)
     is_last = len(split.args) > 2 and split.args[2] in (-1, g.value(source).dim() - 1)
     halves = len(g.value(split)) == 2 and g.same_sizes(g.value(gate), g.value(up))
@@ -210,7 +210,7 @@ def join_gradient(graph: fx.Graph, cat: fx.Node) -> int:
 
 def match_gradient(cat: fx.Node) -> tuple[Any, ...] | None:
     """(dequantize, quantize of h, of the gradient by rows, by columns, dh, weight, its gradient, offs) behind a cat."""
-    inputs = cat.args[0]
+    inputs: Any = cat.args[0]
     if not (isinstance(inputs, (list, tuple)) and len(inputs) == 2 and g.value(cat).dim() == 2):
         return None
     dgate, dup = inputs
@@ -228,11 +228,12 @@ def match_gradient(cat: fx.Node) -> tuple[Any, ...] | None:
     rows, columns = (quantize_of(cat, group) for group in ((1, 128), (128, 1)))
     if product is None or rows is None or columns is None:
         return None
-    gradient = g.strip(dproduct, g.ROW_VIEWS)
-    weight = dweight = None
+    gradient: Any = g.strip(dproduct, g.ROW_VIEWS)
+    weight: Any = None
+    dweight: Any = None
     dh, result = dproduct, product
-    if g.is_call(gradient, g.CASTS) and g.is_call(gradient.args[0], {aten.mul.Tensor}):  # type: ignore[arg-type]
-        wide, column = gradient.args[0].args  # type: ignore[union-attr]
+    if g.is_call(gradient, g.CASTS) and g.is_call(gradient.args[0], {aten.mul.Tensor}):
+        wide, column = gradient.args[0].args
         weight, plain = row_weight(column), g.strip(product, g.ROW_VIEWS)
         if weight is None or not g.is_call(wide, g.CASTS):
             return None
@@ -244,7 +245,7 @@ def match_gradient(cat: fx.Node) -> tuple[Any, ...] | None:
         is_sum = dweight is not None and g.is_call(dweight, {aten.sum.dim_IntList})
         if not is_sum or dweight.args[1:] != ([1], True) or len(terms.users) != 1:
             return None
-        if result is None or not g.is_call(result, g.CASTS) or set(wide.users) != {gradient.args[0], terms}:  # type: ignore[union-attr]
+        if result is None or not g.is_call(result, g.CASTS) or set(wide.users) != {gradient.args[0], terms}:
             return None
     dh = g.strip(dh, g.ROW_VIEWS)
     quantize_h = quantize_of(result, (128, 1))
@@ -257,14 +258,14 @@ def match_gradient(cat: fx.Node) -> tuple[Any, ...] | None:
     return known if nothing_else_reads(joined, cat, known) else None
 
 
-def quantize_of(node: Any, group: tuple[int, int]) -> fx.Node | None:
+def quantize_of(node: Any, group: tuple[int, int]) -> Any:
     """A quantize of this value, behind views, in groups of this shape."""
     return find_user(
         node, lambda n: g.is_call(n, {ops.quantize.default}) and Format.parse(str(n.args[1])).group == group
     )
 
 
-def find_user(node: fx.Node, wanted: Any) -> fx.Node | None:
+def find_user(node: Any, wanted: Any) -> Any:
     """A reader for which `wanted` holds, also behind views."""
     frontier = [node]
     while frontier:

@@ -1,7 +1,7 @@
 """Loss gap: train the same byte-level MoE transformer in BF16 and under a spec, many seeds, and compare honestly.
 
     python -m fp8c.tools.loss_gap --seeds 8 --steps 300
-    python -m fp8c.tools.loss_gap --device cuda --seeds 4 --steps 3000 --size 100m --parallel 12     all at once, on a GPU
+    python -m fp8c.tools.loss_gap --device cuda --seeds 4 --steps 3000 --size 100m --parallel 12   all at once, on a GPU
 
 Each seed trains several times from the same weights on the same batches, under the same optimizer: BF16, the spec, BF16
 with every GEMM summed in another order (K reversed), and, where asked for, further specs. The third is the yardstick: a

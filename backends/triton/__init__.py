@@ -9,20 +9,26 @@ import torch
 
 from fp8c.backends.triton import quantize, requantize, swiglu, transpose
 
+#: The launchers by the name of their operator.
+KERNELS = {
+    kernel.__name__: kernel
+    for kernel in (
+        quantize.quantize,
+        quantize.quantize_both,
+        quantize.quantize_weight,
+        quantize.quantize_transposed,
+        quantize.gather_quantize,
+        requantize.dequantize,
+        requantize.requantize,
+        requantize.gather_quantized,
+        requantize.gather_requantized,
+        swiglu.swiglu_quantize,
+        swiglu.swiglu_quantize_cached,
+        swiglu.swiglu_backward_quantize,
+        transpose.transposed,
+    )
+}
+
 _LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
-for _kernel in (
-    quantize.quantize,
-    quantize.quantize_both,
-    quantize.quantize_weight,
-    quantize.quantize_transposed,
-    quantize.gather_quantize,
-    requantize.dequantize,
-    requantize.requantize,
-    requantize.gather_quantized,
-    requantize.gather_requantized,
-    swiglu.swiglu_quantize,
-    swiglu.swiglu_quantize_cached,
-    swiglu.swiglu_backward_quantize,
-    transpose.transposed,
-):
-    _LIBRARY.impl(_kernel.__name__, _kernel, "CUDA")  # type: ignore[no-untyped-call]
+for _name, _kernel in KERNELS.items():
+    _LIBRARY.impl(_name, _kernel, "CUDA")  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ from fp8c.ops import empty_quantized, is_stored_transposed, quantized_format, re
 
 FORWARD_ROWS, FORWARD_WARPS = 8, 2
 ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_WARPS = 32, 2
+COLUMN_TILE, COLUMN_WARPS = 32, 4
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def swiglu_quantize(gate: Tensor, up: Tensor, weight: Tensor | None, fmt: str) -
     parsed = quantized_format(fmt)
     if parsed.group != (1, 128) or gate.dim() != 2 or gate.numel() == 0:
         return plain("swiglu_quantize")(gate, up, weight, fmt)  # type: ignore[no-any-return]
-    return _forward(readable(gate), readable(up), weight, parsed, None)[:2]  # type: ignore[return-value]
+    return _forward(readable(gate), readable(up), weight, parsed, None)[:2]
 
 
 def swiglu_quantize_cached(

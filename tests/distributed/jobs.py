@@ -393,12 +393,11 @@ def dualpipe(spec: str, micro_batches: int = 8) -> dict[str, Any]:
 
     mine = (rank, 3 - rank)
     modules = {i: pipelining.StageModule(stage_step(i), lambda node: 1.0) for i in mine}
-    stages: list[Any] = [
-        PipelineStage(
-            m, i, 4, torch.device("cpu"), input_args=x[:1], output_args=x[:1], dw_builder=pipelining.no_weight_work
-        )
-        for i, m in modules.items()
-    ]
+    stages: list[Any] = []
+    for i, module in modules.items():
+        given, made = (x[:1].clone().requires_grad_(needs) for needs in (i > 0, True))  # who sends gradients
+        none = pipelining.no_weight_work
+        stages.append(PipelineStage(module, i, 4, torch.device("cpu"), given, made, dw_builder=none))
     schedule = ScheduleDualPipeV(stages, micro_batches, loss_fn=loss, scale_grads=False)
     pipelining.overlap_pairs(schedule)
     losses: list[Tensor] = []

@@ -1,0 +1,154 @@
+"""Compile the Triton kernels of a step for a GPU that is not present: PTX and cubin, and what ptxas says of each.
+
+The launchers themselves say which kernels they start: they run on meta tensors while their launches are recorded instead
+of made. Needs triton, no driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, fx
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fp8c import graph as g
+from fp8c.backends.triton import KERNELS
+
+CAPABILITY = {"sm90": 90, "sm100": 100}  # of the architectures that targets name
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel, as Triton's own launcher would choose it."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    divisible: tuple[int, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        text = repr((self.signature, self.constants, self.divisible, self.options))
+        return f"{self.kernel.fn.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """`spilled_bytes`: the stack frame of a thread, 0 unless registers ran out."""
+
+    name: str
+    ptx: str
+    cubin: bytes
+    registers: int
+    spilled_bytes: int
+
+
+def compile_step(graphs: Iterable[fx.Graph], architecture: str) -> list[Compiled]:
+    """The kernels of every fp8c operator in these graphs, each specialisation once; symbolic sizes by their examples."""
+    launches: dict[str, Launch] = {}
+    with recording(launches):
+        for graph in graphs:
+            for node in graph.nodes:
+                launcher = KERNELS.get(operator_name(node))
+                if launcher is not None:
+                    launcher(*fx.map_arg(node.args, as_meta), **fx.map_arg(node.kwargs, as_meta))
+    return [compile_launch(launch, CAPABILITY[architecture]) for launch in launches.values()]
+
+
+def operator_name(node: fx.Node) -> str:
+    target = node.target
+    is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "fp8c"
+    return target._schema.name.removeprefix("fp8c::") if is_ours else ""  # type: ignore[union-attr]
+
+
+def as_meta(node: fx.Node) -> Any:
+    value = g.value(node)
+    if not isinstance(value, Tensor):
+        return g.size_hint(value)
+    sizes, strides = ([g.size_hint(n) for n in ns] for ns in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+
+
+@contextlib.contextmanager
+def recording(launches: dict[str, Launch]) -> Iterator[None]:
+    """Collect launches instead of making them."""
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = launch_of(kernel, args, kwargs)
+        launches.setdefault(launch.name, launch)
+
+    original: Callable[..., Any] = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+def launch_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """What Triton would specialise on: constants, arguments that are 1, arguments that 16 divides."""
+    options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
+    values = dict(zip(kernel.arg_names, args)) | kwargs
+    declared = {p.name for p in kernel.params if p.is_constexpr}
+    signature: dict[str, str] = {}
+    constants: dict[int, Any] = {}
+    divisible = []
+    for index, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in declared or not isinstance(value, Tensor) and value == 1:
+            signature[name], constants[index] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            divisible.append(index)  # PyTorch's allocations are
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible += [index] if value % 16 == 0 else []
+    return Launch(
+        kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(sorted(options.items()))
+    )
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs={(index,): value for index, value in launch.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    registers, spilled_bytes = resources(compiled.asm["cubin"])
+    return Compiled(launch.name, compiled.asm["ptx"], compiled.asm["cubin"], registers, spilled_bytes)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, as cuobjdump of Triton's own package reads them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
