@@ -23,7 +23,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ops",
         "fused_ops",
         "swiglu_ops",
-        "delayed",
         "exchange",
         "grouped",
         "positions",
