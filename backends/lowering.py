@@ -30,7 +30,8 @@ def register_kernels(device: str) -> None:
         import fp8c.backends.aten  # noqa: F401
         import fp8c.backends.cuda  # noqa: F401
 
-        if find_spec("triton") is not None:  # without it, the portable form
+        # Without triton, and on GPUs that can't convert to FP8, the portable form.
+        if find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 9):
             import fp8c.backends.triton  # noqa: F401
 
 

@@ -393,6 +393,19 @@ def spec_show(name: str) -> None:
     sys.stdout.write(shipped_text(name))
 
 
+@app.command("doctor")
+@as_json_option
+def doctor_(as_json: bool) -> None:
+    """Say what this machine offers, and which implementation serves which operator."""
+    from fp8c.tools import doctor
+
+    found = doctor.document()
+    if as_json:
+        print_json(doctor.SCHEMA, **found)
+    else:
+        print(doctor.text(found))
+
+
 @app.command("compile")
 @click.argument("model")
 @spec_option

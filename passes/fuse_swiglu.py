@@ -68,7 +68,7 @@ def swiglu_behind(result: Any) -> Forward | None:
     node: Any = g.strip(result, g.RESHAPES)
     weight = None
     if g.is_call(node, g.CASTS) and isinstance(node.args[0], fx.Node) and g.is_call(node.args[0], {aten.mul.Tensor}):
-        weighted = node.args[0]
+        weighted: Any = node.args[0]
         weight = row_weight(weighted.args[1])
         if weight is None or g.value(weighted).dtype is not torch.float32:
             return None
@@ -243,7 +243,7 @@ def match_gradient(cat: fx.Node) -> tuple[Any, ...] | None:
         terms = next((u for u in wide.users if u.target is aten.mul.Tensor and is_view_of(u.args[1], plain)), None)
         dweight = None if terms is None else next(iter(terms.users), None)
         is_sum = dweight is not None and g.is_call(dweight, {aten.sum.dim_IntList})
-        if not is_sum or dweight.args[1:] != ([1], True) or len(terms.users) != 1:
+        if terms is None or not is_sum or dweight.args[1:] != ([1], True) or len(terms.users) != 1:
             return None
         if result is None or not g.is_call(result, g.CASTS) or set(wide.users) != {gradient.args[0], terms}:
             return None

@@ -49,7 +49,8 @@ class GatherGradients:
 
 
 def rewrite(graph: fx.Graph, node: fx.Node) -> int:
-    zeros, indices, added = node.args[:3]
+    zeros: Any = node.args[0]
+    indices, added = node.args[1:3]
     accumulates = len(node.args) > 3 and bool(node.args[3])
     only = indices[0] if isinstance(indices, (list, tuple)) and len(indices) == 1 else None
     is_fresh = isinstance(zeros, fx.Node) and g.is_call(zeros, _ZEROS)

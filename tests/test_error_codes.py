@@ -158,7 +158,9 @@ def test_sharded_experts_are_said() -> None:
     from fp8c.prepare import prepare
 
     loaded = load_model(
-        str(ROOT / "examples/moe_transformer.py"), overrides={"n_layers": 1, "n_dense_layers": 0, "n_experts": 2}, weights="random"
+        str(ROOT / "examples/moe_transformer.py"),
+        overrides={"n_layers": 1, "n_dense_layers": 0, "n_experts": 2},
+        weights="random",
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("diagnostics", "error_codes", "formats", "roles", "target_record", "user_code"),
     (
         "graph",
+        "delayed",
         "ops",
         "fused_ops",
         "swiglu_ops",

@@ -436,6 +436,9 @@ async function start() {
           view.open.add(`module:${list.path}`);
     }
   view.show(false);
+  const columns = [...document.querySelectorAll(".column-body")];
+  const fit = Math.min(...columns.map(c => (c.clientWidth - 36) / c.firstElementChild.offsetWidth));
+  if (fit < 1 && fit > 0.7) view.setZoom(fit); // a little smaller, and all of it in sight
   for (const column of document.querySelectorAll(".column-body"))
     column.scrollLeft = (column.scrollWidth - column.clientWidth) / 2;
   view.goToAddress(address);
