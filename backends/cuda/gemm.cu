@@ -114,6 +114,7 @@ DEVICE int blocks_of(const Tile& tile) { return ceil_div(tile.k_length, BLOCK_K)
 // Every tile takes whole rounds of stages, the last one with idle stages if need be: the consumers' loop over a round is
 // unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
 constexpr int ROUND = FLIGHT == 1 ? STAGES : FLIGHT;
+constexpr int PRODUCER_UNROLL = PRODUCER_REGISTERS == 24 ? 1 : ROUND;
 DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, ROUND) * ROUND; }
 
 // With few rows all thread blocks would ask for the same few sectors of A's scales, k-block by k-block; then a warp
@@ -182,7 +183,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
 #pragma unroll 1
         for (int first = 0; first < padded; first += ROUND, stages.advance(ROUND)) {
             const uint32 base = FLIGHT == 1 ? 0 : stages.slot(), phase = stages.phase();
-#pragma unroll
+#pragma unroll PRODUCER_UNROLL
             for (int i = 0; i < ROUND; ++i) {
                 const int block = first + i, k = tile.k_begin + block * BLOCK_K;
                 const uint32 s = base + i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
