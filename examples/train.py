@@ -1,9 +1,10 @@
 """Train the Mixture-of-Experts transformer under a precision spec: the plain loop, with everything around it.
 
-    python examples/train.py --steps 200 --out runs/a                          FP8 under deepseek_v3, checkpoints in runs/a
-    python examples/train.py --steps 400 --out runs/a                          goes on where the first left off
+    python examples/train.py --steps 200 --out runs/a                               FP8 under deepseek_v3
+    python examples/train.py --steps 400 --out runs/a                               goes on where the first left off
     torchrun --nproc-per-node 2 examples/train.py --parallel fsdp --out runs/b      FSDP2, layers compiled one by one
     torchrun --nproc-per-node 2 examples/train.py --parallel zero1 --out runs/c     states divided, parameters whole
+    torchrun --nproc-per-node 2 examples/train.py --ep 2 --out runs/d               experts spread over the ranks
     python examples/train.py --spec off                                        plain BF16
 
 Every rank trains on its share of each batch. Losses, throughput and memory go to OUT/log.jsonl, and to TensorBoard with
@@ -13,6 +14,8 @@ Every rank trains on its share of each batch. Losses, throughput and memory go t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -27,7 +30,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fp8c
-from fp8c.optim import EMA, AdamW, checkpoint
+from fp8c import distributed
+from fp8c.optim import EMA, AdamW, Precision, Telemetry, checkpoint
+from fp8c.optim.telemetry import Row
 
 
 def arguments() -> argparse.Namespace:
@@ -45,8 +50,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--ema", type=float, default=0.0, help="decay of the moving average; 0 keeps none")
+    parser.add_argument("--bf16-first", type=int, default=0, help="steps at the beginning that run in BF16")
+    parser.add_argument("--bf16-last", type=int, default=0, help="steps at the end that run in BF16")
+    parser.add_argument("--telemetry-every", type=int, default=0, help="read amax, underflow, overflow every N steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", choices=("none", "fsdp", "zero1"), default="none")
+    parser.add_argument("--ep", type=int, default=0, help="ranks that share the experts: tokens travel to them")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--out", type=Path, help="folder of log and checkpoints")
@@ -74,14 +83,23 @@ def main() -> None:
         if found and rank == 0:
             print(f"going on after step {start} ({found.path})", *found.remarks, sep="\n")
     log = Log(args, rank, world, device)
+    # One compiled step can change its precision; pieces of one, and experts on other ranks, keep theirs.
+    is_whole = args.spec != "off" and args.parallel != "fsdp" and not args.ep
+    precision = Precision(step, first=args.bf16_first, last=args.bf16_last, total=args.steps) if is_whole else None
+    telemetry = Telemetry(step, args.telemetry_every) if is_whole and args.telemetry_every else None
     corpus = moe_transformer.read_corpus()
     for number in range(start + 1, args.steps + 1):
         batch = moe_transformer.sample_batch(corpus, args.batch, args.length, data)
         loss = torch.zeros((), device=device)
-        for part in shares(batch, args.micro_batches, rank, world):
-            output = step(**{name: tensor.to(device, non_blocking=True) for name, tensor in part.items()})
-            (output.loss / args.micro_batches).backward()
-            loss += output.loss.detach() / args.micro_batches
+        in_fp8 = precision is not None and precision.at(number)
+        observing = telemetry.at(number) if telemetry is not None and in_fp8 else contextlib.nullcontext()
+        with observing:
+            for part in shares(batch, args.micro_batches, rank, world):
+                output = step(**{name: tensor.to(device, non_blocking=True) for name, tensor in part.items()})
+                (output.loss / args.micro_batches).backward()
+                loss += output.loss.detach() / args.micro_batches
+        if args.ep:
+            distributed.reduce_gradients(step)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -89,6 +107,8 @@ def main() -> None:
         if ema is not None:
             ema.update()
         log.add(number, loss, optimizer)
+        if telemetry is not None and rank == 0:
+            log.statistics(telemetry.take())
         if args.out and (number % args.save_every == 0 or number == args.steps):
             checkpoint.save(args.out, number, step, optimizer, ema, **others)
     log.close()
@@ -108,7 +128,7 @@ def setup(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    if world > 1:
+    if world > 1 and not args.ep:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return int(os.environ.get("RANK", "0")), world, device
 
@@ -117,9 +137,13 @@ def compiled(model: nn.Module, args: argparse.Namespace, world: int, device: tor
     """The training step and its optimizer."""
     settings: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay, "max_norm": args.clip}
     settings["spec"] = "bf16" if args.spec == "off" else args.spec
+    if args.ep:
+        experts = distributed.init_mesh(device.type, ep=args.ep)
+        step = fp8c.compile(model, spec=settings["spec"], mesh=experts)
+        return step, AdamW(step, **settings)
     if args.parallel == "fsdp":
         return sharded(model, args, world, device), AdamW(model, main_grad=args.micro_batches > 1, **settings)
-    step = model if args.spec == "off" else fp8c.compile(model, spec=args.spec)
+    step = model if args.spec == "off" else fp8c.compile(model, spec=args.spec, main_grad=True)
     mesh = None
     if world > 1:
         mesh = dist.init_device_mesh(device.type, (world,))
@@ -223,6 +247,17 @@ class Log:
         if self.board is not None:
             for name, value in rates.items():
                 self.board.add_scalar(name, value, number)
+
+    def statistics(self, rows: list[Row]) -> None:
+        """Telemetry: every tensor to a file, the worst of a layer to TensorBoard."""
+        if rows and self.args.out:
+            with (self.args.out / "telemetry.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+        if self.board is not None:
+            for path in sorted({row.path for row in rows}):
+                of_path = [row for row in rows if row.path == path]
+                self.board.add_scalar(f"amax/{path}", max(row.amax for row in of_path), of_path[0].step)
+                self.board.add_scalar(f"underflow/{path}", max(row.underflow for row in of_path), of_path[0].step)
 
     def close(self) -> None:
         for sink in (self.file, self.board):

@@ -104,17 +104,24 @@ def reduce_gradients(step: nn.Module) -> None:
     group = mesh.get_group()
     ranks = group.size()
     for parameter in step.parameters():
-        gradient = parameter.grad
+        gradient = gradient_of(parameter)
         if isinstance(gradient, DTensor) and "ep" in (gradient.device_mesh.mesh_dim_names or ()):
             gradient._local_tensor.div_(ranks)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in replicated_parameters(step):
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        gradient = gradient_of(parameter)
+        if gradient is not None:
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for gradients in by_dtype.values():
         for bucket in _buckets(gradients):
             _mean_in_rank_order(bucket, group, ranks)
     _unreduced(step).clear()
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+    """What an optimizer step reads: the FP32 accumulator where there is one, else `.grad`."""
+    found: Tensor | None = getattr(parameter, "main_grad", None)
+    return parameter.grad if found is None else found
 
 
 BUCKET_BYTES = 64 << 20
@@ -184,30 +191,34 @@ def watch_gradients(step: nn.Module, mesh: DeviceMesh) -> None:
 
 # Agreement -----------------------------------------------------------------------------------------------------------
 
-_questions = 0  # how often this process has asked the others
+_questions: dict[tuple[int, ...], int] = {}  # how often this process has asked the same others
 
 
-def agree_on(facts: Mapping[str, str], patience_s: float | None = None) -> None:
-    """Compare named facts (a spec's hash, a graph's) over all ranks of the default process group, where one is set up.
+def agree_on(facts: Mapping[str, str], members: Sequence[int], patience_s: float | None = None) -> None:
+    """Compare named facts (a spec's hash, a graph's) over these ranks, this one among them.
 
     Through the group's key-value store, not by a collective: a rank that never answers is named after `patience_s` (the
     group's timeout by default) instead of hanging the others.
     Raises: DiagnosticError E0863 with the first rank that differs, or is missing, and what differs.
     """
-    global _questions
-    if not is_distributed():
+    members = tuple(members)
+    if not is_distributed() or len(members) < 2:
         return
-    number, _questions = _questions, _questions + 1
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    number = _questions[members] = _questions.get(members, -1) + 1
     store = dist.distributed_c10d._get_default_store()
-    compare_facts(store, facts, rank, ranks, group_timeout_s() if patience_s is None else patience_s, number)
+    compare_facts(
+        store, facts, dist.get_rank(), members, group_timeout_s() if patience_s is None else patience_s, number
+    )
 
 
-def compare_facts(store: Any, facts: Mapping[str, str], rank: int, ranks: int, patience_s: float, number: int) -> None:
+def compare_facts(
+    store: Any, facts: Mapping[str, str], rank: int, members: Sequence[int], patience_s: float, number: int
+) -> None:
     """`agree_on` over a given store; `number` tells questions apart. Raises: E0863."""
-    store.set(f"fp8c/facts/{number}/{rank}", json.dumps(dict(facts)))
-    for other in range(ranks):
-        key = f"fp8c/facts/{number}/{other}"
+    place = f"fp8c/facts/{','.join(map(str, members))}/{number}"
+    store.set(f"{place}/{rank}", json.dumps(dict(facts)))
+    for other in members:
+        key = f"{place}/{other}"
         try:
             store.wait([key], datetime.timedelta(seconds=patience_s))
         except RuntimeError as error:  # DistStoreError when time is up

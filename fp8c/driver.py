@@ -34,7 +34,7 @@ from fp8c.delayed import DelayedScales
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
 from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
 from fp8c.graph import portable_hash
-from fp8c.graph_costs import is_collective
+from fp8c.graph_costs import is_collective, members_of
 from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
 from fp8c.main_grad import add_main_grads, run_with_accumulators, split_gradients, zero_main_grads
 from fp8c.passes import check_optional
@@ -139,7 +139,7 @@ class Session:
         if communicates(joint.graph):
             halves = rewritten.halves
             hashes = (portable_hash(half.graph) for half in (halves.forward, halves.backward))
-            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()})
+            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()}, members_of(joint.graph))
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower_half(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
@@ -261,7 +261,8 @@ def compile(
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
     session.keep_weights, session.main_grad = keep_weights, main_grad
     if mesh is not None:
-        agree_on({"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__})
+        facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
+        agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
     session.remarks += prepare(model, mesh=mesh)
     if main_grad and mesh is not None:
         raise fail(

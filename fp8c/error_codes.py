@@ -148,7 +148,6 @@ EXPLANATIONS: dict[str, str] = {
     "E0840": "--verify runs the training step, which needs weights. Models too large for this machine are planned without.",
     "E0845": "`fp8c numerics --inject` breaks one operand on purpose, to see that it is found. The fault is "
     "KIND:MODULE[:GEMM.OPERAND] with the kind scale, axis or e5m2, and must hit an operand that the spec quantizes.",
-    "E0842": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
     "E0846": "`fp8c numerics --search` found no choice of formats within the error budget, not even BF16 for every GEMM.",
     "E0847": "`fp8c numerics` compares a spec with BF16, and the spec keeps everything of this model in BF16.",
     "R0402": "A GEMM stays BF16 because a size is not a multiple of its group, as `pad { partial_group = keep; }` asks.",
@@ -265,8 +264,6 @@ EXPLANATIONS: dict[str, str] = {
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
     "cannot be combined with it.",
-    "E0870": "A stage runs as a forward and a backward graph of its own, so it may write to buffers only in a way that stays "
-    "inside the graph, and never to its inputs.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
@@ -299,4 +296,6 @@ EXPLANATIONS: dict[str, str] = {
     "significant bits. `main_grad=True` keeps FP32 accumulators.",
     "W1103": "A BF16 moment with this beta never decays: a step takes off less than half a unit in its last place, which "
     "rounding to nearest gives back.",
+    "E0870": "A pipeline stage cannot be cut into forward, input gradient and weight gradient: its module writes to what it "
+    "is given, or returns nothing that a gradient could come back through.",
 }

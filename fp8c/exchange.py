@@ -30,12 +30,14 @@ class Ranks(NamedTuple):
 
     group: name of the process group;  rank: this process in it;  owned: experts of every rank, in order
     control: name of a second group of the same ranks, for counts: they must not queue behind payloads
+    planned: there are no other ranks, only a plan is made: rows are taken to be spread evenly
     """
 
     group: str
     control: str
     rank: int
     owned: tuple[int, ...]
+    planned: bool = False
 
 
 class Travel(NamedTuple):
@@ -120,8 +122,8 @@ def chunks(experts: int, ranks: int) -> tuple[int, ...]:
     return tuple(max(0, min(each, experts - rank * each)) for rank in range(ranks))
 
 
-def plan_travel(ends: Tensor, ranks: Ranks) -> tuple[Travel, Tensor]:
-    """Exchange the counts of a decision, i32 [E] cumulative, and read them on the host once.
+def plan_travel(ends: Tensor, rows: int, ranks: Ranks) -> tuple[Travel, Tensor]:
+    """Exchange the counts of a decision of so many rows, i32 [E] cumulative, and read them on the host once.
 
     Returns: the journey, and `ends` i32 [owned experts] of the rows that arrive.
     """
@@ -131,9 +133,14 @@ def plan_travel(ends: Tensor, ranks: Ranks) -> tuple[Travel, Tensor]:
     last = torch.arange(1, world + 1, device=ends.device).mul(ranks.owned[0]).clamp(max=sum(ranks.owned)) - 1
     per_rank = torch.diff(ends[last], prepend=ends.new_zeros(1))
     # One copy to the host for both directions.
-    numbers = torch.cat([per_rank, arriving.sum(1, dtype=torch.int32)]).cpu().tolist()
-    for number in numbers:
-        torch._check(number >= 0)  # type: ignore[no-untyped-call]
+    both = torch.cat([per_rank, arriving.sum(1, dtype=torch.int32)]).cpu()
+    if ranks.planned:
+        even = [rows // world + (rank < rows % world) for rank in range(world)]
+        numbers = even + even
+    else:
+        numbers = both.tolist()
+        for number in numbers:
+            torch._check(number >= 0)  # type: ignore[no-untyped-call]
     sent, received = numbers[:world], numbers[world:]
     # Rows arrive by rank, and by expert from each; a stable sort puts them as one device would have them.
     total = received[0]

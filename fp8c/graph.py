@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fp8c.diagnostics import Span
@@ -361,6 +362,12 @@ def portable_hash(graph: fx.Graph) -> str:
         kept = pytree.tree_map(shown, arguments)
         digest.update(f"{node.op}|{target_text(node.target)}|{kept}|{type_text(node.meta.get('val'))}\n".encode())
     return digest.hexdigest()
+
+
+def same_sizes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two values surely have the same shape: sizes that are known only at run time are compared as expressions,
+    never guarded on."""
+    return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape))
 
 
 def size_hint(size: Any) -> int:

@@ -77,6 +77,14 @@ def group_size(name: str) -> int:
         return 8
 
 
+def members_of(graph: fx.Graph) -> tuple[int, ...]:
+    """Ranks that the graph's collectives reach, this one among them; none without collectives."""
+    distributed: Any = torch.distributed
+    resolve: Any = vars(distributed.distributed_c10d)["_resolve_process_group"]
+    names = {group_of(node) for node in graph.nodes if is_collective(node)}
+    return tuple(sorted({rank for name in names for rank in distributed.get_process_group_ranks(resolve(name))}))
+
+
 def node_us(node: fx.Node, machine: Machine, comm_sms: int) -> float:
     """Time of a node, microseconds: compute on the SMs communication leaves, transfers slowed as beside GEMMs."""
     if node.op != "call_function":

@@ -70,7 +70,7 @@ def counted(counts: Tensor, like: Tensor, ranks: Ranks | None = None) -> Rows:
 def _travelling(rows: Rows, ranks: Ranks | None) -> Rows:
     if ranks is None:
         return rows
-    travel, ends = exchange.plan_travel(rows.ends, ranks)
+    travel, ends = exchange.plan_travel(rows.ends, rows.order.shape[0], ranks)
     return rows._replace(ends=ends, travel=travel)
 
 

@@ -142,7 +142,7 @@ def split_weights(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Chain]]:
             continue
         node = _in_one_orientation(graph, node)
         of_weights.add(node)
-        results = sorted(node.users, key=lambda n: n.args[1])
+        results = sorted(node.users, key=lambda n: int(str(n.args[1])))
         chain = _chain(gm, graph, node, results, places)
         assert last is not None
         for i, result in enumerate(results):

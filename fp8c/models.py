@@ -150,7 +150,7 @@ def load_model(
     overrides:  keyword arguments of the factory, or fields of the Hugging Face configuration
     batch, seq: size of a Hugging Face model's batch (1 x 128 unless said); handed on to example_inputs() of a file
     dtype:      of a Hugging Face model's parameters; a file decides itself
-    Raises:     DiagnosticError E0801 to E0815, exit code MODEL.
+    Raises:     DiagnosticError E0801 to E0814, exit code MODEL.
     """
     overrides = dict(overrides or {})
     if reference.startswith("hf:"):

@@ -49,6 +49,13 @@ def load(
 
     read = read_build(build)
     spec = same_spec(read)
+    if read.manifest["model"].get("mesh"):
+        raise fail(
+            "E0866",
+            f"the build plans one rank of a mesh {read.manifest['model']['mesh']}, and a plan does not run",
+            help="start the ranks with torchrun and call fp8c.compile(model, mesh=...)",
+            exit_code=ExitCode.USAGE,
+        )
     loaded = named_model(read, model, loss)
     check_parameters(read, loaded)
     session = LoadedSession(

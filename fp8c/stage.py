@@ -61,8 +61,7 @@ class Stage:
     outputs: list[int]
     kept: list[int | None]
     tangents: list[int | None]
-    pair_graph: fx.GraphModule | None = None
-    report: OverlapReport | None = None
+    _pair: Pair | None = None
     _parameters: list[nn.Parameter | None] = field(default_factory=list)
 
     # --- making one ---------------------------------------------------------------------------------------------------
@@ -121,15 +120,10 @@ class Stage:
         self, inputs: Sequence[Tensor], kept: list[Any], gradients: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Any], list[Tensor | None]]:
         """`forward(*inputs)` of one micro-batch beside `backward(kept, *gradients)` of another, as scheduled."""
-        if self.pair_graph is None:
+        if self._pair is None:
             self.schedule_pair(lambda node: 0.0)
-        assert self.pair_graph is not None
-        with torch.no_grad():
-            arguments = [*self._forward_inputs(inputs), *self._backward_inputs(kept, gradients)]
-            kept.clear()
-            ahead, behind = self.pair_graph(*arguments)
-            del arguments
-            return (*self._split(ahead), self._finish(behind))
+        assert self._pair is not None
+        return self._pair.run(inputs, kept, gradients)
 
     def _forward_inputs(self, inputs: Sequence[Tensor]) -> list[Any]:
         return [_local(value) if at is None else inputs[at].detach() for value, at in zip(self.values, self.data)]
@@ -159,17 +153,39 @@ class Stage:
 
         All ranks have to use the same durations; their orders are compared (E0757).
         """
-        pair = pair_graphs(copy.copy(self.forward_graph), copy.copy(self.backward_graph))
-        self.report = schedule_graph(pair.graph, cost_us)
-        agree(pair.graph)
-        pair.graph.lint()
-        pair.recompile()
-        self.pair_graph = pair
-        return self.report
+        self._pair = Pair(self, self, cost_us)
+        return self._pair.report
+
+    @property
+    def pair_graph(self) -> fx.GraphModule | None:
+        return None if self._pair is None else self._pair.graph
 
     def schedule_pair_for(self, machine: Machine, comm_sms: int) -> OverlapReport:
         """`schedule_pair` with the cost model's durations."""
         return self.schedule_pair(functools.partial(node_us, machine=machine, comm_sms=comm_sms))
+
+
+class Pair:
+    """The forward of one stage beside the backward of the same or another, in the order found for `cost_us`."""
+
+    def __init__(self, ahead: Stage, behind: Stage, cost_us: NodeCost) -> None:
+        self.ahead, self.behind = ahead, behind
+        self.graph = pair_graphs(copy.copy(ahead.forward_graph), copy.copy(behind.backward_graph))
+        self.report: OverlapReport = schedule_graph(self.graph.graph, cost_us)
+        agree(self.graph.graph)
+        self.graph.graph.lint()
+        self.graph.recompile()
+
+    def run(
+        self, inputs: Sequence[Tensor], kept: list[Any], gradients: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Any], list[Tensor | None]]:
+        """Outputs of the forward and what its backward needs; gradients of the backward's inputs. `kept` is emptied."""
+        with torch.no_grad():
+            arguments = [*self.ahead._forward_inputs(inputs), *self.behind._backward_inputs(kept, gradients)]
+            kept.clear()
+            outputs, found = self.graph(*arguments)
+            del arguments
+            return (*self.ahead._split(outputs), self.behind._finish(found))
 
 
 def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -166,7 +166,7 @@ def is_gate_product(node: fx.Node, flow: Flow, reaching: frozenset[fx.Node]) -> 
     if any(flow.anchors[a] not in (Op.LINEAR, Op.GROUPED_MM) for a in reaching):
         return False
     left, right = node.all_input_nodes
-    if g.value(left).shape != g.value(right).shape:
+    if not g.same_sizes(g.value(left), g.value(right)):
         return False
     return _applies_activation(left) != _applies_activation(right)
 

@@ -170,7 +170,7 @@ class Mover:
 def behind_same_shape(node: fx.Node) -> fx.Node:
     """The node behind views that change nothing."""
     while g.is_call(node, g.RESHAPES) and isinstance(node.args[0], fx.Node):
-        if g.value(node.args[0]).shape != g.value(node).shape:
+        if not g.same_sizes(g.value(node.args[0]), g.value(node)):
             break
         node = node.args[0]
     return node

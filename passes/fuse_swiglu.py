@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp8c import fused_ops
 from fp8c import graph as g
@@ -81,9 +82,9 @@ def swiglu_behind(result: Any) -> Forward | None:
         return None
     gate = silu.args[0]
     assert isinstance(silu, fx.Node) and isinstance(gate, fx.Node) and isinstance(up, fx.Node)
-    if g.value(gate).shape != g.value(up).shape or g.value(gate).dtype != g.value(product).dtype:
+    if not g.same_sizes(g.value(gate), g.value(up)) or g.value(gate).dtype != g.value(product).dtype:
         return None
-    if weight is not None and g.value(weight).shape[0] != g.value(result).shape[0]:
+    if weight is not None and not statically_known_true(g.value(weight).shape[0] == g.value(result).shape[0]):
         return None
     return Forward(silu, gate, up, product, weight, result, joined_halves(gate, up))
 
@@ -108,9 +109,9 @@ def joined_halves(gate: fx.Node, up: fx.Node) -> fx.Node | None:
     source: Any = split.args[0]
     assert isinstance(source, fx.Node)
     is_last = len(split.args) > 2 and split.args[2] in (-1, g.value(source).dim() - 1)
-    halves = len(g.value(split)) == 2 and g.value(gate).shape == g.value(up).shape
+    halves = len(g.value(split)) == 2 and g.same_sizes(g.value(gate), g.value(up))
     matrix = g.strip(source, g.ROW_VIEWS)
-    is_matrix = g.value(source).dim() == 2 and g.value(matrix).shape == g.value(source).shape
+    is_matrix = g.value(source).dim() == 2 and g.same_sizes(g.value(matrix), g.value(source))
     return matrix if is_last and halves and is_matrix else None
 
 
@@ -167,7 +168,7 @@ def join(graph: fx.Graph, quantize: fx.Node, found: Forward) -> int:
 
 def as_matrix(node: fx.Node, like: Any) -> fx.Node | None:
     """The value as a matrix shaped as `like`, behind views that keep its rows."""
-    while g.value(node).shape != g.value(like).shape:
+    while not g.same_sizes(g.value(node), g.value(like)):
         if not g.is_call(node, g.ROW_VIEWS) or not isinstance(node.args[0], fx.Node):
             return None
         node = node.args[0]
@@ -248,7 +249,7 @@ def match_gradient(cat: fx.Node) -> tuple[Any, ...] | None:
             return None
     dh = g.strip(dh, g.ROW_VIEWS)
     quantize_h = quantize_of(result, (128, 1))
-    if quantize_h is None or g.value(dh).shape != g.value(g.strip(dproduct, g.ROW_VIEWS)).shape:
+    if quantize_h is None or not g.same_sizes(g.value(dh), g.value(g.strip(dproduct, g.ROW_VIEWS))):
         return None
     offs = {n.args[2] if len(n.args) > 2 else None for n in (quantize_h, columns)}
     if len(offs) != 1 or g.value(dh).dim() != 2:

@@ -74,6 +74,13 @@ class InsertQuantize:
         return PassResult(graph, changed)
 
 
+def quantized_value(pair: tuple[fx.Node, fx.Node]) -> fx.Node:
+    """What a pair was quantized from."""
+    made = pair[0].args[0]
+    assert isinstance(made, fx.Node) and isinstance(made.args[0], fx.Node)
+    return made.args[0]
+
+
 @dataclass
 class Quantizer:
     """Quantizes values, each once per format: the pairs already made, keyed by the value behind row-keeping views."""
@@ -92,7 +99,7 @@ class Quantizer:
         source = g.strip(x, g.ROW_VIEWS)
         key = (source, fmt.text, g.value(x).dim(), offs)
         pair = self.pairs.get(key)
-        if pair is None or g.value(pair[0]).shape[:-1] != g.value(x).shape[:-1]:
+        if pair is None or not g.same_sizes(g.value(quantized_value(pair)), g.value(x)):
             pair = self._delayed(x, fmt, like) if fmt.delayed is not None else self._online(x, fmt, like, offs)
             self.pairs[key] = pair
         return pair

@@ -19,7 +19,7 @@ import datetime
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,7 +29,7 @@ from torch import fx
 from fp8c import graph as g
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, fail
-from fp8c.graph_costs import WAIT, group_of, is_collective, node_us, stream_of
+from fp8c.graph_costs import WAIT, group_of, is_collective, members_of, node_us, stream_of
 from fp8c.overlap import Exposure, exposure
 from fp8c.partition import Halves
 from fp8c.pass_manager import PassContext
@@ -321,7 +321,8 @@ def order_digest(graph: fx.Graph) -> str:
 
 
 def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
-    """Compare the order of collectives over all ranks of the default process group, where one is set up.
+    """Compare the order of collectives over the ranks that take part in them. Stages of a pipeline differ, and compile
+    when they get there: only those that exchange something have to agree.
 
     Orders are exchanged through the group's key-value store, not by a collective: a rank that never compiles this graph
     is reported after `patience_s` instead of hanging the others.
@@ -330,30 +331,41 @@ def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
     distributed: Any = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
-    if distributed.get_backend() == "fake":
+    members = members_of(graph) if distributed.get_backend() != "fake" else ()
+    if len(members) < 2:
         return
     groups: dict[str, str] = {}  # numbered: ranks of different groups run the same program
     calls = [n for n in graph.nodes if is_collective(n)]
     mine = [(n.name, groups.setdefault(group_of(n), str(len(groups)))) for n in calls]
     store = distributed.distributed_c10d._get_default_store()
-    orders = exchange_orders(store, mine, distributed.get_rank(), distributed.get_world_size(), patience_s)
-    raise_if(disagreements(orders))
+    position = members.index(distributed.get_rank())
+    scope = ",".join(map(str, members))
+    orders = exchange_orders(store, mine, position, len(members), patience_s, scope=scope)
+    raise_if(disagreements(orders, members))
 
 
-_exchanges = 0  # how many graphs this process has compared; ranks compile their graphs in one order
+_exchanges: dict[str, int] = {}  # how many graphs this process has compared with the same others, in one order
 
 
 def exchange_orders(
-    store: Any, mine: list[tuple[str, str]], rank: int, ranks: int, patience_s: float, number: int | None = None
+    store: Any,
+    mine: list[tuple[str, str]],
+    rank: int,
+    ranks: int,
+    patience_s: float,
+    number: int | None = None,
+    scope: str = "",
 ) -> list[list[tuple[str, str]]]:
     """Every rank's order of (collective, group), by rank. `number` tells exchanges apart; counted up where None.
 
+    scope: who exchanges, where not everyone does; `rank` counts from 0 among them
+
     Raises: E0757 when a rank has not written its order in time.
     """
-    global _exchanges
     if number is None:
-        number, _exchanges = _exchanges, _exchanges + 1
-    keys = [f"fp8c/collective-order/{number}/{r}" for r in range(ranks)]
+        number = _exchanges[scope] = _exchanges.get(scope, -1) + 1
+    members = scope.split(",") if scope else [str(r) for r in range(ranks)]
+    keys = [f"fp8c/collective-order/{scope}/{number}/{r}" for r in range(ranks)]
     store.set(keys[rank], json.dumps(mine))
     found: list[list[tuple[str, str]]] = []
     for other, key in enumerate(keys):
@@ -362,23 +374,27 @@ def exchange_orders(
         except RuntimeError as error:  # DistStoreError, a RuntimeError, when time is up
             raise fail(
                 "E0757",
-                f"rank {other} has not compiled graph {number} within {patience_s:g} s, so its order is unknown",
+                f"rank {members[other]} has not compiled graph {number} within {patience_s:g} s, so its order is unknown",
                 help="all ranks have to compile the same graphs; look for a recompilation on one of them",
             ) from error
         found.append([(name, group) for name, group in json.loads(store.get(key))])
     return found
 
 
-def disagreements(orders: list[list[tuple[str, str]]]) -> list[Diagnostic]:
+def disagreements(orders: list[list[tuple[str, str]]], members: Sequence[int] = ()) -> list[Diagnostic]:
     """What differs between ranks' orders of (collective, group), and who would wait for whom."""
     if all(order == orders[0] for order in orders):
         return []
+    members = members or range(len(orders))
     everyone = tuple(range(len(orders)))
     found = check_ranks({r: [CollectiveCall(n, everyone) for n, _ in order] for r, order in enumerate(orders)})
     other = next(r for r, order in enumerate(orders) if order != orders[0])
     at = next((i for i, (a, b) in enumerate(zip(orders[0], orders[other])) if a != b), -1)
     what = f"call {at}: {orders[0][at][0]} and {orders[other][at][0]}" if at >= 0 else "another number of calls"
-    return [Diagnostic("E0757", f"ranks 0 and {other} issue collectives in different orders ({what})"), *found]
+    return [
+        Diagnostic("E0757", f"ranks {members[0]} and {members[other]} issue collectives in different orders ({what})"),
+        *found,
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- pairing

@@ -19,7 +19,7 @@ from fp8c.specs.plan_diff import Difference, diff_plans
 from fp8c.specs.resolve import resolve
 from fp8c.tools.build_contents import read_contents, read_lock
 from fp8c.tools.explain import ranges, size
-from fp8c.tools.viewer.graph_reader import CASTS, formats_in, read_graph
+from fp8c.tools.viewer.graph_reader import formats_in, is_cast, read_graph
 
 SCHEMA = "fp8c.diff/1"
 
@@ -135,7 +135,7 @@ def _casts(build: Build) -> dict[str, int]:
     counts: dict[str, int] = {}
     for half in ("forward", "backward"):
         for node in read_graph(build.graph_text(half), half).nodes:
-            if node.op in CASTS:
+            if is_cast(node.op):
                 formats = formats_in(node.args)
                 name = f"{half} {node.op.removeprefix('fp8c.')} {' to '.join(formats)}"
                 counts[name] = counts.get(name, 0) + 1

@@ -1,12 +1,12 @@
 """`fp8c export --format hf`: a checkpoint of a training run as an FP8 Hugging Face checkpoint, and back.
 
-Weights whose GEMMs the plan runs in FP8 are written as E4M3 with one FP32 scale for each 128x128 block, in `X.weight` and
-`X.weight_scale_inv` (value = weight * scale), under the names the model has on the Hugging Face hub, experts one by one:
-the format of DeepSeek-V3's release, which transformers, vLLM and SGLang read. The bytes are those the training step
-computes with, because both quantize the BF16 parameter. Everything else stays in its own type.
+Weights whose GEMMs the plan runs in FP8 are written as E4M3 with one FP32 scale for each 128x128 block, in `X.weight`
+and `X.weight_scale_inv` (value = weight * scale), under the names the model has on the Hugging Face hub, experts one by
+one: the format of DeepSeek-V3's release, which transformers, vLLM and SGLang read. The bytes are those the training
+step computes with, because both quantize the BF16 parameter. Everything else stays in its own type.
 
-A weight with a partial block (a side that 128 does not divide) stays BF16 unless asked for: transformers finds the size of
-a block by dividing the weight's side by the number of scales, which is wrong there.
+A weight with a partial block (a side that 128 does not divide) stays BF16 unless asked for: transformers finds the size
+of a block by dividing the weight's side by the number of scales, which is wrong there.
 
 Source: DeepSeek-V3's README_WEIGHTS.md; transformers, quantizers/quantizer_finegrained_fp8.py.
 """
@@ -37,14 +37,17 @@ from fp8c.tools.compile_command import Request
 
 BLOCK = 128
 INDEX = "model.safetensors.index.json"
-#: Transformers keeps fused experts in one parameter, `X.experts.gate_up_proj`; the hub has `X.experts.3.up_proj.weight`.
+#: Transformers keeps fused experts in one parameter, `X.experts.gate_up_proj`; the hub has
+#: `X.experts.3.up_proj.weight`.
 _EXPERT = re.compile(r"^(?P<module>.*\.experts)\.\d+\..+$")
 _MTP = re.compile(r"^mtp\.(?:(?P<number>\d+)\.)?(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """model: a build or a model reference; checkpoint: a folder of `fp8c.optim.checkpoint`; source: "model" or "ema"."""
+    """model: a build or a model reference; checkpoint: a folder of `fp8c.optim.checkpoint`; source: "model" or
+    "ema".
+    """
 
     model: str
     checkpoint: Path
@@ -91,7 +94,8 @@ def export(request: ExportRequest) -> Exported:
     """Write the checkpoint, beside what is there, and swap it in whole.
 
     Raises: DiagnosticError E1140 (no transformers model), E1141 (tensors that the model does not have, or lacks), E1142
-            (the plan's weights are in another format), E0611 (a folder that is not ours to replace), E1131 (no checkpoint)
+            (the plan's weights are in another format), E0611 (a folder that is not ours to replace), E1131 (no
+            checkpoint)
     """
     check_output(request.out, force=request.force or (request.out / "fp8c_export.json").is_file())
     reference, formats = planned_weights(request)
@@ -141,7 +145,8 @@ def planned_weights(request: ExportRequest) -> tuple[str, dict[str, Format]]:
         return str(build.manifest["model"]["reference"]), only_blocks(found)
     from fp8c.tools.spec_command import check_on_model
 
-    planned = check_on_model(Request(model=request.model, spec=request.spec, target="cpu", out=None, overrides=dict(request.overrides), weights="meta"))  # fmt: skip
+    overrides = dict(request.overrides)
+    planned = check_on_model(Request(request.model, request.spec, "cpu", None, overrides=overrides, weights="meta"))
     if planned.plan is None:
         from fp8c.diagnostics import DiagnosticError
 
@@ -183,7 +188,8 @@ def split(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Te
     root = max(roots, key=lambda r: sum(f"{r}{name}" in tensors for name in expected))
     own = {name: tensors[f"{root}{name}"] for name in expected if f"{root}{name}" in tensors}
     missing = sorted(expected.keys() - own.keys())
-    wrong = [f"{n} is {list(t.shape)}, expected {list(expected[n].shape)}" for n, t in own.items() if t.shape != expected[n].shape]  # fmt: skip
+    differ = [name for name, tensor in own.items() if tensor.shape != expected[name].shape]
+    wrong = [f"{name} is {list(own[name].shape)}, expected {list(expected[name].shape)}" for name in differ]
     if missing or wrong:
         lacks = [f"lacks {', '.join(missing[:4])}"] if missing else []
         raise fail("E1141", "the checkpoint " + "; ".join(lacks + wrong[:4]), exit_code=ExitCode.MODEL)
@@ -263,9 +269,9 @@ def convert(
         remarks.append(
             Diagnostic(
                 "R1143",
-                f"{len(partial)} weights have a side that {BLOCK} does not divide and stay BF16: {', '.join(partial[:3])}",
+                f"{len(partial)} weights with a side that {BLOCK} does not divide stay BF16: {', '.join(partial[:3])}",
                 severity=Severity.REMARK,
-                help="--partial-blocks writes them in FP8 as DeepSeek's own files are; transformers on a CPU misreads them",
+                help="--partial-blocks writes them in FP8 as DeepSeek's own files are; transformers misreads them",
             )
         )
     return done
@@ -359,7 +365,8 @@ def dequantized(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A transformers model with the weights of an (FP8 or plain) checkpoint in BF16, ready to be compiled and trained on.
+    """A transformers model with the weights of an (FP8 or plain) checkpoint in BF16, ready to be compiled and trained
+    on.
 
     The quantization is undone, so the model has ordinary parameters; an FP8 step quantizes them again. The dequantized
     weights are written beside the checkpoint for the time of loading.

@@ -1,12 +1,12 @@
 """Loss gap: train the same byte-level MoE transformer in BF16 and under a spec, many seeds, and compare honestly.
 
     python -m fp8c.tools.loss_gap --seeds 8 --steps 300
-    python -m fp8c.tools.loss_gap --device cuda --seeds 4 --steps 3000 --size 100m --parallel 12      on a GPU, all at once
+    python -m fp8c.tools.loss_gap --device cuda --seeds 4 --steps 3000 --size 100m --parallel 12   all at once, on a GPU
 
 Each seed trains several times from the same weights on the same batches, under the same optimizer: BF16, the spec, BF16
 with every GEMM summed in another order (K reversed), and, where asked for, further specs. The third is the yardstick: a
-gap that BF16 has against itself says nothing about FP8. The figure of a run is the mean loss of its last fifth; gaps are
-relative, signed, and averaged over seeds with their standard error. Master weights and gradient sums are FP32 and
+gap that BF16 has against itself says nothing about FP8. The figure of a run is the mean loss of its last fifth; gaps
+are relative, signed, and averaged over seeds with their standard error. Master weights and gradient sums are FP32 and
 moments BF16, as the recipe asks (`fp8c.optim.AdamW`); the model's parameters are the masters' BF16 copies.
 
 On a GPU the BF16 runs go through torch.compile. There the yardstick is `bf16-flipped`: every batch in reverse order,
@@ -216,9 +216,14 @@ Runs = dict[tuple[str, int], list[float]]  # (variant, seed) -> losses
 
 
 def gap(runs: Runs, variant: str, base: str = "bf16") -> tuple[Gap, int]:
-    """Relative gap of a variant against another, seed by seed, over the last fifth of the steps that all of them took."""
-    seeds = sorted(s for v, s in runs if v == variant and (base, s) in runs)
-    steps = min((len(runs[v, s]) for v in (variant, base) for s in seeds), default=0)
+    """Relative gap of a variant against another, seed by seed, over the last fifth of the steps; and how many steps.
+
+    Of runs that were stopped early so many steps count as three seeds (or all, when there are fewer) have reached.
+    """
+    both = [s for v, s in runs if v == variant and (base, s) in runs]
+    reached = {s: min(len(runs[variant, s]), len(runs[base, s])) for s in sorted(both)}
+    steps = sorted(reached.values(), reverse=True)[:3][-1] if reached else 0
+    seeds = [s for s, count in reached.items() if count >= steps]
     last = {(v, s): final_loss(runs[v, s][:steps]) for v in (variant, base) for s in seeds}
     return Gap(tuple(last[variant, s] / last[base, s] - 1 for s in seeds)), steps
 
@@ -275,7 +280,9 @@ def run_one(setup: Setup, variant: str, seed: int, place: Path) -> None:
 
 def run_parallel(setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int, out: Path, limit_s: float) -> None:
     """All runs as processes on one GPU, at most `parallel` at a time. The first of each variant compiles alone, so that
-    the others find its kernels in the caches. What is unfinished after `limit_s` is stopped and kept as far as it got."""
+    the others find its kernels in the caches. What is unfinished after `limit_s` is stopped and kept as far as it
+    got.
+    """
     folder = Path(tempfile.mkdtemp())
     options = [part for name, value in asdict(setup).items() for part in (f"--{name.replace('_', '-')}", str(value))]
     started, waiting = time.perf_counter(), list(wanted)

@@ -82,6 +82,11 @@ class GemmConfig:
         return self.tile_m // max(self.cluster, self.waves_m)
 
     @property
+    def has_one_box_of_rows(self) -> bool:
+        """Whether a tensor of fewer rows than a tile has a box of as many rows: `ONE_BOX_OF_ROWS` in gemm.cu."""
+        return self.grouping is Grouping.DENSE and self.cluster == 1 and self.waves_m == 1
+
+    @property
     def scale_a_box(self) -> int:
         """Rows of one box of A's scales. Rows of a group start up to three after a 16-byte boundary; a box has up to 256."""
         if self.grouping is not Grouping.ROW_GROUPS:

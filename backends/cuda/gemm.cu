@@ -121,6 +121,10 @@ DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, ROUND) * ROUND; }
 constexpr int FEW_ROWS = FLIGHT > 1 && GROUPING == DENSE ? 16 : 0;
 DEVICE bool has_few_rows(const Problem& p) { return FEW_ROWS > 0 && p.m <= FEW_ROWS; }
 
+// Rows past the tensor's end cost requests to memory, all of them to one place; so the host's box of A has no more rows than
+// the tensor. What lies in the tile's other rows of shared memory goes into rows of the result that nobody writes.
+constexpr bool ONE_BOX_OF_ROWS = GROUPING == DENSE && CLUSTER == 1 && WAVES_M == 1;
+
 using StageRing = Ring<STAGES>;
 using TileRing = Ring<TILE_SLOTS>;
 
@@ -172,7 +176,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
         // With halves, A comes in two boxes, of which a tile without lower rows takes one.
         const bool is_half = HALVES && tile.row_end - tile.row <= TILE_M / 2;
-        const int a_bytes = is_half ? A_BYTES / 2 : A_BYTES;
+        const int a_bytes = is_half ? A_BYTES / 2 : ONE_BOX_OF_ROWS ? min(p.m, TILE_M) * BLOCK_K : A_BYTES;
         const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
         const int bytes = a_bytes + B_BYTES + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
 #pragma unroll 1

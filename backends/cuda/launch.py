@@ -198,7 +198,8 @@ def launch(
     with torch.cuda.device(index):
         function = _function(config, index)
         sms = max(config.cluster, multiprocessors(index) - _reserved)
-        map_a, map_b = _payload_map(a, config.a_box), _payload_map(b, config.tile_n)
+        rows_a = min(a.shape[0], config.a_box) if config.has_one_box_of_rows else config.a_box
+        map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.tile_n)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)
         map_scale_b = _scale_map(b_scale, config.tile_n) if config.scales is Scales.PER_ROW else map_a
         is_aligned = _is_aligned(out)

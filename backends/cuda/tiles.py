@@ -47,6 +47,8 @@ def choose(
 ) -> GemmConfig:
     """The instance with the least estimated clocks."""
     configs = candidates(scales, grouping, output, promote, a_type, b_type)
+    if shape.m <= 64:  # a second warpgroup would have no rows
+        configs = (config for config in configs if config.tile_m == 64)
     best = min(configs, key=lambda config: estimated_clocks(config, shape))
     return _clustered(best, shape)
 
@@ -95,9 +97,23 @@ def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
     tensor = config.tile_m * config.tile_n / 32 / _utilisation(config)
     traffic = (config.tile_m + config.tile_n) * BLOCK_K / _L2_BYTES_PER_CLOCK * min(1.0, tiles / shape.multiprocessors)
     block = max(tensor, traffic, _CLOCKS_PER_BLOCK_AT_LEAST)
+    if config.flight > 1:
+        block = _small_block_clocks(config, shape, tiles)
+        rounds = 0
     epilogue = config.tile_m * config.tile_n * config.output.element_bytes / _EPILOGUE_BYTES_PER_CLOCK
-    idle_stages = rounds * config.stages - math.ceil(k / BLOCK_K)
+    idle_stages = max(0, rounds * config.stages - math.ceil(k / BLOCK_K))
     return waves * (math.ceil(k / BLOCK_K) * block + idle_stages * 40 + epilogue + _TILE_CLOCKS)
+
+
+def _small_block_clocks(config: GemmConfig, shape: Shape, tiles: float) -> float:
+    """A k-block of a tile with several in flight, measured with M = 64: what its columns, its rows and L2 cost."""
+    columns = (0.2 if config.warpgroups == 1 else 0.8) * config.tile_n
+    segments = 6 * config.wave_n // math.gcd(config.wave_n, BLOCK_K)  # each has its scale of B to load and multiply
+    latency = (210 if config.flight == 4 else 380) + columns + segments
+    tensor = config.tile_m * config.tile_n / 32 / (0.6 if config.warpgroups == 1 else _utilisation(config))
+    rows = min(shape.m, config.tile_m)
+    traffic = (rows + config.tile_n) * BLOCK_K / _L2_BYTES_PER_CLOCK * min(1.0, tiles / shape.multiprocessors)
+    return max(latency, tensor, traffic)
 
 
 def _tiles(config: GemmConfig, shape: Shape) -> tuple[float, int, float]:
@@ -106,8 +122,9 @@ def _tiles(config: GemmConfig, shape: Shape) -> tuple[float, int, float]:
     match config.grouping:
         case Grouping.DENSE:
             return math.ceil(shape.m / config.tile_m), col_tiles, shape.k
-        case Grouping.ROW_GROUPS:  # the last tile of a group is on average half full
-            return shape.m / config.tile_m + 0.5 * shape.groups, col_tiles, shape.k
+        case Grouping.ROW_GROUPS:  # on average half of 128 rows are lost; tiles of 256 rows may be halves
+            wasted = 0.5 * shape.groups if config.waves_m == 1 else 0.25 * shape.groups
+            return shape.m / config.tile_m + wasted, col_tiles, shape.k
         case Grouping.REDUCTION_GROUPS:
             return math.ceil(shape.m / config.tile_m) * shape.groups, col_tiles, shape.k / max(shape.groups, 1)
 

@@ -1,4 +1,5 @@
-"""AdamW on lists of tensors in PyTorch's own operators: the CPU's implementation, and what the fused kernel is tested with.
+"""AdamW on lists of tensors in PyTorch's own operators: the CPU's implementation, and what the fused kernel is tested
+with.
 
 Arithmetic is FP32 whatever the states are kept in; each result is rounded once, to nearest even, when it is stored.
 """

@@ -2,9 +2,10 @@
 
 Legend: `addresses` int64 [6, n] points at parameter, gradient, master, exp_avg, exp_avg_sq and step of n tensors; one
 program handles one chunk of one tensor, `chunks` int32 [programs, 2] says which. `corrections` FP32 [n, 2] =
-1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each tensor's step t, made once a step and not once a program. Arithmetic is FP32 in registers; each
-result is rounded once, to nearest even, when it is stored. `control` FP32 [4] = factor of the gradient, 1 to take the
-step (0: leave everything as it is), norm, steps left out so far: written on the device, so no step waits for the host.
+1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each tensor's step t, made once a step and not once a program. Arithmetic
+is FP32 in registers; each result is rounded once, to nearest even, when it is stored. `control` FP32 [4] = factor of
+the gradient, 1 to take the step (0: leave everything as it is), norm, steps left out so far: written on the device, so
+no step waits for the host.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 What is rounded: the moments enter the update in FP32 and are rounded once, to nearest even, when they are stored; the
 parameter is its master weight rounded to nearest even. A BF16 value has 8 significant bits, so a moment that is stored
 is off by at most 2^-9 of its value, and a moment moves at all only when a step changes it by more than half a unit:
-with beta2 = 0.95 (the recipe) exp_avg_sq stops within 2^-8 / (1 - beta2) = 8 % of its fixed point, an update within 4 %.
-With 1 - beta2 < 2^-8 it would stop decaying (W1103).
+with beta2 = 0.95 (the recipe) exp_avg_sq stops within 2^-8 / (1 - beta2) = 8 % of its fixed point, an update within
+4 %. With 1 - beta2 < 2^-8 it would stop decaying (W1103).
 
 Source: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 and 4.2.
 """
@@ -45,7 +45,9 @@ Params = nn.Module | Iterable[Tensor] | Iterable[Mapping[str, Any]]
 
 @dataclass
 class Work:
-    """What one step updates together, with the settings of its parameter group, and what travels afterwards (ZeRO-1)."""
+    """What one step updates together, with the settings of its parameter group, and what travels afterwards
+    (ZeRO-1).
+    """
 
     group: dict[str, Any]
     bucket: Bucket
@@ -54,8 +56,8 @@ class Work:
 
 @dataclass
 class Plan:
-    """The buckets of a step, for as long as every parameter and gradient stays where it is: a step of many tensors costs
-    the host one look at each.
+    """The buckets of a step, for as long as every parameter and gradient stays where it is: a step of many tensors
+    costs the host one look at each.
 
     has_run: the kernels' tables have been made for it
     """
@@ -88,7 +90,8 @@ class AdamW(Optimizer):
 
     params:       what `fp8c.compile` returned; or a module, tensors or parameter groups of one's own
     max_norm:     clip the gradients' global norm to this; None does not clip
-    skip_nonfinite: leave a step out when a gradient is Inf or NaN, and count it in `skipped`; the host waits for nothing
+    skip_nonfinite: leave a step out when a gradient is Inf or NaN, and count it in `skipped`; the host waits for
+                    nothing
     spec:         whose `optimizer` section holds; the compiled module's own unless given
     main_grad:    give every parameter without one an FP32 accumulator `main_grad`: each micro-batch's gradient is added
                   to it and `grad` set to None. A module compiled with main_grad=True brings its own.
@@ -99,7 +102,8 @@ class AdamW(Optimizer):
 
     A gradient is `p.main_grad` where a parameter has one, otherwise `p.grad`. A parameter that someone else wrote since
     the last step (a loaded checkpoint) gets a new master weight wherever it is no longer its master's rounding.
-    Errors: DiagnosticError E1101 for settings out of range, E1102 for nothing to train, E1103 for a sparse or complex one.
+    Errors: DiagnosticError E1101 for settings out of range, E1102 for nothing to train, E1103 for a sparse or complex
+            one.
     """
 
     def __init__(
@@ -193,14 +197,18 @@ class AdamW(Optimizer):
         """FP32 accumulators for the parameters that have none, filled by autograd as each gradient is ready."""
         for param in self.trained():
             if getattr(param, "main_grad", None) is None:
-                param.main_grad = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)  # type: ignore[attr-defined]
-                self._hooks.append(param.register_post_accumulate_grad_hook(_add_to_main_grad))  # type: ignore[no-untyped-call]
+                zeros = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+                param.main_grad = zeros  # type: ignore[attr-defined]
+                hook = param.register_post_accumulate_grad_hook(_add_to_main_grad)  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
 
     def trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def gradient(self, param: Tensor) -> Tensor | None:
-        """What a step reads: `main_grad`, else `grad`; None for a parameter without either, which a step leaves alone."""
+        """What a step reads: `main_grad`, else `grad`; None for a parameter without either, which a step leaves
+        alone.
+        """
         if not param.requires_grad:
             return None
         main: Tensor | None = getattr(param, "main_grad", None)
@@ -212,7 +220,7 @@ class AdamW(Optimizer):
         if main is None and grad.dtype != self.types.grad and self.types.grad == torch.float32:
             self.remark(
                 "W1102",
-                f"gradients are {str(grad.dtype).removeprefix('torch.')}: sums over micro-batches lose what FP32 would keep",
+                f"gradients are {str(grad.dtype).removeprefix('torch.')}: their sums lose what FP32 would keep",
                 "compile with main_grad=True, or build the optimizer with main_grad=True",
             )
         return grad
@@ -428,7 +436,8 @@ class AdamW(Optimizer):
         """States of this optimizer or of torch.optim.AdamW, brought to this optimizer's precision.
 
         Masters that the other did not keep are made from the parameters: load the model first.
-        Raises: DiagnosticError E1104 when the numbers or shapes of the parameters differ; E1101 for amsgrad or maximize.
+        Raises: DiagnosticError E1104 when the numbers or shapes of the parameters differ; E1101 for amsgrad or
+                maximize.
         """
         groups = [dict(group) for group in state_dict["param_groups"]]
         saved = [len(group["params"]) for group in groups]

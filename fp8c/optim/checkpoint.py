@@ -9,9 +9,9 @@
 
 A save goes to a folder of another name, is flushed to disk, and is renamed when every rank is done: when a rank dies in
 between, the folder keeps its other name, and the newest checkpoint is the old one. Tensors are DTensors where they are
-sharded, so another number of ranks, FSDP2, ZeRO-1 or one process load each other's checkpoints; only with the same number
-of ranks do sums come out in the same order, which is said (W1131). torch.distributed.checkpoint keeps its index in a
-pickle: load checkpoints of your own only.
+sharded, so another number of ranks, FSDP2, ZeRO-1 or one process load each other's checkpoints; only with the same
+number of ranks do sums come out in the same order, which is said (W1131). torch.distributed.checkpoint keeps its index
+in a pickle: load checkpoints of your own only.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def save(
     """Write step `number`; every rank calls it. Returns the checkpoint's folder.
 
     keep:   the newest so many stay, older ones are removed once this one is in place; 0 keeps all
-    others: objects with `state_dict`/`load_state_dict` (schedulers, loaders) or a torch.Generator; each rank keeps its own
+    others: objects with `state_dict`/`load_state_dict` (schedulers, loaders) or a torch.Generator; each rank keeps its
+            own
     Raises: DiagnosticError E1130 when the folder cannot be written
     """
     folder = Path(folder)

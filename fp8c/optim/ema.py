@@ -32,8 +32,8 @@ from fp8c.optim.adamw import local
 #: Parameters below this go to the host together: one copy for many small tensors.
 SMALL_BYTES = 1 << 20
 ALIGNMENT_BYTES = 64
-#: Elements that a fold takes at a time. Every piece is two calls into PyTorch, and before each the thread may have to wait
-#: for the interpreter while the training loop launches kernels: few large pieces.
+#: Elements that a fold takes at a time. Every piece is two calls into PyTorch, and before each the thread may have to
+#: wait for the interpreter while the training loop launches kernels: few large pieces.
 PIECE = 1 << 24
 
 
@@ -185,7 +185,8 @@ class EMA:
 
 
 def fold(average: Tensor, parameter: Tensor, decay: float, scratch: Tensor) -> None:
-    """average = lerp(average, parameter, 1 - decay): average FP32, parameter of any type, both on the CPU, equal strides.
+    """average = lerp(average, parameter, 1 - decay): average FP32, parameter of any type, both on the CPU, equal
+    strides.
 
     scratch: FP32 [PIECE] to convert into; memory that is new each time would cost more than the arithmetic
     """
@@ -269,11 +270,14 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def placed_like(value: Tensor, param: Tensor) -> Tensor:
-    """A DTensor of the parameter's placement around a local value that stays on the CPU; the value for other parameters."""
+    """A DTensor of the parameter's placement around a local value that stays on the CPU; the value for other
+    parameters.
+    """
     if not isinstance(param, DTensor):
         return value
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     spec = param._spec
     meta = TensorMeta(param.shape, param.stride(), value.dtype)
-    return DTensor(value, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]
+    placed = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return DTensor(value, placed, requires_grad=False)  # type: ignore[no-untyped-call]

@@ -9,7 +9,8 @@
             precision.switch("layers.3.**")        # these modules in BF16 from the next call on
     precision.restore()
 
-Each combination is a compiled step of its own over the same parameters, compiled at its first call (or by `prepare`) and
+Each combination is a compiled step of its own over the same parameters, compiled at its first call (or by `prepare`)
+and
 kept: going back and forth afterwards costs nothing. Inductor's caches hold what the combinations have in common.
 """
 
@@ -45,7 +46,8 @@ class SwitchedSession(driver.Session):
         plan = super().resolve(uses)
         plain = resolve(load("bf16"), uses, self.target, partial=True)
         patterns = {text: patterns_of(text) for text in self.switched}
-        chosen = {key for key, use in plan.uses.items() if any(p.matches(use.use.path) for ps in patterns.values() for p in ps)}  # fmt: skip
+        every = [pattern for alternatives in patterns.values() for pattern in alternatives]
+        chosen = {key for key, use in plan.uses.items() if any(p.matches(use.use.path) for p in every)}
         if not self.partial:
             for text, alternatives in patterns.items():
                 gemms = [use.use.path for use in plan.uses.values() if use.use.is_gemm]
@@ -53,7 +55,7 @@ class SwitchedSession(driver.Session):
                     raise fail(
                         "E1150",
                         f"no GEMM of the step lies in a module '{text}'",
-                        help=f"modules of the step: {', '.join(sorted(set(gemms))[:4])}, ...; `layers.3.**` is all of one",
+                        help=f"modules of the step: {', '.join(sorted(set(gemms))[:4])}, ...",
                         exit_code=ExitCode.USAGE,
                     )
         uses_now = {key: plain.uses[key] if key in chosen else use for key, use in plan.uses.items()}
@@ -170,7 +172,8 @@ def switched_session(session: driver.Session, switched: tuple[str, ...]) -> Swit
 def deterministic() -> Iterator[None]:
     """PyTorch's deterministic algorithms: the same bits for the same step on the same machine and versions.
 
-    Enter it before the first CUDA call: cuBLAS reads its setting when it starts. fp8c's own kernels sum in a fixed order.
+    Enter it before the first CUDA call: cuBLAS reads its setting when it starts. fp8c's own kernels sum in a fixed
+    order.
     """
     before = torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -110,7 +110,7 @@ def statistics_of(x: Tensor, data: Tensor, scale: Tensor, fmt: str) -> Tensor:
     """FP32 [4]: amax, count of values not 0 before and after, share of largest codes. Nothing waits for the device."""
     before = torch.count_nonzero(x)
     if Format.parse(fmt).element is Element.E5M6:  # packed: eight values in twelve bytes
-        values = torch.ops.fp8c.dequantize(data, scale, fmt, torch.float32)
+        values = torch.ops.fp8c.dequantize(data, scale, fmt, torch.float32, None, x.shape[-1])
         after, saturated = torch.count_nonzero(values), torch.full((), float("nan"), device=x.device)
     else:
         codes = data.view(torch.uint8) & 0x7F

@@ -68,7 +68,7 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[Diagnostic]:
         for table in dict.fromkeys(tables):
             _shard(part, table, experts, group)
         names = names or (group.get_group().group_name, control_group(group).group_name)
-        part.fp8c_ranks = Ranks(*names, group.get_local_rank(), chunks(experts, ranks))
+        part.fp8c_ranks = Ranks(*names, group.get_local_rank(), chunks(experts, ranks), dist.get_backend() == "fake")
         sharded[name] = experts
     if problems:
         raise DiagnosticError(problems, ExitCode.MODEL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ def load_example() -> ModuleType:
     return sys.modules[name]
 
 
-def build(kind: str, experts: int = 8) -> nn.Module:
+def build(kind: str, experts: int = 8) -> Any:
     """`hf`: Qwen3-MoE, fused experts and softmax routing. `loop`: the example's MoE layer, a loop over modules."""
     torch.manual_seed(0)
     if kind == "loop":
@@ -154,7 +155,7 @@ def one_device_step(
     return {"logits": logits.detach(), "gradients": gradients}
 
 
-def stacked(gradients: dict[str, Tensor], name: str) -> Tensor:
+def stacked(gradients: Mapping[str, Tensor], name: str) -> Tensor:
     """The gradient of an expert-parallel parameter among a one-device model's, whose experts may be a list."""
     if name in gradients:
         return gradients[name]
@@ -233,13 +234,13 @@ def save_step(folder: str) -> dict[str, Tensor]:
 
 def load_step(folder: str) -> dict[str, Tensor]:
     """Load what another number of ranks saved into a model and optimizer that were trained differently."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     step, optimizer = trained(0.5)
     model_state, optimizer_state = get_state_dict(step, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    load(state, checkpoint_id=folder)
     set_state_dict(step, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return whole_state(step, optimizer)
 
@@ -259,11 +260,11 @@ def trained(factor: float) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def write_state(step: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     model_state, optimizer_state = get_state_dict(step, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
 
 
 def whole_state(step: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -298,7 +299,7 @@ def fsdp_step(spec: str) -> dict[str, Any]:
 
     mesh = mesh_of()
     step = fp8c.compile(build("loop"), spec=spec, target="cpu", mesh=mesh, fullgraph=False)
-    experts = {p for n, p in step.named_parameters() if isinstance(p, DTensor)}
+    experts: set[Any] = {p for p in step.parameters() if isinstance(p, DTensor)}
     fully_shard(step, mesh=mesh, ignored_params=experts)
     tokens = batch(dist.get_rank())
     logits = logits_of(step(input_ids=tokens))
@@ -365,3 +366,85 @@ def unreduced_gradients() -> str:
     distributed.reduce_gradients(step)
     optimizer.step()
     return text
+
+
+def dualpipe(spec: str, micro_batches: int = 8) -> dict[str, Any]:
+    """Four stages on two ranks (a V), trained by DualPipeV with pairs as one graph; the same stages one after another."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV
+
+    import fp8c
+    from fp8c import pipelining
+
+    rank = dist.get_rank()
+
+    def stage_step(index: int) -> nn.Module:
+        torch.manual_seed(index)
+        linear = nn.Sequential(
+            nn.RMSNorm(128), nn.Linear(128, 256, bias=False), nn.SiLU(), nn.Linear(256, 128, bias=False)
+        )
+        return fp8c.compile(Wrapped(linear.bfloat16()), spec=spec, target="cpu")
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(micro_batches, 16, 128, generator=generator).bfloat16()
+    target = torch.randn(micro_batches, 16, 128, generator=generator).bfloat16()
+
+    def loss(output: Tensor, wanted: Tensor) -> Tensor:
+        return (output.float() - wanted.float()).square().mean()
+
+    mine = (rank, 3 - rank)
+    modules = {i: pipelining.StageModule(stage_step(i), lambda node: 1.0) for i in mine}
+    stages: list[Any] = []
+    for i, module in modules.items():
+        given, made = (x[:1].clone().requires_grad_(needs) for needs in (i > 0, True))  # who sends gradients
+        none = pipelining.no_weight_work
+        stages.append(PipelineStage(module, i, 4, torch.device("cpu"), given, made, dw_builder=none))
+    schedule = ScheduleDualPipeV(stages, micro_batches, loss_fn=loss, scale_grads=False)
+    pipelining.overlap_pairs(schedule)
+    losses: list[Tensor] = []
+    schedule.step(*((x,) if rank == 0 else ()), target=target if rank == 0 else None, losses=losses)
+    found = {f"{i}.{n}": whole(p.grad) for i, m in modules.items() for n, p in m.step.named_parameters()}
+
+    serial = [stage_step(i) for i in range(4)]
+    for at in range(micro_batches):
+        y = x[at : at + 1]
+        for step in serial:
+            y = step(y)
+        loss(y, target[at : at + 1]).backward()
+    want = {f"{i}.{n}": p.grad for i in mine for n, p in serial[i].named_parameters()}
+    pairs = sum(len(m.pairs) for m in modules.values())
+    return {"found": found, "want": want, "pairs": pairs}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.inner(x)
+        return y
+
+
+def sent_bytes(spec: str) -> dict[str, int]:
+    """Bytes that one forward and backward of an MoE layer hands to all_to_all_single, by dtype and row width."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import fp8c
+    from fp8c import stage as stages
+
+    found: dict[str, int] = {}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops._c10d_functional.all_to_all_single.default:
+                name = f"{args[0].dtype} {list(args[0].shape[1:])}"
+                found[name] = found.get(name, 0) + args[0].nbytes
+            return func(*args, **(kwargs or {}))
+
+    step = fp8c.compile(Block(build("loop").moe), spec=spec, target="cpu", mesh=mesh_of())
+    x = torch.randn(1, LENGTH, 128).bfloat16()
+    stage = stages.Stage.capture(step, (x,))
+    with Count():
+        _, kept = stage.forward(x)
+        stage.backward(kept, x)
+    return found

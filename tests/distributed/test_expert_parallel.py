@@ -141,3 +141,24 @@ def test_a_rank_that_dies_is_reported(jobs: ModuleType) -> None:
         told, died = run("lose_a_rank")
     assert died == (7,)
     assert "E0865" in told
+
+
+@pytest.mark.slow
+def test_dualpipe_runs_its_pairs_as_one_graph(two: Run) -> None:
+    for found in two("dualpipe", "deepseek_v3"):
+        assert found["pairs"] > 0
+        assert found["found"].keys() == found["want"].keys()
+        assert all(torch.equal(gradient, found["want"][name]) for name, gradient in found["found"].items())
+
+
+@pytest.mark.slow
+def test_dispatch_sends_half_the_bytes(two: Run) -> None:
+    """Dispatch and the gradient's dispatch in FP8 with their scales, combine both ways in BF16."""
+    in_bf16, in_fp8 = two("sent_bytes", "bf16"), two("sent_bytes", "deepseek_v3")
+    for wide, narrow in zip(in_bf16, in_fp8):
+        combined = narrow["torch.bfloat16 [128]"]
+        dispatched = wide["torch.bfloat16 [128]"] - combined
+        quantized = narrow["torch.uint8 [128]"] + narrow["torch.float32 [1]"]
+        assert dispatched > 0
+        assert quantized <= 0.52 * dispatched
+        assert narrow["torch.uint8 [128]"] * 2 == dispatched

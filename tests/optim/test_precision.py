@@ -147,3 +147,15 @@ def test_telemetry_shows_a_value_that_is_not_finite() -> None:
     with telemetry.at(1):
         gradients(step)
     assert any(row.is_overflow and row.path == "up" for row in telemetry.take())
+
+
+def test_statistics_of_packed_twelve_bit_values() -> None:
+    from fp8c.optim.telemetry import statistics_of
+
+    x = torch.randn(8, 130).bfloat16()  # a last group that is short, a last packed unit that is not full
+    x[0, :3] = 0.0
+    x[1, 0], x[1, 1] = 1e4, 1e-8  # 2^40 apart: more than E5M6's subnormals reach
+    data, scale = torch.ops.fp8c.quantize(x, "e5m6[1x128] pow2")
+    amax, before, after, saturated = statistics_of(x, data, scale, "e5m6[1x128] pow2").tolist()
+    assert amax == float(x.abs().max()) and before == x.numel() - 3 and after == before - 1
+    assert saturated != saturated

@@ -68,6 +68,9 @@ def test_kernels_are_sorted_by_name() -> None:
         "void at::native::radixSortKVInPlace<...>": "sort, top-k",
         "triton_poi_fused_mul_silu_3": "fused by inductor",
         "Memcpy DtoD (Device -> Device)": "memory",
+        "triton_poi_fused_index_scaled_grouped_mm_9": "gather, scatter",
+        "fp8c_gemm": "fp8 gemm",
+        "columns_kernel": "quantize",
         "something": "other",
     }
     assert {name: classify(name) for name in names} == names

@@ -2,10 +2,11 @@
 
 import functools
 import sys
+from collections.abc import Callable
 
 from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, step
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
     "gemm": gemm.main,
     "gemm-table": gemm_table.main,
     "kernels": kernels.main,

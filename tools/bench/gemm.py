@@ -207,8 +207,8 @@ def _candidates(rule: GemmConfig, p: Problem) -> Iterator[GemmConfig]:
     one = replace(rule, warpgroups=2, waves_m=1, waves_n=1, staging_bytes=4096, band=16, cluster=1, flight=1)
     two = replace(rule, warpgroups=2, waves_m=2, waves_n=1, wave_n=128, staging_bytes=2048, band=8, cluster=1, flight=1)
     if p.m * p.groups <= 128:
-        for n, f, c in ((16, 4, 1), (16, 4, 2), (32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2), (112, 2, 1)):
-            yield replace(one, warpgroups=1, wave_n=n, flight=f, cluster=c, staging_bytes=2048 if f == 4 else 4096)
+        for groups, n in ((1, 16), (1, 32), (1, 64), *(((2, 32), (2, 64)) if p.m > 64 else ())):
+            yield replace(one, warpgroups=groups, wave_n=n, flight=4, staging_bytes=2048)
         return
     yield from (replace(two, cluster=c) for c in (1, 2))
     if rule.scales is Scales.PER_BLOCK and p.n < 4096:
@@ -285,6 +285,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--peer", action="append", default=[], help="a Python file with contenders() of another library"
     )
+    parser.add_argument("--most-rows", type=int, default=1 << 31, help="only problems with no more rows of A")
     parser.add_argument("--candidates", action="store_true", help="time other tile shapes beside the rule's choice")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each sustained measurement")
     parser.add_argument("--idle", type=float, default=0.6, help="seconds of rest before a burst")
@@ -301,7 +302,9 @@ def main(arguments: list[str]) -> int:
         "idle_seconds": options.idle,
     }
     document["results"] = []
-    chosen_problems = [p for p in problems() if not options.kind or p.kind in options.kind]
+    chosen_problems = [
+        p for p in problems() if (not options.kind or p.kind in options.kind) and p.m * p.groups <= options.most_rows
+    ]
     build_all({c for p in chosen_problems for c in own_configs(p, options.candidates).values()})
     for p in chosen_problems:
         is_short = p.m * p.groups <= 128

@@ -13,14 +13,15 @@ from torch.profiler import ProfilerActivity
 
 #: First match wins.
 CLASSES: tuple[tuple[str, str], ...] = (
-    ("attention", r"flash|fmha|attention|cudnn.*sdpa|efficient_attention|cudnn_generated"),
-    ("fp8 gemm", r"fp8c.*gemm|scaled_gemm|block_scaled|e4m3.*(gemm|nvjet)|nvjet.*(qq|e4m3)|_fp8_gemm|gemm_kernel"),
-    ("bf16 gemm", r"nvjet|gemm|cutlass|cublas|xmma|sm90_.*wgmma|grouped"),
-    ("quantize", r"quanti|swiglu.*fp8|_cast_|e5m6"),
-    ("memory", r"memcpy|memset|fillfunctor|copy_kernel|direct_copy|catarray"),
+    ("gather, scatter", r"^triton_(poi|red|per)_.*(index|embedding)"),
+    ("fused by inductor", r"^triton_(poi|red|per)_"),
+    ("attention", r"flash|fmha|attention|sdpa|compute_dot_do_o|convert_dq|cudnn_generated"),
+    ("fp8 gemm", r"^fp8c_gemm|nvjet.*(qq|e4m3)"),
+    ("bf16 gemm", r"nvjet|gemm|cutlass|cublas|xmma|wgmma"),
+    ("quantize", r"^(row|rows|column|columns|both|block|gather|dequantize|transpose|swiglu\w*)_kernel"),
+    ("memory", r"memcpy|memset|fillfunctor|copy_kernel|catarray"),
     ("sort, top-k", r"sort|topk|radix|scan|histogram|searchsorted|cub"),
     ("gather, scatter", r"index|gather|scatter|embedding"),
-    ("fused by inductor", r"^triton_"),
     ("elementwise", r"elementwise|reduce_kernel|softmax|vectorized"),
 )
 

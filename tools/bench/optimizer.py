@@ -120,7 +120,8 @@ def torch_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
 
 
 def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> dict[str, float]:
-    """Milliseconds of a loop's step without and with an EMA of every step; the loop multiplies for `step_ms`, then steps.
+    """Milliseconds of a loop's step without and with an EMA of every step; the loop multiplies for `step_ms`, then
+    steps.
 
     The two alternate, six rounds, so that a drift of the machine meets both.
     """
@@ -196,7 +197,7 @@ def main(arguments: list[str]) -> int:
         found["ema"] = ema
         print(
             f"a step of {ema['without_ms']:.2f} ms takes {ema['with_ms']:.2f} ms with an EMA of "
-            f"{ema['parameters'] / 1e6:.0f} M parameters ({ema['with_ms'] / ema['without_ms'] - 1:+.2%}; the fold takes "
+            f"{ema['parameters'] / 1e6:.0f} M parameters ({ema['with_ms'] / ema['without_ms'] - 1:+.2%}; a fold takes "
             f"{ema['fold_ms']:.0f} ms on the CPU; the host waited {ema['waits']:.0f} of {ema['updates']:.0f} times)"
         )
     if args.json:

@@ -150,8 +150,8 @@ class Timed(fx.Interpreter):
                 WAIT(found)
             self.wall_us[n.name] = (time.perf_counter() - started) * 1e6
             return found
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self.SLEEP_CYCLES)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(self.SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         first.record()
         found = super().run_node(n)
         if is_collective(n):
@@ -420,7 +420,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (args.out / "schedule.json").write_text(json.dumps(_slots(report.schedule.slots)))
 
     # The same bits, as far as PyTorch's attention has the same bits twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         control = bits_of(first, step, first.unscheduled)

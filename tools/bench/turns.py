@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 def captured(contender: Contender) -> Callable[[], object]:
     """A CUDA graph of one run."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -28,7 +28,7 @@ def captured(contender: Contender) -> Callable[[], object]:
     contender.clear()
     with torch.cuda.graph(graph):
         contender.run()
-    return graph.replay  # type: ignore[no-any-return]
+    return graph.replay
 
 
 def time_steps(contenders: Sequence[Contender], seconds: float, rounds: int = 2) -> dict[str, list[float]]:

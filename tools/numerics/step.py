@@ -27,7 +27,7 @@ from fp8c.backends.target import load_target
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.formats import Format
 from fp8c.models import LoadedModel
-from fp8c.ops import restarts
+from fp8c.ops import stored_rows
 from fp8c.pass_manager import PassContext, PassManager
 from fp8c.passes import ROLES
 from fp8c.passes.assign_roles import GemmRole, activation_of
@@ -426,12 +426,13 @@ class _Interpreter(fx.Interpreter):
             source = n.args[2 * i]
             assert isinstance(source, fx.Node)
             fmt = Format.parse(str(args[first + i]))
-            value = _decoded(args[2 * i], args[2 * i + 1], fmt, offs, n.target)
             shadow = self.state.shadows[source.name]
+            payload, scale = args[2 * i], args[2 * i + 1]
+            value = dequantize_f32(payload, scale, fmt)
             restarting = offs if n.target is ops.scaled_grouped_wgrad.default else None
-            reading = Reading(
-                part, fmt, value, shadow.value.float(), args[2 * i], args[2 * i + 1], shadow.roundings, restarting
-            )
+            if restarting is not None:
+                payload, value = _unpadded(payload, value, shadow.value.shape[-1], fmt, restarting)
+            reading = Reading(part, fmt, value, shadow.value.float(), payload, scale, shadow.roundings, restarting)
             replaced = self.state.reader(reading)
             is_replaced |= replaced is not None
             operands.append(value if replaced is None else replaced)
@@ -452,13 +453,16 @@ def _adds_rounding(old: str, new: str) -> int:
     return 0 if a.scale.value in _EXPONENT_SCALES and b.scale.value in _EXPONENT_SCALES else 1
 
 
-def _decoded(data: Tensor, scale: Tensor, fmt: Format, offs: Tensor | None, target: Any) -> Tensor:
-    """An operand in FP32. The groups of a grouped wgrad run along its columns and restart at each expert."""
-    if target is ops.scaled_grouped_wgrad.default:
-        assert offs is not None
-        rows = fmt.transposed
-        return dequantize_f32(data.mT.contiguous(), scale.mT, rows, restarts(rows, offs)).mT
-    return dequantize_f32(data, scale, fmt)
+def _unpadded(data: Tensor, value: Tensor, rows: int, fmt: Format, offs: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands of a grouped wgrad, [N, T] instead of in whole groups for each expert; 0 for rows of no expert."""
+    assert fmt.group is not None
+    is_owned = torch.arange(rows) < offs[-1]
+    places = stored_rows(offs, rows, fmt.group[1])[is_owned]
+    payload = torch.zeros((data.shape[0], rows), dtype=torch.uint8)
+    payload[:, is_owned] = data.view(torch.uint8)[:, places]
+    values = value.new_zeros((data.shape[0], rows))
+    values[:, is_owned] = value[:, places]
+    return payload.view(data.dtype), values
 
 
 def product(a: Tensor, b: Tensor, offs: Tensor | None, is_wgrad: bool) -> Tensor:

@@ -140,10 +140,7 @@ def formats_in(args: str) -> tuple[str, ...]:
 
 # --- kinds of operators -----------------------------------------------------------------------------------------------
 
-FP8_GEMMS = frozenset({"fp8c.scaled_mm", "fp8c.scaled_grouped_mm", "fp8c.scaled_grouped_wgrad"})
 PLAIN_GEMMS = frozenset({"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._grouped_mm"})
-CASTS = frozenset({"fp8c.quantize", "fp8c.dequantize", "fp8c.requantize"})
-ATTENTION = frozenset({"fp8c.attention", "fp8c.attention_backward", "aten.scaled_dot_product_attention"})
 
 #: Operators that move no data, or only name a part of it: the viewer draws edges through them.
 PLUMBING = frozenset(
@@ -158,22 +155,32 @@ PLUMBING = frozenset(
 
 
 def is_collective(op: str) -> bool:
-    return op.startswith("_c10d_functional.") and op != "_c10d_functional.wait_tensor"
+    return op == "fp8c.exchange" or (op.startswith("_c10d_functional.") and op != "_c10d_functional.wait_tensor")
+
+
+def is_fp8_gemm(op: str) -> bool:
+    """`fp8c.scaled_mm`, `fp8c.scaled_grouped_wgrad`, and their like."""
+    return op.startswith("fp8c.scaled_")
 
 
 def is_gemm(op: str) -> bool:
-    return op in FP8_GEMMS or op in PLAIN_GEMMS
+    return is_fp8_gemm(op) or op in PLAIN_GEMMS
+
+
+def is_cast(op: str) -> bool:
+    """quantize, dequantize, requantize, and the fused operators that quantize more than one value or from another."""
+    return op.startswith("fp8c.") and "quantize" in op
 
 
 def family(op: str) -> str:
     """What kind of work an operator is, for tables of traffic."""
-    if op in FP8_GEMMS:
+    if is_fp8_gemm(op):
         return "FP8 GEMMs"
     if op in PLAIN_GEMMS:
         return "other GEMMs"
-    if op in ATTENTION:
+    if "attention" in op:
         return "attention"
-    if op in CASTS:
+    if is_cast(op):
         return "FP8 casts"
     if is_collective(op):
         return "collectives"
@@ -183,9 +190,9 @@ def family(op: str) -> str:
 def precision(node: Node) -> str:
     """What the node computes in, as text: operand formats of a GEMM, the format of a cast, else the result's dtype."""
     formats = formats_in(node.args)
-    if node.op in FP8_GEMMS and len(formats) >= 2:
+    if is_fp8_gemm(node.op) and len(formats) >= 2:
         return f"{formats[0]} × {formats[1]}"
-    if node.op in CASTS and formats:
+    if is_cast(node.op) and formats:
         return formats[-1]
     return main_dtype(node.type)
 

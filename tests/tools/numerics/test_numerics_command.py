@@ -286,3 +286,34 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "bisect: 1 operand of gemm_fp8" in capsys.readouterr().out
     assert cli.main(["numerics", TINY, "-s", "bf16", "-t", "cpu"]) == ExitCode.USAGE
     assert "E0847" in capsys.readouterr().err
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_are_measured_with_the_routing_of_bf16() -> None:
+    """Grouped GEMMs, groups that restart at each expert, a payload quantized before dispatch, a cut-short last group."""
+    small = {
+        "n_layers": 1,
+        "n_dense_layers": 0,
+        "n_experts": 4,
+        "dim": 128,
+        "expert_hidden_dim": 128,
+        "mtp_loss_weight": 0.0,
+    }
+    example = str(Path(__file__).parents[3] / "examples" / "moe_transformer.py")
+    loaded = load_model(example, weights="random", overrides=small, batch=1, seq=96)
+    prepare(loaded.module, loaded.example_inputs)
+    step = CapturedStep(loaded)
+    rewritten = step.rewrite(load("deepseek_v3"), CPU)
+    batches = [loaded.example_inputs]
+    found = measure(step, rewritten, batches)
+    experts = "layers.0.ffn.experts.up"
+    assert {p.gemm for p in found.operands if p.use == experts} >= {"fprop", "dgrad", "wgrad"}
+    for part, stats in found.operands.items():
+        if ".experts." in part.use:
+            assert stats.is_within, part
+            assert stats.count > 0 and stats.bf16_db > 10, "tokens of the two runs are the same ones"
+    fault = parse_fault(f"scale:{experts}:wgrad.dy")
+    result = bisect(Trials(step, rewritten, batches, "worst", fault), measure(step, rewritten, batches, fault))
+    assert str(result.blamed[0].part) == f"{experts} wgrad.dy"

@@ -78,3 +78,36 @@ def test_traffic_counts_each_input_once_and_no_views() -> None:
     by_name = {n.name: n for n in graph.nodes}
     assert r.bytes_moved(by_name["getitem"], types) == 0
     assert r.bytes_moved(by_name["swiglu"], types) == 64 * 128 * 2 + 64 * 128  # the result, and the input once
+
+
+@pytest.mark.parametrize(
+    ("op", "family"),
+    [
+        ("fp8c.scaled_mm", "FP8 GEMMs"),
+        ("fp8c.scaled_grouped_wgrad", "FP8 GEMMs"),
+        ("aten._grouped_mm", "other GEMMs"),
+        ("fp8c.quantize_both", "FP8 casts"),
+        ("fp8c.gather_requantized", "FP8 casts"),
+        ("fp8c.attention_backward", "attention"),
+        ("_c10d_functional.all_to_all_single", "collectives"),
+        ("fp8c.exchange", "collectives"),
+        ("_c10d_functional.wait_tensor", "views"),
+        ("aten.permute", "views"),
+        ("aten.mul.Tensor", "everything else"),
+        ("aten.comm", "everything else"),
+    ],
+)
+def test_operators_belong_to_families(op: str, family: str) -> None:
+    assert r.family(op) == family
+
+
+def test_every_operator_that_quantizes_is_a_cast() -> None:
+    """Fused operators too: a name that says so is how they are known."""
+    from fp8c import fused_ops, ops
+
+    names = {n for module in (ops, fused_ops) for n in vars(module)["_SCHEMAS"]}
+    casts = {n for n in names if r.is_cast(f"fp8c.{n}")}
+    gemms = {n for n in names if r.is_fp8_gemm(f"fp8c.{n}")}
+    assert {"quantize", "dequantize", "requantize", "quantize_both", "gather_quantize"} <= casts
+    assert {"scaled_mm", "scaled_grouped_mm", "scaled_grouped_wgrad"} <= gemms
+    assert not casts & gemms

@@ -7,6 +7,7 @@ Times are processor time of the page's main thread, which other work on the mach
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -246,7 +247,10 @@ def test_figures_of_a_671b_build(make_build: Callable[..., Path], tmp_path: Path
         times = []
         for target in ("fold:model.layers.0", "module:model.layers.0.attn", "module:model.layers.0.mlp"):
             selector = f'#forward [data-id="{target}"] .head'
-            browser.evaluate(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
+            browser.evaluate(
+                f"document.querySelector('{selector}').scrollIntoView({{block: 'center', inline: 'center'}})"
+            )
+            time.sleep(0.1)  # the page hears of the scrolling with its next frame
             browser.wait("document.body.dataset.prepared")
             before = browser.busy_s()
             browser.click(selector)

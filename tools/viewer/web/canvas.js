@@ -34,7 +34,7 @@ function modulePrecision(view, half, module) {
       gemms = 0;
     for (const i of nodesBelow(module, half.index)) {
       const text = half.precisionOf(i);
-      if (half.gemm[i] && /mm/.test(half.opOf(i))) {
+      if (half.gemm[i] && isGemmOp(half.opOf(i))) {
         gemms++;
         if (text.includes("×")) fp8++;
         formats.set(text, (formats.get(text) || 0) + 1);
@@ -152,7 +152,7 @@ function drawBox(view, half, box) {
         "div",
         { class: "title" },
         make("span", { class: "name" }, shortOp(half.opOf(item.node))),
-        half.gemm[item.node] && /mm/.test(half.opOf(item.node))
+        half.gemm[item.node] && isGemmOp(half.opOf(item.node))
           ? make("span", { class: "gemm" }, GEMMS[half.gemm[item.node]])
           : null,
         saved ? make("span", { class: "saved", title: "crosses to backward" }, "saved") : null,

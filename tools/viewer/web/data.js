@@ -192,6 +192,7 @@ function bytes(n) {
     if (n >= size) return (n / size).toFixed(n / size < 10 ? 2 : 1) + " " + unit;
   return n + " B";
 }
+const isGemmOp = op => /^fp8c\.scaled_|^aten\.(_grouped_)?(add|b|badd)?mm(\.|$)/.test(op);
 const shortOp = op =>
   op
     .replace(/^(aten|fp8c|_c10d_functional|prims)\./, "")

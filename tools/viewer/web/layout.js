@@ -97,10 +97,12 @@ function joins(half, nodes, itemOf, isInside) {
   return { edges: [...edges.values()], outside, cut };
 }
 
-/** Runs of small operators joined to each other; GEMMs, attention and casts stay on their own. */
+/** Runs of small operators joined to each other; GEMMs, attention and casts stay on their own. A run lies between the
+ * same modules: what comes before a module and what comes after it are two runs. */
 function looseParts(half, module, drawn) {
-  const major = /(mm|attention\w*|quantize|dequantize|requantize|_grouped_mm|all_\w+|reduce_scatter\w*)(\.|$)/;
-  const small = new Set(drawn.filter(i => !major.test(half.opOf(i)) && !half.gemm[i]));
+  const isLarge = op =>
+    isGemmOp(op) || /attention|quantize|all_to_all|all_gather|all_reduce|reduce_scatter|exchange/.test(op);
+  const small = new Set(drawn.filter(i => !isLarge(half.opOf(i)) && !half.gemm[i]));
   const group = new Map();
   const find = i => {
     while (group.get(i) !== i) {
@@ -110,7 +112,9 @@ function looseParts(half, module, drawn) {
     return i;
   };
   for (const i of small) group.set(i, i);
-  for (const i of small) for (const u of half.sources[i]) if (small.has(u)) group.set(find(i), find(u));
+  const stage = stages(half, module, small);
+  for (const i of small)
+    for (const u of half.sources[i]) if (small.has(u) && stage[u] === stage[i]) group.set(find(i), find(u));
   const runs = new Map();
   for (const i of small) {
     const r = find(i);
@@ -118,6 +122,47 @@ function looseParts(half, module, drawn) {
     runs.get(r).push(i);
   }
   return [...runs.values()].filter(r => r.length > 3);
+}
+
+/** How many modules or large operators of this module lie before each node. What only small operators read counts with
+ * the first of them. */
+function stages(half, module, small) {
+  const children = new Map(); // module below -> the child of `module` that holds it
+  const own = i => {
+    const m = half.modules[i];
+    if (m === module) return small.has(i) ? null : i;
+    if (!children.has(m)) children.set(m, childOf(module, m));
+    return children.get(m);
+  };
+  const stage = new Int32Array(half.size).fill(-1),
+    readers = new Map();
+  const nodes = nodesBelow(module, half.index)
+    .filter(i => half.isDrawn(i))
+    .sort((a, b) => a - b);
+  for (const i of nodes) {
+    const mine = own(i);
+    let most = 0;
+    for (const u of half.sources[i]) {
+      if (u < 0 || stage[u] < 0) continue;
+      const theirs = own(u);
+      most = Math.max(most, stage[u] + (theirs !== null && theirs !== mine ? 1 : 0));
+      if (theirs !== null) continue;
+      if (!readers.has(u)) readers.set(u, []);
+      readers.get(u).push(i);
+    }
+    stage[i] = most;
+  }
+  for (const i of [...small].reverse()) {
+    const after = readers.get(i) || [];
+    if (after.length && after.every(r => small.has(r))) stage[i] = Math.min(...after.map(r => stage[r]));
+  }
+  return stage;
+}
+
+/** The child of `above` that holds a module. */
+function childOf(above, module) {
+  while (module.parent !== above) module = module.parent;
+  return module;
 }
 
 /** A pill for a value read from outside. */

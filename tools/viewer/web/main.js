@@ -33,7 +33,7 @@ class View {
         !this.isSelected(half, item) &&
         from.gemm[s.node] > 0 &&
         half.gemm[item.node] > 0 &&
-        /mm/.test(half.opOf(item.node)) &&
+        isGemmOp(half.opOf(item.node)) &&
         this.model.strings[half.use[item.node]] === this.model.strings[from.use[s.node]]
       );
     const module = item.kind === "module" ? item.module : item.kind === "fold" ? item.fold.shown : null;
@@ -316,6 +316,8 @@ function listen(view) {
     const isDark = chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     document.documentElement.dataset.theme = isDark ? "light" : "dark";
   });
+  for (const column of document.querySelectorAll(".column-body"))
+    column.addEventListener("scroll", () => view.prepareNext(), { passive: true });
   window.addEventListener("hashchange", () => view.goToAddress(location.hash));
   listenToSearch(view);
 }

@@ -364,7 +364,7 @@ function crossing(view, half, n) {
 function twinsOf(view, half, i) {
   const other = half.when === "after" ? "before" : "after";
   const halves = view.model.halves.filter(h => h.when === other);
-  const isGemm = half.gemm[i] && /mm/.test(half.opOf(i));
+  const isGemm = half.gemm[i] && isGemmOp(half.opOf(i));
   if (isGemm) {
     const key = view.model.strings[half.use[i]];
     return halves.flatMap(h =>
@@ -379,7 +379,7 @@ function twinsOf(view, half, i) {
   });
 }
 function partnersOf(view, half, i) {
-  if (!half.gemm[i] || !/mm/.test(half.opOf(i))) return [];
+  if (!half.gemm[i] || !isGemmOp(half.opOf(i))) return [];
   const key = view.model.strings[half.use[i]];
   return view.model.halves
     .filter(h => h.when === half.when)
@@ -393,7 +393,7 @@ function gemmNodes(view, half, key) {
   if (!half.gemmsByUse) {
     half.gemmsByUse = new Map();
     for (let i = 0; i < half.size; i++)
-      if (half.gemm[i] && /mm/.test(half.opOf(i))) {
+      if (half.gemm[i] && isGemmOp(half.opOf(i))) {
         const use = view.model.strings[half.use[i]];
         if (!half.gemmsByUse.has(use)) half.gemmsByUse.set(use, []);
         half.gemmsByUse.get(use).push(i);

@@ -1,0 +1,140 @@
+"""The loops people have: examples/train.py, Hugging Face's Trainer, torchtitan's compile settings."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fp8c
+from fp8c import driver, dynamo
+from fp8c.models import load_model
+from fp8c.optim import AdamW
+
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = dict(
+    num_hidden_layers=1, hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2,
+    vocab_size=128,
+)  # fmt: skip
+
+
+def train(folder: Path, *arguments: str) -> list[dict[str, float]]:
+    small = "--batch 2 --length 128 --dim 128 --layers 1 --experts 2 --log-every 1 --save-every 2".split()
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "train.py"), *small, "--out", str(folder), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_plain_loop_trains_logs_and_goes_on_where_it_left_off(tmp_path: Path) -> None:
+    options = ("--ema", "0.9", "--bf16-first", "1", "--telemetry-every", "2", "--micro-batches", "2")
+    whole = train(tmp_path / "whole", "--steps", "4", "--tensorboard", *options)
+    assert [row["step"] for row in whole] == [1, 2, 3, 4] and whole[-1]["loss"] < whole[0]["loss"]
+    assert whole[-1]["tokens_per_second"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "telemetry.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {2, 4} and all(row["underflow"] < 1 for row in rows)
+    assert list((tmp_path / "whole" / "tensorboard").iterdir())
+    os.rename(tmp_path / "whole" / "step-00000002", tmp_path / "step-00000002")
+    (tmp_path / "again").mkdir()
+    os.rename(tmp_path / "step-00000002", tmp_path / "again" / "step-00000002")
+    again = train(tmp_path / "again", "--steps", "4", *options)
+    assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in whole[2:]]
+
+
+@pytest.mark.slow
+def test_hugging_faces_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def make() -> tuple[nn.Module, AdamW]:
+        model = load_model("hf:llama", weights="random", overrides=TINY, seq=128).module
+        step = fp8c.compile(model, target="cpu", main_grad=True)
+        return step, AdamW(step, lr=1e-3, max_norm=1.0)
+
+    ids = torch.randint(128, (8, 128), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    step, optimizer = make()
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,  # AdamW clips by itself: the gradients are in main_grad
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=0,
+    )
+    trainer = transformers.Trainer(model=step, args=settings, train_dataset=data, optimizers=(optimizer, schedule))
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert driver.session_of(step).steps, "the step was compiled"
+    assert all(int(optimizer.state[p]["step"]) == 3 for p in optimizer.trained())
+    assert all(p.grad is None for p in step.parameters())
+
+
+@pytest.mark.slow
+def test_torchtitans_compile_settings_take_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = pytest.importorskip("torchtitan.config.configs")
+    compile_ = importlib.import_module("torchtitan.distributed.compile")
+    specification = importlib.util.spec_from_file_location("titan_moe", ROOT / "tests" / "titan_moe.py")
+    assert specification is not None and specification.loader is not None
+    titan = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(titan)
+    try:
+        block, (x,) = titan.qwen3()
+    except (ImportError, TypeError, AttributeError) as error:
+        pytest.skip(f"this torchtitan does not build its debug model here: {error}")
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"0": block})
+
+    class OneDevice:
+        tp_enabled = False
+
+    torch._dynamo.backends.registry.lookup_backend("inductor")  # fills the table of backends
+    if "fp8c" not in torch._dynamo.list_backends(None):  # a checkout without an installed entry point
+        torch._dynamo.register_backend(dynamo.backend, name="fp8c")
+    model = Blocks()
+    compile_.apply_compile(
+        model, compile_config=configs.CompileConfig(enable=True, backend="fp8c"), parallel_dims=OneDevice()
+    )
+    optimizer = AdamW(model, lr=1e-4, spec="deepseek_v3", main_grad=True)
+    dynamo._sessions.clear()
+
+    def loss() -> Tensor:
+        y = model.layers["0"](x)
+        y = y[0] if isinstance(y, tuple) else y
+        return (y.float() - x.float()).square().mean()
+
+    found = []
+    for _ in range(3):
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(value))
+    assert found[-1] < found[0]
+    (session,) = dynamo._sessions.values()
+    formats = [use.value("fprop.w") for rewritten in session.steps for use in rewritten.plan.uses.values()]
+    assert any(getattr(f, "is_quantized", False) for f in formats)
