@@ -31,7 +31,8 @@ def register_kernels(device: str) -> None:
         import fp8c.backends.cuda  # noqa: F401
 
         # Without triton, and on GPUs that can't convert to FP8, the portable form.
-        if find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 9):
+        is_too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+        if find_spec("triton") is not None and not is_too_old:
             import fp8c.backends.triton  # noqa: F401
 
 

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ops",
         "fused_ops",
         "swiglu_ops",
+        "delayed",
         "exchange",
         "grouped",
         "positions",
