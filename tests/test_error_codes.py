@@ -131,7 +131,7 @@ def test_a_schedule_holds_more_than_its_budget() -> None:
 
 def test_accumulators_of_sharded_parameters() -> None:
     module = nn.Linear(2, 2)
-    module.weight.device_mesh = object()  # type: ignore[assignment]
+    setattr(module.weight, "device_mesh", object())
     found = raised_by(lambda: main_grad.add_main_grads(module))
     assert found.code == "E0843" and "'weight' is sharded" in found.message
 
@@ -153,14 +153,17 @@ def test_meshes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sharded_experts_are_said() -> None:
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
     from torch.distributed.device_mesh import init_device_mesh
 
     from fp8c.prepare import prepare
 
     loaded = load_model(
-        str(ROOT / "examples/moe_transformer.py"), overrides={"n_layers": 1, "n_dense_layers": 0, "n_experts": 2}, weights="random"
+        str(ROOT / "examples/moe_transformer.py"),
+        overrides={"n_layers": 1, "n_dense_layers": 0, "n_experts": 2},
+        weights="random",
     )
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         remarks = prepare(loaded.module, mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("ep",)))
     finally:
