@@ -139,6 +139,7 @@ def test_accumulators_of_sharded_parameters() -> None:
 def test_meshes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from fp8c.distributed import init_mesh
     from fp8c.prepare import expert_parallel
+    from fp8c.tools import compile_command
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     found = raised_by(lambda: init_mesh("cpu", ep=3))
@@ -146,6 +147,8 @@ def test_meshes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh: Any = SimpleNamespace(mesh_dim_names=("dp",), ndim=1)
     found = raised_by(lambda: expert_parallel.expert_mesh(mesh))
     assert found.code == "E0860" and found.message == "the mesh has no dimension 'ep', found 'dp'"
+    found = raised_by(lambda: compile_command.parse_mesh("ep=64,pp"))
+    assert found.code == "E0866" and "pp" in found.message
     monkeypatch.setattr(expert_parallel, "rewritten_loops", lambda part: [SimpleNamespace(span=None)])
     found = expert_parallel._unknown("layers.0.moe", nn.Linear(1, 1))
     assert found.code == "E0861" and "'layers.0.moe' can't be sharded" in found.message
