@@ -131,7 +131,7 @@ def test_a_schedule_holds_more_than_its_budget() -> None:
 
 def test_accumulators_of_sharded_parameters() -> None:
     module = nn.Linear(2, 2)
-    module.weight.device_mesh = object()  # type: ignore[assignment]
+    setattr(module.weight, "device_mesh", object())
     found = raised_by(lambda: main_grad.add_main_grads(module))
     assert found.code == "E0843" and "'weight' is sharded" in found.message
 
@@ -139,6 +139,7 @@ def test_accumulators_of_sharded_parameters() -> None:
 def test_meshes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from fp8c.distributed import init_mesh
     from fp8c.prepare import expert_parallel
+    from fp8c.tools import compile_command
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     found = raised_by(lambda: init_mesh("cpu", ep=3))
@@ -146,6 +147,8 @@ def test_meshes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh: Any = SimpleNamespace(mesh_dim_names=("dp",), ndim=1)
     found = raised_by(lambda: expert_parallel.expert_mesh(mesh))
     assert found.code == "E0860" and found.message == "the mesh has no dimension 'ep', found 'dp'"
+    found = raised_by(lambda: compile_command.parse_mesh("ep=64,pp"))
+    assert found.code == "E0866" and "pp" in found.message
     monkeypatch.setattr(expert_parallel, "rewritten_loops", lambda part: [SimpleNamespace(span=None)])
     found = expert_parallel._unknown("layers.0.moe", nn.Linear(1, 1))
     assert found.code == "E0861" and "'layers.0.moe' can't be sharded" in found.message
@@ -153,6 +156,7 @@ def test_meshes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sharded_experts_are_said() -> None:
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
     from torch.distributed.device_mesh import init_device_mesh
 
     from fp8c.prepare import prepare
@@ -162,7 +166,7 @@ def test_sharded_experts_are_said() -> None:
         overrides={"n_layers": 1, "n_dense_layers": 0, "n_experts": 2},
         weights="random",
     )
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         remarks = prepare(loaded.module, mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("ep",)))
     finally:

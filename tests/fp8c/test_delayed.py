@@ -101,7 +101,7 @@ def train(step: nn.Module, batches: list[Any]) -> list[float]:
         with torch.no_grad():
             for parameter in step.parameters():
                 assert parameter.grad is not None
-                parameter -= 0.05 * parameter.grad
+                parameter.sub_(parameter.grad, alpha=0.05)
                 parameter.grad = None
     return losses
 

@@ -42,7 +42,7 @@ def test_each_compiles_and_trains(name: str) -> None:
         with torch.no_grad():
             for parameter in loaded.module.parameters():
                 assert parameter.grad is not None and parameter.grad.isfinite().all()
-                parameter -= parameter.grad
+                parameter.sub_(parameter.grad)
                 parameter.grad = None
     assert losses[-1] < losses[0] - 0.1
     (rewritten,) = driver.session_of(step).steps

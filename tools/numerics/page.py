@@ -162,7 +162,7 @@ def _finite(value: float) -> float | None:
 
 _COLOURS = {"fprop": "#0072b2", "dgrad": "#d55e00", "wgrad": "#009e73", "x": "#0072b2", "w": "#009e73", "dy": "#d55e00"}
 _SHAPES = {"fprop": "circle", "x": "circle", "dgrad": "square", "dy": "square", "wgrad": "diamond", "w": "diamond"}
-_WIDTH, _PANEL, _LEFT, _TOP = 760, 190, 64, 44
+_WIDTH, _PANEL, _LEFT, _TOP = 760, 190, 64, 54
 
 
 def svg(found: Numerics) -> str:
@@ -176,15 +176,15 @@ def svg(found: Numerics) -> str:
     body = [
         *_panel(_TOP, "worst relative error of a layer's GEMM outputs against BF16", layers, errors, limits),
         *_panel(
-            _TOP + _PANEL + 60,
+            _TOP + _PANEL + 80,
             "worst relative error of its operands against what they were quantized from",
             layers,
             noise,
             bounds,
         ),
-        *_histogram(_TOP + 2 * (_PANEL + 60), found),
+        *_histogram(_TOP + 2 * (_PANEL + 80), found),
     ]
-    height = _TOP + 2 * (_PANEL + 60) + 150
+    height = _TOP + 2 * (_PANEL + 80) + 150
     title = f"{found.model} under {found.spec}"
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="system-ui, sans-serif" '
