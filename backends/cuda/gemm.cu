@@ -114,7 +114,6 @@ DEVICE int blocks_of(const Tile& tile) { return ceil_div(tile.k_length, BLOCK_K)
 // Every tile takes whole rounds of stages, the last one with idle stages if need be: the consumers' loop over a round is
 // unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
 constexpr int ROUND = FLIGHT == 1 ? STAGES : FLIGHT;
-constexpr int PRODUCER_UNROLL = PRODUCER_REGISTERS == 24 ? 1 : ROUND;
 DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, ROUND) * ROUND; }
 
 // With few rows all thread blocks would ask for the same few sectors of A's scales, k-block by k-block; then a warp
@@ -183,7 +182,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
 #pragma unroll 1
         for (int first = 0; first < padded; first += ROUND, stages.advance(ROUND)) {
             const uint32 base = FLIGHT == 1 ? 0 : stages.slot(), phase = stages.phase();
-#pragma unroll PRODUCER_UNROLL
+#pragma unroll
             for (int i = 0; i < ROUND; ++i) {
                 const int block = first + i, k = tile.k_begin + block * BLOCK_K;
                 const uint32 s = base + i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
@@ -192,7 +191,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                     barrier_arrive(full);
                     continue;
                 }
-                // Rows and columns past the tensors' ends arrive as zeros.
+                // Rows and columns past the tensors' ends arrive as zeros. K starts at a whole group of scales: row k / 128.
                 barrier_arrive_expect(full, bytes);
                 if constexpr (CLUSTER == 1) {
                     load_tile(shared + s * A_BYTES, map_a, full, k, tile.row);
@@ -208,10 +207,10 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
 #pragma unroll
                     for (int box = 0; box < SCALE_A_BOXES; ++box)
                         load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + box * SCALE_A_BOX * 4, map_scale_a, full,
-                                  (tile.row & ~3) + box * SCALE_A_BOX, tile.scale_row + block);
+                                  (tile.row & ~3) + box * SCALE_A_BOX, k >> 7);
                 if constexpr (SCALES == PER_ROW)
                     load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, full, tile.col,
-                              tile.scale_row + block);
+                              k >> 7);
             }
         }
     }
