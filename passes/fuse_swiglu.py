@@ -102,10 +102,9 @@ def joined_halves(gate: fx.Node, up: fx.Node) -> fx.Node | None:
     for node, index in ((gate, 0), (up, 1)):
         if node.target is not operator.getitem or node.args[1] != index:
             return None
-    split: Any = gate.args[0]
-    if split is not up.args[0] or not g.is_call(split, _SPLITS):
+    split = gate.args[0]
+    if not isinstance(split, fx.Node) or split is not up.args[0] or not g.is_call(split, _SPLITS):
         return None
-    assert isinstance(split, fx.Node)
     source: Any = split.args[0]
     assert isinstance(source, fx.Node)
     is_last = len(split.args) > 2 and split.args[2] in (-1, g.value(source).dim() - 1)

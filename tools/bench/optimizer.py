@@ -64,7 +64,7 @@ def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
     found = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(SLEEP_CYCLES)
+        torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()
@@ -86,7 +86,7 @@ def adamw_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
         params = parameters(sizes, torch.bfloat16)
         for p in params:
             p.main_grad = torch.randn(p.shape, device="cuda")
-        optimizer = AdamW(params, spec="deepseek_v3", **options)  # type: ignore[arg-type]
+        optimizer = AdamW(params, spec="deepseek_v3", **options)
         us, spread = timed(optimizer.step)
         rows.append(Row(f"fp8c {name}", us, spread, moved * count))
         del params, optimizer
