@@ -142,7 +142,7 @@ DEVICE void send_tile(uint32 shared, TileRing& tiles, const Tile& tile) {
 // The slot stays taken until release_tile, so a tile may be read again.
 DEVICE Tile read_tile(uint32 shared, const TileRing& tiles) {
     const int4 x = load_shared4(tile_slot(shared, tiles)), y = load_shared4(tile_slot(shared, tiles) + 16);
-    return {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+    return {x.x, x.y, x.z, x.w, y.x, y.y, y.z};
 }
 
 DEVICE void release_tile(TileRing& tiles) {
@@ -172,7 +172,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         barrier_arrive(tiles.empty());
         tiles.advance();
         if (tile.is_end) return;
-        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
+        const int k_end = tile.k_begin + tile.k_length, k_stop = tile.k_begin + whole_rounds(blocks_of(tile)) * BLOCK_K;
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
         // With halves, A comes in two boxes, of which a tile without lower rows takes one.
         const bool is_half = HALVES && tile.row_end - tile.row <= TILE_M / 2;
@@ -180,14 +180,14 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
         const int bytes = a_bytes + B_BYTES + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
 #pragma unroll 1
-        for (int first = 0; first < padded; first += ROUND, stages.advance(ROUND)) {
+        for (int round = tile.k_begin; round < k_stop; round += ROUND * BLOCK_K, stages.advance(ROUND)) {
             const uint32 base = FLIGHT == 1 ? 0 : stages.slot(), phase = stages.phase();
 #pragma unroll
             for (int i = 0; i < ROUND; ++i) {
-                const int block = first + i, k = tile.k_begin + block * BLOCK_K;
+                const int k = round + i * BLOCK_K;
                 const uint32 s = base + i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
                 barrier_wait(full + STAGES * 8, phase ^ 1);
-                if (block >= blocks) {
+                if (k >= k_end) {  // an idle stage
                     barrier_arrive(full);
                     continue;
                 }
@@ -209,8 +209,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                         load_tile(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + box * SCALE_A_BOX * 4, map_scale_a, full,
                                   (tile.row & ~3) + box * SCALE_A_BOX, k >> 7);
                 if constexpr (SCALES == PER_ROW)
-                    load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, full, tile.col,
-                              k >> 7);
+                    load_tile(shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE, map_scale_b, full, tile.col, k >> 7);
             }
         }
     }
@@ -230,7 +229,7 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
         release_tile(tiles);
         if (tile.is_end) return;
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
-        const float* scales = args.scale_b + tile.scale_row * args.scale_b_col;
+        const float* scales = args.scale_b + (tile.k_begin >> 7) * args.scale_b_col;
         if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
         for (int first = 0; first < padded; first += AT_ONCE) {
             float values[WAVES_N][BLOCKS_OF_WAVE];

@@ -39,6 +39,12 @@ DEVICE uint32 grid_blocks_again() {
     return x;
 }
 
+// The value itself; but what is computed from it is computed here, not held from before a loop.
+DEVICE int again(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Barriers in shared memory --------------------------------------------------------------------------------------
 
 DEVICE void barrier_init(uint32 barrier, uint32 arrivals) {

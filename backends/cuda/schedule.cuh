@@ -20,9 +20,8 @@ struct alignas(16) Tile {
     int row;          // first row of the tile in A (M-grouped: counted over all experts)
     int row_end;      // rows from here on belong to the next group
     int col;          // first row of the tile in B, within the group
-    int k_begin;      // where the reduction starts along K (K-grouped: the expert's first block)
+    int k_begin;      // where the reduction starts along K, a multiple of 128 (K-grouped: the expert's first block)
     int k_length;     // 0: the tile is all zeros
-    int scale_row;    // first row of the 1x128 scales along K
     int is_end;       // no tile: the list is at its end
 };
 
@@ -86,7 +85,7 @@ class DenseSchedule {
         const int2 at = banded<BAND>(of_tile, row_tiles, col_tiles);
         const int row = at.x * TILE_M, middle = min(row + TILE_M / 2, p.m);
         const bool is_second = halve && (index - whole) % 2 == 1;
-        tile = {0, is_second ? middle : row, halve && !is_second ? middle : p.m, first_column(at.y), 0, p.k, 0, 0};
+        tile = {0, is_second ? middle : row, halve && !is_second ? middle : p.m, first_column(at.y), 0, p.k, 0};
         index += index_step();
         return true;
     }
@@ -112,14 +111,14 @@ class RowGroupSchedule {
             tiles = ceil_div(end - begin, TILE_M) * col_tiles;
         }
         const int2 at = banded<BAND>(index, ceil_div(end - begin, TILE_M), col_tiles);
-        tile = {group, begin + at.x * TILE_M, end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0, 0};
+        tile = {group, begin + at.x * TILE_M, end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0};
         index += index_step();
         return true;
     }
 };
 
-// Tokens [ends[e-1], ends[e]) of K are the reduction of expert e's own M x N output. 1x128 scales restart there:
-// token t has scale row begin / 128 + e + (t - begin) / 128. `skip_empty`: an expert without tokens has no tiles.
+// Tokens [ends[e-1], ends[e]) are the reduction of expert e's own M x N output. They are stored in whole blocks of 128, and
+// so are their scales: expert e's first block is ends[e-1] / 128 + e. `skip_empty`: an expert without tokens has no tiles.
 template <bool skip_empty>
 class ReductionGroupSchedule {
     const Problem& p;
@@ -129,7 +128,7 @@ class ReductionGroupSchedule {
   public:
     DEVICE explicit ReductionGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
+        const int row_tiles = ceil_div(again(p.m), TILE_M), col_tiles = column_groups(again(p.n));
 #pragma unroll 1
         while (group < 0 || (skip_empty && begin == end) || index >= row_tiles * col_tiles) {
             if (group >= 0 && !(skip_empty && begin == end)) index -= row_tiles * col_tiles;
@@ -138,8 +137,8 @@ class ReductionGroupSchedule {
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
         }
         const int2 at = banded<BAND>(index, row_tiles, col_tiles);
-        const int scale_row = begin / 128 + group;  // the groups of scales before it: tokens are stored in whole groups
-        tile = {group, at.x * TILE_M, p.m, first_column(at.y), scale_row * 128, end - begin, scale_row, 0};
+        const int block = begin / 128 + group;  // the blocks of the experts before it: tokens are stored in whole blocks
+        tile = {group, at.x * TILE_M, p.m, first_column(at.y), block * 128, end - begin, 0};
         index += index_step();
         return true;
     }

@@ -25,6 +25,7 @@ struct Index { int x; };
 inline Index blockIdx, gridDim;
 inline int cluster_rank() { return blockIdx.x % CLUSTER; }
 inline uint32 grid_blocks_again() { return gridDim.x; }
+inline int again(int value) { return value; }
 inline int __ldg(const int* p) { return *p; }
 struct int2 { int x, y; };
 inline void barrier_wait(uint32, uint32) {}
@@ -37,7 +38,7 @@ PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
-// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length scale_row
+// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length
 int main(int count, char** arguments) {
     std::vector<int> x;
     for (int i = 1; i < count; ++i) x.push_back(std::atoi(arguments[i]));
@@ -47,7 +48,7 @@ int main(int count, char** arguments) {
         SCHEDULE schedule(p);
         Tile t;
         while (schedule.next(t))
-            std::printf("%d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, t.scale_row);
+            std::printf("%d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length);
     }
 }
 """
@@ -120,7 +121,7 @@ def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, cluster: in
         m, n, k = ends[-1] + past_end, 300, 640
         found = tiles_of(program, rng.choice((2, 6, 132)), m, n, k, *ends)
         expected = [
-            (group, row, end, col, 0, k if group < len(sizes) else 0, 0)
+            (group, row, end, col, 0, k if group < len(sizes) else 0)
             for group, (start, end) in enumerate(zip([0, *ends], [*ends, m]))
             for row in range(start, end, config.tile_m)
             for col in columns(n, config)
@@ -139,7 +140,7 @@ def test_reduction_groups_restart_their_scales(tmp_path: Path, output: Output, s
         m, n = 513, 300
         found = tiles_of(program, rng.choice((2, 6, 132)), m, n, 128 * (ends[-1] // 128 + len(sizes)), *ends)
         expected = [
-            (group, row, m, col, 128 * (start // 128 + group), end - start, start // 128 + group)
+            (group, row, m, col, 128 * (start // 128 + group), end - start)
             for group, (start, end) in enumerate(zip([0, *ends], ends))
             if not (skips_empty and start == end)
             for row in range(0, m, config.tile_m)
