@@ -296,4 +296,6 @@ EXPLANATIONS: dict[str, str] = {
     "significant bits. `main_grad=True` keeps FP32 accumulators.",
     "W1103": "A BF16 moment with this beta never decays: a step takes off less than half a unit in its last place, which "
     "rounding to nearest gives back.",
+    "E0870": "A pipeline stage cannot be cut into forward, input gradient and weight gradient: its module writes to what it "
+    "is given, or returns nothing that a gradient could come back through.",
 }

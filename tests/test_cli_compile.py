@@ -245,7 +245,7 @@ def test_a_failing_pass_leaves_a_reproducer(run: Any, tmp_path: Path, monkeypatc
     assert (code, out) == (70, "")
     assert "reproducer in fp8c-repro-001/" in err and "bug in fp8c" in err
     place = tmp_path / "fp8c-repro-001"
-    assert (place / "passes.txt").read_text() == "assign-roles\ninsert-quantize\n"
+    assert (place / "passes.txt").read_text() == "assign-roles\ncausal-attention\ngather-gradients\ninsert-quantize\n"
     assert "aten.mm" in (place / "graph-before.txt").read_text()
     assert (place / "model.py").read_text() == Path(TINY).read_text()
     assert (place / "spec" / "std" / "deepseek_v3.fp8").is_file()

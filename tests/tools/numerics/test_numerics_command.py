@@ -313,7 +313,9 @@ def test_experts_are_measured_with_the_routing_of_bf16() -> None:
     for part, stats in found.operands.items():
         if ".experts." in part.use:
             assert stats.is_within, part
-            assert stats.count > 0 and stats.bf16_db > 10, "tokens of the two runs are the same ones"
+            assert stats.count > 0
+            if part.use == experts and part.gemm != "cache":  # a value kept for backward is no GEMM's operand in BF16
+                assert stats.bf16_db > 10, "tokens of the two runs are the same ones"
     fault = parse_fault(f"scale:{experts}:wgrad.dy")
     result = bisect(Trials(step, rewritten, batches, "worst", fault), measure(step, rewritten, batches, fault))
     assert str(result.blamed[0].part) == f"{experts} wgrad.dy"
