@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from fp8c import capture, verifier
@@ -160,8 +159,3 @@ def count_gemms(rewritten: Rewritten) -> dict[str, dict[str, int]]:
                 counts[role.gemm]["total"] += 1
                 counts[role.gemm]["fp8" if is_fp8 else "kept"] += 1
     return counts
-
-
-def is_fake_only(inputs: Any) -> bool:
-    """Whether the tensors have no data: planning, not running."""
-    return any(isinstance(t, torch.Tensor) and t.device.type == "meta" for t in inputs)

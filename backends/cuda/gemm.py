@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fp8c.backends.cuda import tiles
-from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
+from fp8c.backends.cuda.config import BLOCK_K, Grouping, Output, Scales
 from fp8c.backends.cuda.launch import TMA_ALIGNMENT_BYTES, launch, multiprocessors
 from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, fail, render
 from fp8c.formats import WHOLE, Element, Format
@@ -232,13 +232,6 @@ def run(
         if error.diagnostics[0].code == "E0430":
             raise _Unsupported(error.diagnostics[0].message) from None
         raise
-
-
-def choose_config(plan: _Plan, a: Tensor, b: Tensor, output: Output, offs: Tensor | None) -> GemmConfig:
-    """The instance `run` takes, for reports."""
-    groups = 1 if offs is None else offs.shape[0]
-    shape = tiles.Shape(a.shape[0], b.shape[-2], a.shape[1], groups, multiprocessors(a.device.index))
-    return tiles.choose(shape, plan.scales, plan.grouping, output, plan.promote, plan.a_type, plan.b_type)
 
 
 def _addressable(data: Tensor) -> Tensor:

@@ -104,14 +104,6 @@ def evaluate_gemm(op: str, args: Sequence[Any], accumulator: Accumulator = "fp32
             raise ValueError(f"not a scaled GEMM: {op!r}; expected one of {', '.join(GEMMS)}")
 
 
-def gemm_bound(magnitude: Tensor, exact: Tensor, k: int, out_dtype: torch.dtype) -> Tensor:
-    """The bound of FP32 summation and the rounding to `out_dtype`; see the module's text.
-
-    Shapes: magnitude, exact f64 [M, N]: sums of |terms| and of terms -> f64 [M, N].
-    """
-    return _rounded_bound(_summation_bound(magnitude, k), exact, out_dtype)
-
-
 def _summation_bound(magnitude: Tensor, k: int) -> Tensor:
     roundings = (k + 4) * _FP32_ROUNDOFF
     assert roundings < 1, f"K = {k} is beyond the range of the bound"
