@@ -27,7 +27,7 @@ ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_WARPS = 64, 2
+COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 64, 16, 2
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def dequantize_kernel(
 @triton.jit
 def columns_kernel(
     q_ptr, s_ptr, rows_ptr, qt_ptr, st_ptr, offs_ptr, R, C, experts, q_row, s_row, s_col, qt_col, st_row, st_col,
-    COLS: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
+    COLS: tl.constexpr, VEC: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, ELEMENT_T: tl.constexpr, KIND_T: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one group of 128 rows by COLS columns. GATHER: row t is row rows[t] of the data."""
@@ -72,7 +72,9 @@ def columns_kernel(
     stored = group * 128 + tl.arange(0, 128)
     stored_ok = row_ok if E_PAD == 0 else stored >= 0  # experts' blocks are filled up with zeros
     source = tl.load(rows_ptr + rows, mask=row_ok, other=0) if GATHER else rows
-    x = load_quantized(q_ptr, s_ptr, source, row_ok, first, C, q_row, s_row, s_col, 128, COLS, EVEN, ELEMENT, KIND)
+    x = load_quantized(
+        q_ptr, s_ptr, source, row_ok, first, C, q_row, s_row, s_col, 128, COLS, EVEN, ELEMENT, KIND, VEC
+    )  # fmt: skip
     store_column_groups(
         x, qt_ptr, st_ptr, stored, stored_ok, cols, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
     )  # fmt: skip
@@ -206,7 +208,7 @@ def _to_columns(
         words, scale, words if rows is None else rows, qt.view(torch.uint8), scale_bytes(st),
         words if offs is None else as_ends(offs), height, width, experts,
         words.stride(0), scale.stride(0), scale.stride(1), qt.stride(1), st.stride(0), st.stride(1),
-        COLS=COLUMN_TILE, E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
+        COLS=COLUMN_TILE, VEC=COLUMN_VECTOR, E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
         ELEMENT=ELEMENTS[old.element], KIND=_kind(old), ELEMENT_T=ELEMENTS[new.element], KIND_T=_kind(new),
         WIDE=_kind(old) == 0, num_warps=COLUMN_WARPS,
     )  # fmt: skip
