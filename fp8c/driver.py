@@ -60,6 +60,7 @@ class Session:
              nothing in one of them is no error
     without: optional passes left out
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
+    release_weights: backward gives the kept weights' memory back as it reads them
     main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
     model:   the compiled module, for these two
     scales:  histories of delayed scales; their `state_dict()` belongs into a checkpoint
@@ -74,6 +75,7 @@ class Session:
     verify_each: bool = True
     without: frozenset[str] = frozenset()
     keep_weights: bool = False
+    release_weights: bool = False
     main_grad: bool = False
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
@@ -104,10 +106,11 @@ class Session:
         device = _device(example_inputs)
         lowering.register_kernels(device)
         how = self.lowering or lowering.choose_lowering(device)
-        compile_half = functools.partial(self._lower_half, how=how)
+        compile_forward = functools.partial(self._lower_half, how=how, is_backward=False)
+        compile_backward = functools.partial(self._lower_half, how=how, is_backward=True)
         backend = aot_autograd(
-            fw_compiler=compile_half,
-            bw_compiler=compile_half,
+            fw_compiler=compile_forward,
+            bw_compiler=compile_backward,
             inference_compiler=functools.partial(self._infer, names=names, how=how),
             partition_fn=functools.partial(self._partition, names=names),
             decompositions={},
@@ -142,7 +145,9 @@ class Session:
             agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()}, members_of(joint.graph))
         return rewritten.halves.forward, rewritten.halves.backward
 
-    def _lower_half(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
+    def _lower_half(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_backward: bool
+    ) -> Callable[..., Any]:
         """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
         lower = functools.partial(self._lower, how=how)
         module = self.model() if self.model is not None else None
@@ -150,7 +155,7 @@ class Session:
         if self.main_grad and module is not None:
             gm, names = split_gradients(gm)
         inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
-        run = self._behind_weights(gm, inputs, lower)
+        run = self._behind_weights(gm, inputs, lower, releases=is_backward and self.release_weights)
         return run_with_accumulators(run, names, module) if names and module is not None else run
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
@@ -166,14 +171,18 @@ class Session:
         return self.scales.around(lowering.lower(gm, inputs, "reference"))
 
     def _behind_weights(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        lower: Callable[..., Callable[..., Any]],
+        releases: bool = False,
     ) -> Callable[..., Any]:
         if not self._keeps_weights():
             return lower(gm, inputs)
         main, chains = split_weights(gm)
         kept = [n.meta["val"] for n in main.graph.find_nodes(op="placeholder")[len(inputs) :]]
         run = lower(main, [*inputs, *kept])
-        return run_with_kept(run, chains, self.weights) if chains else run
+        return run_with_kept(run, chains, self.weights, releases) if chains else run
 
     def _keeps_weights(self) -> bool:
         module = self.model() if self.model is not None else None
@@ -235,6 +244,7 @@ def compile(
     lowering: str | None = None,
     without: Iterable[str] = (),
     keep_weights: bool = True,
+    release_weights: bool = False,
     main_grad: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> nn.Module:
@@ -248,6 +258,8 @@ def compile(
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
     keep_weights: hold the FP8 weights between calls and quantize them again only when the optimizer has changed them
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
+    release_weights: keep FP8 weights from forward to backward only, and free each when backward has read it: less memory,
+               and nothing is lost where every optimizer step has one micro-batch; otherwise each quantizes anew
     main_grad: accumulate every parameter's gradient in FP32, in its attribute `main_grad`, which starts at zero; `grad`
                stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
@@ -259,7 +271,7 @@ def compile(
     from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
-    session.keep_weights, session.main_grad = keep_weights, main_grad
+    session.keep_weights, session.release_weights, session.main_grad = keep_weights, release_weights, main_grad
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))

@@ -27,9 +27,9 @@ BLOCK = (128, 128)
 
 # Tile shapes and warps; measured on an H200 (tools/bench/results).
 ROW_TILE, ROW_WARPS = 16, 2
-COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 32, 8, 1
+COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 64, 4, 4
 BOTH_ROWS, BOTH_COLUMNS, BOTH_VECTOR, BOTH_WARPS = 64, 128, 8, 4
-BLOCK_WARPS = 4
+STRAIGHT_WARPS, TURNED_WARPS = 8, 4
 MASKED_WARPS = 16  # masks take registers
 
 
@@ -68,7 +68,9 @@ def column_kernel(
     tiles = tl.cdiv(C, COLS)
     pid = tl.program_id(0)
     group = pid // tiles
-    cols = tl.max_contiguous(tl.multiple_of((pid % tiles) * COLS + tl.arange(0, COLS), VEC), VEC)  # as in load_quantized
+    cols = tl.max_contiguous(
+        tl.multiple_of((pid % tiles) * COLS + tl.arange(0, COLS), VEC), VEC
+    )  # as in load_quantized
     if E_PAD == 0:
         begin = group * G
         end = tl.minimum(begin + G, R)
@@ -280,7 +282,7 @@ def _blocks(w: Tensor, fmt: Format, straight: bool, turned: bool) -> tuple[Tenso
         w, q.view(torch.uint8), qt.view(torch.uint8), scale_bytes(s), height, width,
         w.stride(0) if leading else 0, w.stride(-2),
         EVEN=is_even, STRAIGHT=straight, TURNED=turned,
-        **codes_of(fmt), WIDE=is_wide(w), num_warps=BLOCK_WARPS if is_even else MASKED_WARPS,
+        **codes_of(fmt), WIDE=is_wide(w), num_warps=(TURNED_WARPS if turned else STRAIGHT_WARPS) if is_even else MASKED_WARPS,
     )  # fmt: skip
     return q, qt, s
 

@@ -27,7 +27,8 @@ ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 64, 16, 2
+GATHER_ROWS, GATHER_COLS, GATHER_WARPS = 8, 256, 4
+COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 64, 8, 2
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -178,11 +179,11 @@ def gather_quantized(q: Tensor, s: Tensor, rows: Tensor, fmt: str) -> tuple[Tens
     out_s = empty_quantized(q, (height, s.shape[1] * 128), parsed)[1]
     words, to = _widest(q, out)
     scale, to_scale = scale_bytes(s), scale_bytes(out_s)
-    tile_rows, tile_cols = 8, 512
+    tile_rows, tile_cols = GATHER_ROWS, GATHER_COLS
     gather_kernel[(triton.cdiv(height, tile_rows) * triton.cdiv(words.shape[1], tile_cols),)](
         words, scale, rows.contiguous(), to, to_scale, height, words.shape[1], words.stride(0),
         scale.stride(0), scale.stride(1), to.stride(0), to_scale.stride(0), to_scale.stride(1), scale.shape[1],
-        ROWS=tile_rows, COLS=tile_cols, G_PAD=triton.next_power_of_2(scale.shape[1]), num_warps=4,
+        ROWS=tile_rows, COLS=tile_cols, G_PAD=triton.next_power_of_2(scale.shape[1]), num_warps=GATHER_WARPS,
     )  # fmt: skip
     return out, out_s
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8c.backends.triton.numerics import approximate_reciprocal
 from fp8c.backends.triton.quantize import (
     ELEMENTS,
     KINDS,
@@ -29,9 +30,9 @@ from fp8c.formats import Element, Format
 from fp8c.fused_ops import plain
 from fp8c.ops import empty_quantized, is_stored_transposed, quantized_format, restarts
 
-FORWARD_ROWS, FORWARD_WARPS = 8, 2
-ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 32, 4, 4
+FORWARD_ROWS, FORWARD_WARPS = 8, 1
+ROW_TILE, ROW_WARPS = 16, 2
+COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 32, 2, 4
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 32, 4, 4
 def sigmoid(x):
     """1 / (1 + exp(-x)) in four instructions; 0 below -87.3, where the value is no normal number."""
     e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x * -1.4426950408889634], tl.float32, True, 1)
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [e + 1.0], tl.float32, True, 1)
+    return approximate_reciprocal(e + 1.0)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ A contender is a module of its own, built from the same seed, and a call that ru
     fp8c          fp8c.compile, everything on
     fp8c-masked   fp8c.compile without causal-attention
     fp8c-main-grad  fp8c.compile with FP32 gradients accumulated by the GEMMs
+    fp8c-lean     the same, and FP8 weights are freed as backward reads them
 
 Every run counts as one optimizer step of one micro-batch: FP8 weights are quantized in each.
 """
@@ -24,7 +25,7 @@ import fp8c
 from fp8c import driver
 
 BF16 = torch.bfloat16
-CONTENDERS = ("bf16", "bf16-causal", "fp8c", "fp8c-masked", "fp8c-main-grad")
+CONTENDERS = ("bf16", "bf16-causal", "fp8c", "fp8c-masked", "fp8c-main-grad", "fp8c-lean")
 
 #: DeepSeek-V3's widths (transformers' defaults) with 2 MoE layers of 32 experts; 3.8 billion parameters.
 DEEPSEEK_V3 = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "n_routed_experts": 32, "vocab_size": 32768}
@@ -103,8 +104,11 @@ def make(workload: Workload, name: str, spec: str = "deepseek_v3", **options: An
         module.compile(fullgraph=True, dynamic=False)
     else:
         without = ("causal-attention",) if name == "fp8c-masked" else ()
-        main_grad = name == "fp8c-main-grad"
-        module = fp8c.compile(module, spec, dynamic=False, without=without, main_grad=main_grad, **options)
+        is_lean = name == "fp8c-lean"
+        main_grad = is_lean or name == "fp8c-main-grad"
+        module = fp8c.compile(
+            module, spec, dynamic=False, without=without, main_grad=main_grad, release_weights=is_lean, **options
+        )
     return Contender(name, module, workload, workload.inputs())
 
 
