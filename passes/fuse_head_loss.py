@@ -190,5 +190,7 @@ def scale(graph: fx.Graph, gemm: fx.Node, gradient: fx.Node, tangent: fx.Node, i
         if is_turned:
             scaled = g.emit(graph, aten.t.default, scaled, like=gemm)
             scaled.meta.pop(g.ROLE)
+            # Views of the product behind it want its rows side by side.
+            scaled = g.emit(graph, aten.clone.default, scaled, memory_format=torch.contiguous_format, like=scaled)
     gemm.replace_all_uses_with(scaled)
     graph.erase_node(gemm)
