@@ -146,7 +146,7 @@ def in_blocks(
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in FP32, without a rounding of the product."""
     if a.is_cuda and a.dtype is not torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
 

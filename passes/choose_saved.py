@@ -53,7 +53,10 @@ RANDOM = frozenset(
 )
 #: Too expensive to compute twice, or not allowed to.
 NEVER_TWICE = (
-    g.GEMMS | SCALED_GEMMS | RANDOM | {LINEAR_CROSS_ENTROPY, ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
+    g.GEMMS
+    | SCALED_GEMMS
+    | RANDOM
+    | {LINEAR_CROSS_ENTROPY, ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
 )
 
 

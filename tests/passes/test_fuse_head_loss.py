@@ -26,7 +26,9 @@ TOKENS, WORDS, WIDTH = 32, 96, 64
 Loss = Callable[..., Tensor]
 
 
-def captured(loss: Loss, *, dtype: torch.dtype = torch.bfloat16, dynamic: bool = False, **more: Tensor) -> opt.JointStep:
+def captured(
+    loss: Loss, *, dtype: torch.dtype = torch.bfloat16, dynamic: bool = False, **more: Tensor
+) -> opt.JointStep:
     module = Function(loss, w=random(WORDS, WIDTH, dtype=dtype), **more)
     labels = torch.randint(WORDS, (TOKENS,))
     return opt.capture_joint(module, data(TOKENS, WIDTH, dtype=dtype), labels, dynamic=dynamic)
@@ -35,8 +37,8 @@ def captured(loss: Loss, *, dtype: torch.dtype = torch.bfloat16, dynamic: bool =
 def fused(step: opt.JointStep, spec: str = "bf16") -> tuple[int, str]:
     """Rewrites, and the remark about the head."""
     result = opt.run_passes(step, spec, PASSES)
-    (remark,) = [r for r in result.ctx.remarks if r.code in ("R0844", "R0845")] or [None]
-    return result.changed[-1][1], "" if remark is None else remark.message
+    remarks = [r.message for r in result.ctx.remarks if r.code in ("R0844", "R0845")]
+    return result.changed[-1][1], remarks[0] if remarks else ""
 
 
 def plain(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -165,7 +167,9 @@ def test_a_head_in_fp8_stays() -> None:
     step = opt.capture_joint(Function(plain, w=random(128, 128)), data(128, 128), torch.randint(128, (128,)))
     result = opt.run_passes(step, loads(everything), PASSES)
     assert result.changed[-1][1] == 0
-    assert [r.message for r in result.ctx.remarks] == ["the output head is not joined with its loss: the spec puts it in FP8"]
+    assert [r.message for r in result.ctx.remarks] == [
+        "the output head is not joined with its loss: the spec puts it in FP8"
+    ]
 
 
 # --- transformers' models ------------------------------------------------------------------------------------------
@@ -193,7 +197,9 @@ def test_the_shipped_recipe_keeps_the_head_and_joins_it() -> None:
 
 def trained(outputs: tuple[str, ...], without: tuple[str, ...] = (), **options: Any) -> tuple[Any, dict[str, Tensor]]:
     torch.manual_seed(0)
-    loaded = load_model("hf:llama", overrides=MODELS["llama"] | {"tie_word_embeddings": True}, weights="random", batch=2, seq=32)
+    loaded = load_model(
+        "hf:llama", overrides=MODELS["llama"] | {"tie_word_embeddings": True}, weights="random", batch=2, seq=32
+    )
     step = fp8c.compile(loaded.module, "bf16", outputs=outputs, without=without, **options)
     inputs = dict(loaded.example_inputs)
     inputs["labels"] = inputs["labels"].clone()
@@ -208,7 +214,11 @@ def trained(outputs: tuple[str, ...], without: tuple[str, ...] = (), **options: 
 def test_a_tied_model_trains_the_same() -> None:
     """Embedding and head share a weight: its gradient is the sum of both, in BF16."""
     loss, gradients = trained(("loss",))
-    for outputs, without, options in (((), (), {}), (("loss",), ("fuse-head-loss",), {}), (("loss",), (), {"main_grad": True})):
+    for outputs, without, options in (
+        ((), (), {}),
+        (("loss",), ("fuse-head-loss",), {}),
+        (("loss",), (), {"main_grad": True}),
+    ):
         other, others = trained(outputs, without, **options)
         torch.testing.assert_close(loss, other, rtol=2.0**-20, atol=0.0)
         assert gradients.keys() == others.keys() and gradients
