@@ -28,6 +28,7 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
+from fp8c.backends.gemms import choice
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.delayed import DelayedScales
@@ -59,6 +60,7 @@ class Session:
     partial: the graphs may be parts of a model (graph breaks, layers compiled one by one), so a rule that matches
              nothing in one of them is no error
     without: optional passes left out
+    tune: give each GEMM to the implementation that was measured to be the fastest
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
     main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
     model:   the compiled module, for these two
@@ -73,6 +75,7 @@ class Session:
     observers: tuple[pipeline.Observer, ...] = ()
     verify_each: bool = True
     without: frozenset[str] = frozenset()
+    tune: bool = False
     keep_weights: bool = False
     main_grad: bool = False
     remarks: list[Diagnostic] = field(default_factory=list)
@@ -154,8 +157,12 @@ class Session:
         return run_with_accumulators(run, names, module) if names and module is not None else run
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        lowered = self._lower_with_scales(gm, inputs, how=how)
+        lowered = self._tuned(self._lower_with_scales(gm, inputs, how=how))
         return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
+
+    def _tuned(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Backward runs in a thread of autograd's, so the policy goes with the half, not with the caller."""
+        return choice.under(choice.MEASURE, run) if self.tune else run
 
     def _lower_with_scales(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_inference: bool = False
@@ -191,9 +198,10 @@ class Session:
         rewritten = pipeline.rewrite_inference(
             gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
         )
-        return self._behind_weights(
+        run = self._behind_weights(
             rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
         )
+        return self._tuned(run)
 
 
 def communicates(graph: fx.Graph) -> bool:
@@ -236,6 +244,7 @@ def compile(
     without: Iterable[str] = (),
     keep_weights: bool = True,
     main_grad: bool = False,
+    tune: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
@@ -250,6 +259,9 @@ def compile(
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
     main_grad: accumulate every parameter's gradient in FP32, in its attribute `main_grad`, which starts at zero; `grad`
                stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
+    tune:      measure the implementations of each GEMM at its first call (fp8c's CUDA and Triton kernels, cuBLASLt, DeepGEMM)
+               and take the fastest, remembered on disk (docs/kernels.md); by default fp8c's own, whose bits depend on
+               nothing measured. FP8C_GEMM in the environment stands above it
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
                (docs/expert_parallel.md)
@@ -259,7 +271,7 @@ def compile(
     from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
-    session.keep_weights, session.main_grad = keep_weights, main_grad
+    session.keep_weights, session.main_grad, session.tune = keep_weights, main_grad, tune
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
