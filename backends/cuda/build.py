@@ -88,6 +88,13 @@ def _source_texts() -> dict[str, str]:
     return {name: (here / name).read_text() for name in SOURCES}
 
 
+@cache
+def source_digest() -> str:
+    """Of the kernel's sources and options: what a measured time of it belongs to."""
+    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts().items()))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
 def _key(config: GemmConfig) -> str:
     parts = [str(_compiler()), ARCHITECTURE, *OPTIONS]
     for name, text in sorted({**_source_texts(), **config.headers()}.items()):
