@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[1]
 
 #: The scheduler's model of time: tables of durations in, schedules out.
 SCHEDULER = (
-    *("cluster", "cost_model", "durations", "graph_costs", "network", "overlap", "pipeline_schedule", "routing"),
+    *(
+        "cluster",
+        "contention",
+        "cost_model",
+        "durations",
+        "graph_costs",
+        "network",
+        "overlap",
+        "pipeline_schedule",
+        "routing",
+    ),
     *("schedule", "schedule_search", "workload"),
 )
 #: Layers from the left: a module may import its own layer and those before it.
