@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8c.backends.triton import gather_sum, quantize, requantize, swiglu, transpose
+from fp8c.backends.triton import gather_sum, head_loss, quantize, requantize, swiglu, transpose
 
 #: The launchers by the name of their operator.
 KERNELS = {
@@ -27,6 +27,7 @@ KERNELS = {
         swiglu.swiglu_backward_quantize,
         transpose.transposed,
         gather_sum.gather_sum,
+        head_loss.linear_cross_entropy,
     )
 }
 
