@@ -32,7 +32,6 @@ class Norm:
     x: fx.Node
     weight: fx.Node
     eps: float
-    factor: fx.Node  # rsqrt
     inside: frozenset[fx.Node]  # what nothing else may read
 
 
@@ -49,8 +48,6 @@ def join(graph: fx.Graph, quantize: fx.Node) -> int:
     found = norm_behind(quantize.args[0])
     if found is None or any(u is not quantize and u not in found.inside for n in found.inside for u in n.users):
         return 0
-    if any(u not in found.inside for u in found.factor.users):
-        return 0  # backward keeps the factor that forward used: it must be the same one
     with graph.inserting_before(quantize):
         new = g.emit(
             graph, fused_ops.RMS_NORM_QUANTIZE, found.x, found.weight, found.eps, quantize.args[1], like=quantize
@@ -74,13 +71,13 @@ def norm_behind(value: Any) -> Norm | None:
             found = factor_behind(narrow, [*inside, product, narrow])
             if found is None or g.value(weight).dtype is not g.value(found[0]).dtype:
                 return None
-            x, eps, factor, every = found
-            return Norm(x, weight, eps, factor, frozenset(every))
+            x, eps, every = found
+            return Norm(x, weight, eps, frozenset(every))
     return None
 
 
-def factor_behind(narrow: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, float, fx.Node, list[fx.Node]] | None:
-    """(x, eps, rsqrt, nodes) of `(x * rsqrt(mean(x^2) + eps)).to(x.dtype)`, computed in FP32."""
+def factor_behind(narrow: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, float, list[fx.Node]] | None:
+    """(x, eps, nodes) of `(x * rsqrt(mean(x^2) + eps)).to(x.dtype)`, computed in FP32."""
     scaled: Any = narrow.args[0]
     if not g.is_call(scaled, {aten.mul.Tensor}):
         return None
@@ -101,7 +98,8 @@ def factor_behind(narrow: fx.Node, inside: list[fx.Node]) -> tuple[fx.Node, floa
         return None
     if g.value(x).dtype is not g.value(narrow).dtype or g.value(x).dtype not in (torch.bfloat16, torch.float16):
         return None
-    return x, shifted.args[1], factor, [*inside, scaled, shifted, mean, square]
+    # The factor among them: where backward keeps the one that forward used, it must be the same one.
+    return x, shifted.args[1], [*inside, scaled, factor, shifted, mean, square]
 
 
 def walk(node: fx.Node, targets: frozenset[Any], passed: list[fx.Node]) -> fx.Node:
