@@ -28,6 +28,7 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
+from fp8c.backends.gemms import choice
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.delayed import DelayedScales
@@ -59,6 +60,7 @@ class Session:
     partial: the graphs may be parts of a model (graph breaks, layers compiled one by one), so a rule that matches
              nothing in one of them is no error
     without: optional passes left out
+    tune: give each GEMM to the implementation that was measured to be the fastest
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
     main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
     outputs: fields of the model's output that the compiled call returns; all of them where empty
@@ -74,6 +76,7 @@ class Session:
     observers: tuple[pipeline.Observer, ...] = ()
     verify_each: bool = True
     without: frozenset[str] = frozenset()
+    tune: bool = False
     keep_weights: bool = False
     main_grad: bool = False
     outputs: tuple[str, ...] = ()
@@ -156,8 +159,12 @@ class Session:
         return run_with_accumulators(run, names, module) if names and module is not None else run
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        lowered = self._lower_with_scales(gm, inputs, how=how)
+        lowered = self._tuned(self._lower_with_scales(gm, inputs, how=how))
         return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
+
+    def _tuned(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Backward runs in a thread of autograd's, so the policy goes with the half, not with the caller."""
+        return choice.under(choice.MEASURE, run) if self.tune else run
 
     def _lower_with_scales(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_inference: bool = False
@@ -193,9 +200,10 @@ class Session:
         rewritten = pipeline.rewrite_inference(
             gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
         )
-        return self._behind_weights(
+        run = self._behind_weights(
             rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
         )
+        return self._tuned(run)
 
 
 def communicates(graph: fx.Graph) -> bool:
@@ -239,6 +247,7 @@ def compile(
     keep_weights: bool = True,
     main_grad: bool = False,
     outputs: Iterable[str] = (),
+    tune: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
@@ -255,6 +264,9 @@ def compile(
                stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
     outputs:   the fields of the model's output that the caller reads, ("loss",) say; the others come back as None and
                need not exist: a loss whose logits nobody reads is joined with the output head. By default all fields
+    tune:      measure the implementations of each GEMM at its first call (fp8c's CUDA and Triton kernels, cuBLASLt, DeepGEMM)
+               and take the fastest, remembered on disk (docs/kernels.md); by default fp8c's own, whose bits depend on
+               nothing measured. FP8C_GEMM in the environment stands above it
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
                (docs/expert_parallel.md)
@@ -264,7 +276,8 @@ def compile(
     from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
-    session.keep_weights, session.main_grad, session.outputs = keep_weights, main_grad, field_names(outputs)
+    session.keep_weights, session.main_grad, session.tune = keep_weights, main_grad, tune
+    session.outputs = field_names(outputs)
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))

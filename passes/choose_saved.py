@@ -168,9 +168,10 @@ def _cache_gate_inputs(anchor: fx.Node, use: UsePlan, policy: Policy) -> None:
     if len(formats) != 1:
         return
     (fmt,) = formats
+    kept_as = fmt if fmt.is_quantized else None  # `cache gate as bf16`: as the GEMM wrote it
     for gemm in feeding_gemms(anchor):
         why = f"cache gate, up of {use.use.key}"
-        policy.must_save[gemm] = SavedValue(gemm.name, fmt, why, use.reason("cache.gate"))
+        policy.must_save[gemm] = SavedValue(gemm.name, kept_as, why, use.reason("cache.gate"))
 
 
 def feeding_gemms(anchor: fx.Node) -> list[fx.Node]:
