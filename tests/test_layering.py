@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "delayed",
         "ops",
         "fused_ops",
+        "norm_ops",
         "swiglu_ops",
         "exchange",
         "gather_sum_op",
