@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "fused_ops",
         "norm_ops",
         "swiglu_ops",
+        "embedding_op",
         "exchange",
         "gather_sum_op",
         "head_loss",
