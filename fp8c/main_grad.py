@@ -3,8 +3,11 @@
     Before:  %dw = fp8c.scaled_mm(%dyq, %dys, %xq, %xs, ..., bfloat16)      returned as the parameter's gradient
     After:   fp8c.scaled_mm_add_(%main_grad, %dyq, %dys, %xq, %xs, ...)     f32[N, K] += FP32 product; None is returned
 
+    Before:  %de = aten.embedding_dense_backward(%dy, %ids, V, -1, False)    bf16[V, H], most of it zeros
+    After:   aten.index_put_(%main_grad, [%ids], %dy, accumulate=True)       the rows of the batch's words, in FP32
+
 `p.main_grad` is an FP32 tensor of the parameter's shape, zero at first, as Megatron-LM has it; `p.grad` stays None. What
-is no GEMM (norms, embeddings, biases) is added as it is, so every trained parameter follows one convention, and a
+is neither (norms, biases) is added as it is, so every trained parameter follows one convention, and a
 gradient that reaches a parameter outside the compiled step is moved over by a hook.
 """
 
@@ -25,6 +28,9 @@ from fp8c.graph import aten
 GRADIENT_OF = "fp8c_gradient_of"
 
 _ADDING: dict[Any, Any] = {ops.SCALED_MM: ops.SCALED_MM_ADD_, ops.SCALED_GROUPED_WGRAD: ops.SCALED_GROUPED_WGRAD_ADD_}
+
+
+_EMBEDDING = aten.embedding_dense_backward.default
 
 
 def add_main_grads(module: nn.Module) -> None:
@@ -110,7 +116,8 @@ def split_gradients(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
 
 
 def add_to(graph: fx.Graph, accumulator: fx.Node, gradient: fx.Node, output: fx.Node) -> None:
-    """Insert `accumulator += gradient`: in the GEMM that computes it where that is one, right behind it."""
+    """Insert `accumulator += gradient`: in the GEMM that computes it where that is one, row by row for an embedding, else
+    right behind it."""
     source, transposed = behind_views(gradient)
     adding = _ADDING.get(source.target) if source.op == "call_function" else None
     if adding is not None and len(source.users) == 1:
@@ -120,6 +127,12 @@ def add_to(graph: fx.Graph, accumulator: fx.Node, gradient: fx.Node, output: fx.
             a_fmt, b_fmt = b_fmt, a_fmt
         with graph.inserting_before(source):
             g.emit(graph, adding, accumulator, *operands, a_fmt, b_fmt, promote_every, like=source)
+        return
+    if source.target is _EMBEDDING and len(source.users) == 1 and not transposed and source.args[3:] == (-1, False):
+        dy, indices = source.args[:2]
+        with graph.inserting_before(source):
+            wide = g.emit(graph, aten._to_copy.default, dy, dtype=torch.float32, like=source)
+            g.emit(graph, aten.index_put_.default, accumulator, [indices], wide, True, like=source)
         return
     with graph.inserting_before(g.after(gradient) if gradient.op != "placeholder" else output):
         g.emit(graph, aten.add_.Tensor, accumulator, gradient, like=gradient)

@@ -45,7 +45,9 @@ def test_more_than_2_31_elements() -> None:
     ops = torch.ops.fp8c
     rows, cols, last, k = 2**17 + 256, 2**14 + 256, 256, 8
     assert rows * cols > 2**31
-    row, column, row2, column2 = (f"e4m3[{group}] {scale}" for scale in ("fp32", "pow2") for group in ("1x128", "128x1"))
+    row, column, row2, column2 = (
+        f"e4m3[{group}] {scale}" for scale in ("fp32", "pow2") for group in ("1x128", "128x1")
+    )
     x = torch.empty(rows, cols, dtype=torch.bfloat16, device="cuda").normal_()
     tail = x[-last:]
 
