@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
 from fp8c import decompositions, ops
@@ -77,6 +78,29 @@ def test_backward_is_right_for_any_layout_of_out(name: str) -> None:
     for grad, reference in zip(found, expected):
         # The kernels may sum dq in another order from run to run: BF16 rounding of equal sums.
         assert float((grad - reference).float().norm()) <= 2.0**-7 * float(reference.float().norm())
+
+
+def test_backward_is_right_beside_eager_attention() -> None:
+    """PyTorch takes a cuDNN plan made for eager attention's layout of `out` for ours as well: dq and dk came out wrong."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 4, 256, 128, generator=generator).bfloat16().cuda() for _ in range(2))  # stored heads first
+    both = torch.randn(2, 256, 4, 128, generator=generator).bfloat16().cuda()
+    v, dout = both[..., :64].transpose(1, 2), both[..., 64:].transpose(1, 2).contiguous()
+    dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def eager() -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    evaluation = evaluate_attention(dout, q, k, v, None, True, None, rounds_probabilities=True)
+    assert choose(q, k, v, None, True, True) is Kernel.CUDNN
+    eager()
+    out, lse = ops.ATTENTION(q, k, v, None, True, None, True)
+    ours = (out, *ops.ATTENTION_BACKWARD(dout, q, k, v, out, lse, None, True, None, True))
+    for found in (ours, eager()):  # and eager attention is right beside ours
+        assert max(evaluation.worst_ratios(*found)) <= 1.0, evaluation.worst_ratios(*found)
 
 
 def test_the_common_cases_use_a_fused_kernel() -> None:
