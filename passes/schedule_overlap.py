@@ -20,13 +20,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from fp8c import graph as g
+from fp8c.contention import Interference, replay
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, fail
 from fp8c.graph_costs import WAIT, group_of, is_collective, members_of, node_us, stream_of
@@ -38,6 +39,7 @@ from fp8c.schedule import (
     CollectiveCall,
     Problem,
     Schedule,
+    Slot,
     Task,
     check_ranks,
     make_problem,
@@ -51,12 +53,16 @@ NodeCost = Callable[[fx.Node], float]
 
 @dataclass(frozen=True)
 class OverlapReport:
-    """What scheduling one graph gave. `before` is the given order on two streams, waits blocking where they stand."""
+    """What scheduling one graph gave. `before` is the given order on two streams, waits blocking where they stand.
+
+    expected: the schedule as it should run, with compute and transfers slowing each other down where they meet
+    """
 
     schedule: Schedule
     before: Exposure
     after: Exposure
     moved: int
+    expected: tuple[Slot, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class ScheduleOverlap:
             report = schedule_graph(
                 half.graph,
                 functools.partial(node_us, machine=machine, comm_sms=self.comm_sms),
+                interference=machine.interference,
                 memory_budget_bytes=self.memory_budget_bytes,
                 limits=self.limits,
             )
@@ -100,23 +107,32 @@ def schedule_graph(
     graph: fx.Graph,
     cost_us: NodeCost,
     *,
+    interference: Interference = Interference(),
     memory_budget_bytes: int | None = None,
     limits: SearchLimits = DEFAULT_LIMITS,
 ) -> OverlapReport:
-    """Reorder `graph` in place. `cost_us` gives each node's time in microseconds; nodes of cost 0 follow their readers.
+    """Reorder `graph` in place. `cost_us` gives each node's time by itself in microseconds; nodes of cost 0 follow their
+    readers. The search takes transfers as slow as they are beside compute.
 
     Raises: E0905 when no order keeps what the graph computes within the budget; E0756 if a node was lost (a bug).
     """
     before = snapshot(graph)
     order = list(graph.nodes)
-    problem, anchors = graph_problem(graph, cost_us, memory_budget_bytes)
+
+    def beside_us(node: fx.Node) -> float:
+        return cost_us(node) * (interference.comm if stream_of(node) == COMM else 1.0)
+
+    problem, anchors = graph_problem(graph, beside_us, memory_budget_bytes)
     schedule = solve(problem, limits)
+    tasks = {task.name: task for task in problem.tasks}
+    issued = [replace(tasks[name], duration_us=cost_us(anchors[name])) for name in issue_order(schedule)]
     given = program_order(issue_order_problem(graph, cost_us))
     found = emission_order(graph, [anchors[name] for name in issue_order(schedule)])
     _apply(graph, found)
     raise_if(order_only(before, graph))
     moved = sum(a is not b for a, b in zip(order, graph.nodes))
-    return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved)
+    expected = replay(issued, interference)
+    return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved, expected)
 
 
 def issue_order(schedule: Schedule) -> list[str]:
