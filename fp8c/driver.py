@@ -26,17 +26,24 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
+from fp8c import graph as g
 from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.delayed import DelayedScales
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
-from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.distributed import (
+    EXPERT_PARALLEL_STATE,
+    agree_on,
+    explaining_lost_ranks,
+    gradients_noted,
+    watch_gradients,
+)
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective, members_of
 from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
-from fp8c.main_grad import add_main_grads, run_with_accumulators, split_gradients, zero_main_grads
+from fp8c.main_grad import add_main_grads, is_sharded_expert, run_with_accumulators, split_gradients, zero_main_grads
 from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
@@ -146,12 +153,15 @@ class Session:
         """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
         lower = functools.partial(self._lower, how=how)
         module = self.model() if self.model is not None else None
-        names: list[str] = []
+        names: dict[str, int] = {}
         if self.main_grad and module is not None:
-            gm, names = split_gradients(gm)
+            sharded = {g.canonical_path(n) for n, p in module.named_parameters() if is_sharded_expert(p)}
+            gm, names = split_gradients(gm, sharded)
         inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
         run = self._behind_weights(gm, inputs, lower)
-        return run_with_accumulators(run, names, module) if names and module is not None else run
+        if not names or module is None:
+            return run
+        return run_with_accumulators(run, names, module, gradients_noted(module))
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
         lowered = self._lower_with_scales(gm, inputs, how=how)
@@ -264,13 +274,6 @@ def compile(
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
     session.remarks += prepare(model, mesh=mesh)
-    if main_grad and mesh is not None:
-        raise fail(
-            "E0843",
-            "main_grad=True can't be combined with a mesh: reduce_gradients reads p.grad",
-            help="compile without main_grad",
-            exit_code=ExitCode.USAGE,
-        )
     if main_grad:
         add_main_grads(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own

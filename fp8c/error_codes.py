@@ -222,8 +222,8 @@ EXPLANATIONS: dict[str, str] = {
     "that fp8c does not follow.",
     "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
     "that can't be told, so every forward and backward quantizes them.",
-    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. A parameter that is "
-    "sharded (DTensor, FSDP2) has its gradient reduced by FSDP2 instead.",
+    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. An expert that "
+    "a mesh shards over `ep` has a DTensor of them; any other sharded parameter (FSDP2) has its gradient reduced by FSDP2 instead.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "

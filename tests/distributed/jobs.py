@@ -368,6 +368,58 @@ def unreduced_gradients() -> str:
     return text
 
 
+def main_grad_steps(spec: str, rounds: int = 2) -> dict[str, Any]:
+    """FP32 accumulators over some micro-batches, reduced, then a step of the optimizer; experts' are given whole."""
+    import fp8c
+    from fp8c import distributed
+    from fp8c.optim import AdamW
+
+    step = fp8c.compile(build("loop"), spec=spec, target="cpu", mesh=mesh_of(), main_grad=True)
+    optimizer = AdamW(step, lr=0.1)
+    for at in range(rounds):
+        tokens = batch(dist.get_rank() + 10 * at)
+        loss_of(logits_of(step(input_ids=tokens)), tokens).backward()
+    found: dict[str, Any] = {n: p.main_grad for n, p in step.named_parameters()}  # type: ignore[attr-defined]
+    summed = {n: whole(t) for n, t in found.items() if isinstance(t, DTensor)}
+    own = {n: t.clone() for n, t in found.items() if n not in summed}
+    refused = ""
+    try:
+        optimizer.step()
+    except fp8c.DiagnosticError as error:
+        refused = str(error)
+    distributed.reduce_gradients(step)
+    before = {n: whole(p.detach()) for n, p in step.named_parameters()}
+    reduced = {n: whole(t) for n, t in found.items()}
+    optimizer.step()
+    return {
+        "summed": summed,
+        "own": own,
+        "reduced": reduced,
+        "refused": refused,
+        "grads": [n for n, p in step.named_parameters() if p.grad is not None],
+        "moved": [n for n, p in step.named_parameters() if not torch.equal(whole(p.detach()), before[n])],
+        "zeroed": zeroed(step),
+    }
+
+
+def zeroed(step: nn.Module) -> bool:
+    step.zero_grad()
+    return all(not whole(p.main_grad).any() for p in step.parameters())
+
+
+def one_device_main_grads(spec: str, sequences: list[list[int]]) -> dict[str, Tensor]:
+    """The accumulators of one device after micro-batches of these ranks' sequences."""
+    import fp8c
+
+    torch._dynamo.reset()
+    step = fp8c.compile(build("loop"), spec=spec, target="cpu", main_grad=True)
+    for ranks in sequences:
+        tokens = torch.cat([batch(rank) for rank in ranks])
+        logits = logits_of(step(input_ids=tokens))
+        torch.stack([loss_of(logits[i : i + 1], tokens[i : i + 1]) for i in range(len(ranks))]).sum().backward()
+    return {n: p.main_grad for n, p in step.named_parameters()}  # type: ignore[attr-defined, misc]
+
+
 def dualpipe(spec: str, micro_batches: int = 8) -> dict[str, Any]:
     """Four stages on two ranks (a V), trained by DualPipeV with pairs as one graph; the same stages one after another."""
     from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV

@@ -136,6 +136,27 @@ def test_an_optimizer_refuses_gradients_that_differ_between_ranks(two: Run) -> N
 
 
 @pytest.mark.slow
+def test_fp32_accumulators_of_a_mesh(two: Run, jobs: ModuleType) -> None:
+    """Experts' accumulators against one device with both ranks' sequences in a batch, the others' against one device
+    per rank, all over two micro-batches; reduced ones are means in rank order; the optimizer refuses others."""
+    got = two("main_grad_steps", "deepseek_v3")
+    together = jobs.one_device_main_grads("deepseek_v3", [[0, 1], [10, 11]])
+    alone = [jobs.one_device_main_grads("deepseek_v3", [[rank], [rank + 10]]) for rank in range(2)]
+    assert len(got[0]["summed"]) == 3
+    for rank, found in enumerate(got):
+        assert "E0864" in found["refused"]
+        assert found["grads"] == [] and found["zeroed"]
+        assert set(found["moved"]) == found["reduced"].keys()
+        for name, total in found["summed"].items():
+            assert total.dtype is torch.float32
+            assert torch.equal(total, jobs.stacked(together, name)), name
+            assert torch.equal(found["reduced"][name], total / 2), name
+        for name, mine in found["own"].items():
+            assert torch.equal(mine, alone[rank][name]), name
+            assert torch.equal(found["reduced"][name], (alone[0][name] + alone[1][name]) / 2), name
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_is_reported(jobs: ModuleType) -> None:
     with load("ranks").pool(2, 30.0) as run:
         told, died = run("lose_a_rank")
