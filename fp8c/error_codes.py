@@ -263,7 +263,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0865": "A collective of the step failed because another rank is gone or late. The rank that failed first has the "
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
-    "cannot be combined with it.",
+    "cannot be combined with it, and loading the build takes ranks that form the same mesh.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
