@@ -10,6 +10,8 @@ import contextlib
 import copy
 import functools
 import gc
+import hashlib
+import json
 import logging
 import re
 import weakref
@@ -144,9 +146,8 @@ class Session:
         if self.plan_only:
             raise PlanningDone
         if communicates(joint.graph):
-            halves = rewritten.halves
-            hashes = (portable_hash(half.graph) for half in (halves.forward, halves.backward))
-            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()}, members_of(joint.graph))
+            module = self.model() if self.model is not None else None
+            agree_on(step_facts(rewritten, module is None or owns_evenly(module)), members_of(joint.graph))
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower_half(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
@@ -204,6 +205,24 @@ class Session:
         return self._behind_weights(
             rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
         )
+
+
+def step_facts(rewritten: pipeline.Rewritten, owns_evenly: bool) -> dict[str, str]:
+    """What ranks that exchange something have to share; without sizes where some own fewer experts than others."""
+    halves = rewritten.halves
+    hashes = (portable_hash(half.graph, has_sizes=owns_evenly) for half in (halves.forward, halves.backward))
+    plan = rewritten.plan.to_json()
+    if not owns_evenly:
+        for use in plan["uses"].values():
+            use.pop("shape", None)
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    return {"graph": " ".join(hashes), "plan": digest}
+
+
+def owns_evenly(module: nn.Module) -> bool:
+    """Whether every rank has as many experts as the others, in every layer."""
+    ranks = (part.__dict__.get("fp8c_ranks") for part in module.modules())
+    return all(len(set(found.owned)) == 1 for found in ranks if found is not None)
 
 
 def communicates(graph: fx.Graph) -> bool:

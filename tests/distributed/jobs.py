@@ -134,7 +134,9 @@ def expert_parallel_step(kind: str, spec: str, expert: int | None = None, expert
         "own": mine,
         "reduced": reduced,
         "remarks": [r.code for r in driver.session_of(step).remarks],
-        "plan": driver.session_of(step).steps[-1].plan.digest(),
+        "plan": driver.step_facts(driver.session_of(step).steps[-1], owns_evenly=experts % dist.get_world_size() == 0)[
+            "plan"
+        ],
     }
 
 
