@@ -25,10 +25,10 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
 
     if device == "cuda":
-        # Attention by PyTorch's fused kernels, GEMMs in CUDA, quantizers in Triton, the portable form of the rest. What the GEMM
-        # kernels can't take (another GPU, no compiler and no cached kernel) they pass on to the portable form, with a remark.
+        # Attention by PyTorch's fused kernels, GEMMs by what is chosen for each, quantizers in Triton, the portable form of
+        # the rest.
         import fp8c.backends.aten  # noqa: F401
-        import fp8c.backends.cuda  # noqa: F401
+        import fp8c.backends.gemms.dispatch  # noqa: F401
 
         # Without triton, and on GPUs that can't convert to FP8, the portable form.
         is_too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from fp8c import capture, pipeline
 from fp8c import graph as g
 from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
+from fp8c.backends.gemms import choice
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.delayed import DelayedScales
@@ -68,8 +69,10 @@ class Session:
     partial: the graphs may be parts of a model (graph breaks, layers compiled one by one), so a rule that matches
              nothing in one of them is no error
     without: optional passes left out
+    tune: give each GEMM to the implementation that was measured to be the fastest
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
     main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
+    outputs: fields of the model's output that the compiled call returns; all of them where empty
     model:   the compiled module, for these two
     scales:  histories of delayed scales; their `state_dict()` belongs into a checkpoint
     """
@@ -82,8 +85,10 @@ class Session:
     observers: tuple[pipeline.Observer, ...] = ()
     verify_each: bool = True
     without: frozenset[str] = frozenset()
+    tune: bool = False
     keep_weights: bool = False
     main_grad: bool = False
+    outputs: tuple[str, ...] = ()
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
@@ -165,8 +170,12 @@ class Session:
         return run_with_accumulators(run, names, module, gradients_noted(module))
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        lowered = self._lower_with_scales(gm, inputs, how=how)
+        lowered = self._tuned(self._lower_with_scales(gm, inputs, how=how))
         return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
+
+    def _tuned(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Backward runs in a thread of autograd's, so the policy goes with the half, not with the caller."""
+        return choice.under(choice.MEASURE, run) if self.tune else run
 
     def _lower_with_scales(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_inference: bool = False
@@ -202,9 +211,10 @@ class Session:
         rewritten = pipeline.rewrite_inference(
             gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
         )
-        return self._behind_weights(
+        run = self._behind_weights(
             rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
         )
+        return self._tuned(run)
 
 
 def step_facts(rewritten: pipeline.Rewritten, owns_evenly: bool) -> dict[str, str]:
@@ -265,6 +275,8 @@ def compile(
     without: Iterable[str] = (),
     keep_weights: bool = True,
     main_grad: bool = False,
+    outputs: Iterable[str] = (),
+    tune: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Compile a model's training step to a precision spec; returns a drop-in module.
@@ -279,6 +291,11 @@ def compile(
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
     main_grad: accumulate every parameter's gradient in FP32, in its attribute `main_grad`, which starts at zero; `grad`
                stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
+    outputs:   the fields of the model's output that the caller reads, ("loss",) say; the others come back as None and
+               need not exist: a loss whose logits nobody reads is joined with the output head. By default all fields
+    tune:      measure the implementations of each GEMM at its first call (fp8c's CUDA and Triton kernels, cuBLASLt, DeepGEMM)
+               and take the fastest, remembered on disk (docs/kernels.md); by default fp8c's own, whose bits depend on
+               nothing measured. FP8C_GEMM in the environment stands above it
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
                (docs/expert_parallel.md)
@@ -288,7 +305,8 @@ def compile(
     from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
-    session.keep_weights, session.main_grad = keep_weights, main_grad
+    session.keep_weights, session.main_grad, session.tune = keep_weights, main_grad, tune
+    session.outputs = field_names(outputs)
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
@@ -312,7 +330,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     call = step._call_impl
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
-    compiled = torch.compile(call, backend=guarded(session), **options)
+    traced = only_fields(call, session.outputs) if session.outputs else call
+    compiled = torch.compile(traced, backend=guarded(session), **options)
     plain = uncompiled(step)  # what is compared must not be the compiled module
     to_compare = needs_comparison(plain)
 
@@ -352,6 +371,30 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
     step.__dict__["__reduce_ex__"] = reduce
+
+
+def field_names(outputs: Iterable[str]) -> tuple[str, ...]:
+    """Raises: TypeError for a single string, whose letters would be taken for names."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs takes names, ({outputs!r},) say")
+    return tuple(outputs)
+
+
+def only_fields(call: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """A model's call that returns these fields of its output: an object of the same class (transformers' ModelOutput),
+    the other fields None, or a dict with these keys alone. Under Dynamo, so what is left out is never computed for it.
+
+    Raises: TypeError for an output without named fields, KeyError for a field it does not have
+    """
+
+    def selected(*args: Any, **kwargs: Any) -> Any:
+        found = call(*args, **kwargs)
+        if not isinstance(found, Mapping):
+            raise TypeError(f"outputs={names} needs a model that returns named fields, but it returned {type(found)}")
+        fields = {name: found[name] for name in names}
+        return fields if type(found) is dict else type(found)(**fields)
+
+    return selected
 
 
 def uncompiled(step: nn.Module) -> nn.Module:

@@ -3,8 +3,6 @@
 The cache is a folder of files named by a hash of everything that went into them: sources, options, compiler version,
 architecture. A file is a SHA-256 digest followed by the cubin; it is written beside and renamed into place under a lock,
 checked whenever it is read, and rebuilt when the check fails. Several processes may share it.
-
-Environment: FP8C_CACHE_DIR, the cache's folder instead of the user's cache folder.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from fp8c.backends.cuda.config import GemmConfig
+from fp8c.cache import cache_folder
 from fp8c.diagnostics import ExitCode, fail
 
 ARCHITECTURE = "sm_90a"
@@ -38,11 +37,11 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cubin(config: GemmConfig, folder: Path | None = None) -> bytes:
-    """Machine code of one kernel, from the cache in `folder` (default: `cache_folder()`) or freshly compiled into it.
+    """Machine code of one kernel, from the cache in `folder` (default: the user's) or freshly compiled into it.
 
     Raises: E0430 when neither NVRTC nor nvcc is installed, E0431 when the compiler rejects the kernel.
     """
-    folder = folder or cache_folder()
+    folder = folder or cache_folder("kernels")
     path = folder / f"{_key(config)}.cubin"
     code = _read_checked(path)
     if code is not None:
@@ -61,14 +60,6 @@ def build_all(configs: Iterable[GemmConfig]) -> None:
     # Not forked: the parent may hold a CUDA context.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         list(pool.map(cubin, configs))
-
-
-def cache_folder() -> Path:
-    if "FP8C_CACHE_DIR" in os.environ:
-        return Path(os.environ["FP8C_CACHE_DIR"])
-    from platformdirs import user_cache_path
-
-    return user_cache_path("fp8c") / "kernels"
 
 
 def has_compiler() -> bool:
@@ -95,6 +86,13 @@ def _compiler() -> tuple[str, str] | None:
 def _source_texts() -> dict[str, str]:
     here = Path(__file__).parent
     return {name: (here / name).read_text() for name in SOURCES}
+
+
+@cache
+def source_digest() -> str:
+    """Of the kernel's sources and options: what a measured time of it belongs to."""
+    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts().items()))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def _key(config: GemmConfig) -> str:
