@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fp8c import driver
 from fp8c import graph as g
+from fp8c.backends import prebuilt
 from fp8c.backends.target import load_target
 from fp8c.build import Build, read_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
@@ -66,6 +68,8 @@ def load(
         build=read,
     )
     session.remarks += prepare(loaded.module, loaded.example_inputs)
+    if read.has(prebuilt.INDEX) and torch.cuda.is_available():
+        session.remarks += prebuilt.install(read.read, session.target.architecture)
     step = LoadedStep(loaded.module, loaded.loss, source=loaded.source)
     step.compile(backend=driver.guarded(session), fullgraph=True)
     step.__dict__["fp8c_session"] = session
