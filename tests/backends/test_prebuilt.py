@@ -184,6 +184,14 @@ def test_microscaling_on_blackwell_is_native() -> None:
         assert "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale" in ptx and ".target sm_100a" in ptx
 
 
+def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prebuilt, "find_spec", lambda name: None)
+    with pytest.raises(DiagnosticError, match="E0433.*for h200 here: triton is not installed"):
+        prebuilt.kernel_files(expert_halves(), H200)
+    index = {"kernels": [{}, {}], "triton": "3"}
+    assert prebuilt.stale_triton(index, lambda name: b"", "sm90") == 2
+
+
 def test_targets_without_kernels_are_refused() -> None:
     with pytest.raises(DiagnosticError, match="E0433"):
         prebuilt.kernel_files(expert_halves(), load_target("cpu"))
