@@ -13,7 +13,7 @@ import gc
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Session:
     tune: give each GEMM to the implementation that was measured to be the fastest
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
     main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
+    outputs: fields of the model's output that the compiled call returns; all of them where empty
     model:   the compiled module, for these two
     scales:  histories of delayed scales; their `state_dict()` belongs into a checkpoint
     """
@@ -78,6 +79,7 @@ class Session:
     tune: bool = False
     keep_weights: bool = False
     main_grad: bool = False
+    outputs: tuple[str, ...] = ()
     remarks: list[Diagnostic] = field(default_factory=list)
     steps: list[pipeline.Rewritten] = field(default_factory=list)
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
@@ -244,6 +246,7 @@ def compile(
     without: Iterable[str] = (),
     keep_weights: bool = True,
     main_grad: bool = False,
+    outputs: Iterable[str] = (),
     tune: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> nn.Module:
@@ -259,6 +262,8 @@ def compile(
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
     main_grad: accumulate every parameter's gradient in FP32, in its attribute `main_grad`, which starts at zero; `grad`
                stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
+    outputs:   the fields of the model's output that the caller reads, ("loss",) say; the others come back as None and
+               need not exist: a loss whose logits nobody reads is joined with the output head. By default all fields
     tune:      measure the implementations of each GEMM at its first call (fp8c's CUDA and Triton kernels, cuBLASLt, DeepGEMM)
                and take the fastest, remembered on disk (docs/kernels.md); by default fp8c's own, whose bits depend on
                nothing measured. FP8C_GEMM in the environment stands above it
@@ -272,6 +277,7 @@ def compile(
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
     session.keep_weights, session.main_grad, session.tune = keep_weights, main_grad, tune
+    session.outputs = field_names(outputs)
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
@@ -302,7 +308,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     call = step._call_impl
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
-    compiled = torch.compile(call, backend=guarded(session), **options)
+    traced = only_fields(call, session.outputs) if session.outputs else call
+    compiled = torch.compile(traced, backend=guarded(session), **options)
     plain = uncompiled(step)  # what is compared must not be the compiled module
     to_compare = needs_comparison(plain)
 
@@ -342,6 +349,30 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
     step.__dict__["__reduce_ex__"] = reduce
+
+
+def field_names(outputs: Iterable[str]) -> tuple[str, ...]:
+    """Raises: TypeError for a single string, whose letters would be taken for names."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs takes names, ({outputs!r},) say")
+    return tuple(outputs)
+
+
+def only_fields(call: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """A model's call that returns these fields of its output: an object of the same class (transformers' ModelOutput),
+    the other fields None, or a dict with these keys alone. Under Dynamo, so what is left out is never computed for it.
+
+    Raises: TypeError for an output without named fields, KeyError for a field it does not have
+    """
+
+    def selected(*args: Any, **kwargs: Any) -> Any:
+        found = call(*args, **kwargs)
+        if not isinstance(found, Mapping):
+            raise TypeError(f"outputs={names} needs a model that returns named fields, but it returned {type(found)}")
+        fields = {name: found[name] for name in names}
+        return fields if type(found) is dict else type(found)(**fields)
+
+    return selected
 
 
 def uncompiled(step: nn.Module) -> nn.Module:

@@ -230,6 +230,12 @@ EXPLANATIONS: dict[str, str] = {
     "that fp8c does not follow.",
     "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
     "that can't be told, so every forward and backward quantizes them.",
+    "R0844": "The output head is joined with the cross-entropy loss behind it: logits are made once, their gradient takes "
+    "their place in forward, and backward keeps the head's two gradients instead of logits. `without=('fuse-head-loss',)` "
+    "keeps the model's own operators.",
+    "R0845": "The output head keeps the model's own operators, because its logits are read by something besides a plain "
+    "cross-entropy in FP32, or because the spec puts it in FP8. Logits that the compiled call returns are read: "
+    "`fp8c.compile(model, outputs=('loss',))` returns the loss alone.",
     "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. A parameter that is "
     "sharded (DTensor, FSDP2) has its gradient reduced by FSDP2 instead.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "

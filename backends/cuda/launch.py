@@ -206,7 +206,8 @@ def launch(
     index = a.device.index
     with torch.cuda.device(index):
         function = _function(config, index)
-        sms = max(config.cluster, multiprocessors(index) - _reserved)
+        # The blocks of a cluster share a pair of SMs: whoever takes one of them takes the pair.
+        sms = max(config.cluster, multiprocessors(index) - _reserved * config.cluster)
         rows_a = min(a.shape[0], config.a_box) if config.has_one_box_of_rows else config.a_box
         map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.tile_n)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)

@@ -23,7 +23,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-GROUPS = ("quantize", "fused", "requantize", "swiglu")
+GROUPS = ("quantize", "fused", "requantize", "swiglu", "combine")
 
 
 @pytest.mark.parametrize("group", GROUPS)
