@@ -86,6 +86,8 @@ EXPLANATIONS: dict[str, str] = {
     "belongs to another machine or version. It is never trusted then: choices are measured again.",
     "R0437": "While the implementations of a GEMM were measured, memory ran out, or one of them gave another result than fp8c's "
     "own. The one at fault is not taken.",
+    "R0438": "A file of the kernel cache was damaged or could not be read or written, or kernels of a build do not fit this "
+    "machine's compiler. Kernels are compiled again where they are needed; what was found is never run.",
     "E0432": "A call of the CUDA driver failed while a kernel was loaded or started. A message about the driver's version "
     "asks for a newer driver; an illegal address or instruction points at a bug in fp8c or at memory freed too early.",
     "R0430": "A GEMM is served by another implementation than the one meant for it (Triton, or the portable form without tensor "

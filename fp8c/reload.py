@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fp8c import driver
 from fp8c import graph as g
+from fp8c.backends import prebuilt
 from fp8c.backends.target import load_target
 from fp8c.build import Build, read_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
@@ -71,6 +72,8 @@ def load(
         build=read,
     )
     session.remarks += prepare(loaded.module, loaded.example_inputs, mesh)
+    if read.has(prebuilt.INDEX) and torch.cuda.is_available():
+        session.remarks += prebuilt.install(read.read, session.target.architecture)
     step = LoadedStep(loaded.module, loaded.loss, source=loaded.source)
     if mesh is not None:
         watch_gradients(step, expert_mesh(mesh))
