@@ -10,6 +10,8 @@ import contextlib
 import copy
 import functools
 import gc
+import hashlib
+import json
 import logging
 import re
 import weakref
@@ -26,18 +28,25 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
+from fp8c import graph as g
 from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.gemms import choice
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.delayed import DelayedScales
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
-from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.distributed import (
+    EXPERT_PARALLEL_STATE,
+    agree_on,
+    explaining_lost_ranks,
+    gradients_noted,
+    watch_gradients,
+)
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective, members_of
 from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
-from fp8c.main_grad import add_main_grads, run_with_accumulators, split_gradients, zero_main_grads
+from fp8c.main_grad import add_main_grads, is_sharded_expert, run_with_accumulators, split_gradients, zero_main_grads
 from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
@@ -145,9 +154,8 @@ class Session:
         if self.plan_only:
             raise PlanningDone
         if communicates(joint.graph):
-            halves = rewritten.halves
-            hashes = (portable_hash(half.graph) for half in (halves.forward, halves.backward))
-            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()}, members_of(joint.graph))
+            module = self.model() if self.model is not None else None
+            agree_on(step_facts(rewritten, module is None or owns_evenly(module)), members_of(joint.graph))
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower_half(
@@ -156,12 +164,15 @@ class Session:
         """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
         lower = functools.partial(self._lower, how=how)
         module = self.model() if self.model is not None else None
-        names: list[str] = []
+        names: dict[str, int] = {}
         if self.main_grad and module is not None:
-            gm, names = split_gradients(gm)
+            sharded = {g.canonical_path(n) for n, p in module.named_parameters() if is_sharded_expert(p)}
+            gm, names = split_gradients(gm, sharded)
         inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
         run = self._behind_weights(gm, inputs, lower, releases=is_backward and self.release_weights)
-        return run_with_accumulators(run, names, module) if names and module is not None else run
+        if not names or module is None:
+            return run
+        return run_with_accumulators(run, names, module, gradients_noted(module))
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
         lowered = self._tuned(self._lower_with_scales(gm, inputs, how=how))
@@ -213,6 +224,24 @@ class Session:
             rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
         )
         return self._tuned(run)
+
+
+def step_facts(rewritten: pipeline.Rewritten, owns_evenly: bool) -> dict[str, str]:
+    """What ranks that exchange something have to share; without sizes where some own fewer experts than others."""
+    halves = rewritten.halves
+    hashes = (portable_hash(half.graph, has_sizes=owns_evenly) for half in (halves.forward, halves.backward))
+    plan = rewritten.plan.to_json()
+    if not owns_evenly:
+        for use in plan["uses"].values():
+            use.pop("shape", None)
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    return {"graph": " ".join(hashes), "plan": digest}
+
+
+def owns_evenly(module: nn.Module) -> bool:
+    """Whether every rank has as many experts as the others, in every layer."""
+    ranks = (part.__dict__.get("fp8c_ranks") for part in module.modules())
+    return all(len(set(found.owned)) == 1 for found in ranks if found is not None)
 
 
 def communicates(graph: fx.Graph) -> bool:
@@ -294,13 +323,6 @@ def compile(
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
     session.remarks += prepare(model, mesh=mesh)
-    if main_grad and mesh is not None:
-        raise fail(
-            "E0843",
-            "main_grad=True can't be combined with a mesh: reduce_gradients reads p.grad",
-            help="compile without main_grad",
-            exit_code=ExitCode.USAGE,
-        )
     if main_grad:
         add_main_grads(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own

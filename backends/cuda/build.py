@@ -8,6 +8,7 @@ checked whenever it is read, and rebuilt when the check fails. Several processes
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -24,8 +25,9 @@ from filelock import FileLock
 
 from fp8c.backends.cuda.config import GemmConfig
 from fp8c.cache import cache_folder
-from fp8c.diagnostics import ExitCode, fail
+from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail, render
 
+_LOG = logging.getLogger(__name__)
 ARCHITECTURE = "sm_90a"
 KERNEL_NAME = b"fp8c_gemm"
 SOURCES = ("gemm.cu", "ptx.cuh", "schedule.cuh")
@@ -43,16 +45,28 @@ def cubin(config: GemmConfig, folder: Path | None = None) -> bytes:
     """
     folder = folder or cache_folder("kernels")
     path = folder / f"{_key(config)}.cubin"
-    code = _read_checked(path)
+    code = _read_checked(path) or _read_checked(folder / f"{source_key(config)}.cubin")
     if code is not None:
         return code
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        code = _read_checked(path)  # another process may have built it while this one waited
-        if code is None:
-            code = compile_cubin(config)
-            _write_checked(path, code)
-    return code
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            code = _read_checked(path)  # another process may have built it while this one waited
+            if code is None:
+                code = compile_cubin(config)
+                _write_checked(path, code)
+    except OSError as error:
+        _remark(f"the kernel cache can't be written, so kernels are compiled in every process: {error}")
+    return code or compile_cubin(config)
+
+
+def install(key: str, code: bytes, folder: Path | None = None) -> None:
+    """Put machine code that was compiled elsewhere into the cache, under the `source_key` of its instance."""
+    folder = folder or cache_folder("kernels")
+    path = folder / f"{key}.cubin"
+    if _read_checked(path) != code:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_checked(path, code)
 
 
 def build_all(configs: Iterable[GemmConfig]) -> None:
@@ -95,20 +109,37 @@ def source_digest() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _key(config: GemmConfig) -> str:
-    parts = [str(_compiler()), ARCHITECTURE, *OPTIONS]
+def source_key(config: GemmConfig) -> str:
+    """Names an instance by what it is compiled from, whichever compiler that is: what a build brings along."""
+    return _key(config, compiler="any")
+
+
+def _key(config: GemmConfig, compiler: str = "") -> str:
+    parts = [compiler or str(_compiler()), ARCHITECTURE, *OPTIONS]
     for name, text in sorted({**_source_texts(), **config.headers()}.items()):
         parts += [name, text]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _read_checked(path: Path) -> bytes | None:
+    """The machine code in a file of the cache; None when there is none that can be trusted."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        _remark(f"a file of the kernel cache can't be read, and is made again: {error}")
+        return None
     digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return code if code and hashlib.sha256(code).digest() == digest else None
+    if code and hashlib.sha256(code).digest() == digest:
+        return code
+    _remark(f"a file of the kernel cache is damaged, and is made again: {path}")
+    return None
+
+
+@cache
+def _remark(message: str) -> None:
+    _LOG.warning("%s", render(Diagnostic("R0438", message, severity=Severity.REMARK)))
 
 
 def _write_checked(path: Path, code: bytes) -> None:

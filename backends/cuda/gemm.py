@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fp8c.backends.cuda import tiles
-from fp8c.backends.cuda.config import BLOCK_K, Grouping, Output, Scales
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
 from fp8c.backends.cuda.launch import TMA_ALIGNMENT_BYTES, launch, multiprocessors
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, fail, render
@@ -29,7 +29,7 @@ _HOPPER = (9, 0)
 _ROW, _BLOCK, _TENSOR = (1, BLOCK_K), (BLOCK_K, BLOCK_K), (WHOLE, WHOLE)
 _SCALES = {(_ROW, _BLOCK): Scales.PER_BLOCK, (_ROW, _ROW): Scales.PER_ROW, (_TENSOR, _TENSOR): Scales.PER_TENSOR}
 _TYPES = {Element.E4M3: "e4m3", Element.E5M2: "e5m2"}
-_OUTPUTS = {torch.bfloat16: Output.BF16, torch.float32: Output.FP32}
+OUTPUTS = {torch.bfloat16: Output.BF16, torch.float32: Output.FP32}
 
 
 def scaled_mm(
@@ -97,14 +97,20 @@ class _Plan:
 
     @staticmethod
     def of(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping, device: torch.device) -> _Plan:
-        plan = _plan(a_fmt, b_fmt, promote_every, grouping)
+        plan = plan_of(a_fmt, b_fmt, promote_every, grouping)
         if _capability(device.index) != _HOPPER:
             raise Unsupported("the kernels are for compute capability 9.0")
         return plan
 
+    def instance(self, a: Tensor, b: Tensor, output: Output, offs: Tensor | None, multiprocessors: int) -> GemmConfig:
+        """The instance that serves operands of these sizes, whose data may be on no GPU."""
+        groups = 1 if offs is None else offs.shape[0]
+        shape = tiles.Shape(a.shape[0], b.shape[-2], a.shape[1], groups, multiprocessors)
+        return tiles.choose(shape, self.scales, self.grouping, output, self.promote, self.a_type, self.b_type)
+
 
 @cache
-def _plan(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping) -> _Plan:
+def plan_of(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping) -> _Plan:
     left, right = quantized_format(a_fmt), quantized_format(b_fmt)
     assert left.group is not None and right.group is not None
     scales = _SCALES.get((left.group, right.group))
@@ -136,9 +142,9 @@ def multiply(
     plan: _Plan, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, offs: Tensor | None = None
 ) -> None:
     """Write the product into `out`, whose dtype and shape are checked here."""
-    if out.dtype not in _OUTPUTS:
+    if out.dtype not in OUTPUTS:
         raise Unsupported(f"no instance writes {out.dtype}")
-    run(plan, a, a_scale, b, b_scale, out, _OUTPUTS[out.dtype], offs)
+    run(plan, a, a_scale, b, b_scale, out, OUTPUTS[out.dtype], offs)
 
 
 def scaled_mm_add_(
@@ -190,9 +196,7 @@ def run(
         if output is not Output.FP32_ADD:
             out.zero_()
         return
-    groups = 1 if offs is None else offs.shape[0]
-    shape = tiles.Shape(a.shape[0], b.shape[-2], a.shape[1], groups, multiprocessors(a.device.index))
-    config = tiles.choose(shape, plan.scales, plan.grouping, output, plan.promote, plan.a_type, plan.b_type)
+    config = plan.instance(a, b, output, offs, multiprocessors(a.device.index))
     a, b = _addressable(a), _addressable(b)
     a_scale, b_scale = a_scale.float(), b_scale.float()  # E8M0 is read as the FP32 it stands for
     if plan.scales is not Scales.PER_TENSOR:

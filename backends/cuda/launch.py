@@ -77,7 +77,16 @@ class _LaunchConfig(ctypes.Structure):
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    """Raises: E0432 on a machine without an NVIDIA driver."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise fail(
+            "E0432",
+            f"the CUDA driver can't be loaded: {error}",
+            help="install NVIDIA's driver, or run on the CPU (target='cpu')",
+            exit_code=ExitCode.TARGET,
+        ) from None
 
 
 def _check(status: int, call: str) -> None:

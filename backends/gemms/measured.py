@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from fp8c import __version__
-from fp8c.backends.cuda.build import cache_folder, source_digest
+from fp8c.backends.cuda.build import source_digest
 from fp8c.backends.gemms import candidates, choice
 from fp8c.backends.gemms.table import Choice, Table
 from fp8c.backends.gemms.unsupported import Unsupported
+from fp8c.cache import cache_folder
 from fp8c.diagnostics import Diagnostic, Severity, render
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def fastest(op: str, arguments: tuple[Any, ...]) -> str:
 
 @cache
 def table_of(device_index: int) -> Table:
-    return Table.open(cache_folder(), machine(device_index))
+    return Table.open(cache_folder("gemms"), machine(device_index))
 
 
 def machine(device_index: int) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Table:
     def open(folder: Path, machine: Mapping[str, str]) -> Table:
         """The table of this machine in a folder, empty if there is none that can be trusted."""
         digest = hashlib.sha256(json.dumps(dict(machine), sort_keys=True).encode()).hexdigest()[:16]
-        table = Table(folder / f"gemms-{digest}.json", machine)
+        table = Table(folder / f"{digest}.json", machine)
         table.choices = table.read()
         return table
 

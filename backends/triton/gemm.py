@@ -30,6 +30,7 @@ _TYPES = {Element.E4M3: "e4m3", Element.E5M2: "e5m2"}
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _STEPS = (32, 64, 128)  # of the reduction between promotions; 32 is the tensor core's instruction
 _BAND = 8
+_ALIGNMENT = 16  # bytes of a load, and so of addresses and row strides
 _NATIVE_GROUP = (1, 32)  # with E8M0 scales, on compute capability 10.0
 
 
@@ -43,6 +44,7 @@ class Tile:
     stages: int
 
 
+NARROW = Tile(64, 64, 8, 2)  # operands that are read byte by byte: their addresses take registers
 SMALL = Tile(64, 128, 4, 3)  # 64 rows are wgmma's least
 LARGE = Tile(128, 128, 8, 3)  # 96 KiB of shared memory: what compute capability 8.9 has
 
@@ -190,6 +192,8 @@ def multiply(
     experts = 1 if offs is None else offs.shape[0]
     m, n, k = a.shape[0], b.shape[-2], a.shape[1]
     tile = SMALL if m <= SMALL.rows or (grouping == ROW_GROUPS and m <= SMALL.rows * experts) else LARGE
+    if k % _ALIGNMENT or any(t.stride(-1) != 1 or t.stride(-2) % _ALIGNMENT for t in (a, b)):
+        tile = NARROW
     tiles_n = triton.cdiv(n, tile.cols)
     match grouping:
         case 0:
