@@ -191,7 +191,7 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             loss = step(**self.batch).loss
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.loss = loss.detach()
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
