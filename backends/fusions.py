@@ -1,4 +1,4 @@
-"""Which fused operators a target's backend runs as one kernel: what `fuse-casts` may put into a graph. No torch here."""
+"""Which fused operators a target's backend runs as one kernel: what `fuse-casts` and `fuse-combine` may use. No torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ TRITON = frozenset(
         "gather_quantize",
         "gather_quantized",
         "gather_requantized",
+        "gather_sum",
         "swiglu_quantize",
         "swiglu_quantize_cached",
         "swiglu_backward_quantize",
+        "rms_norm_quantize",
     }
 )
 
 
 def fusions_of(target: TargetRecord | None) -> frozenset[str]:
-    """Operator names of `fp8c.fused_ops`; none for the CPU, where the plain form would only hide what is done."""
+    """Operator names of `fp8c.fused_ops` and `fp8c.gather_sum_op`; none for the CPU, where the plain form would only hide what is done."""
     is_gpu = target is not None and target.architecture.startswith("sm")
     return TRITON if is_gpu else frozenset()

@@ -14,6 +14,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 
+from fp8c import embedding_op
 from fp8c.retrace import retrace
 
 Lowered = Callable[..., Any]
@@ -25,10 +26,10 @@ def register_kernels(device: str) -> None:
     import fp8c.backends.reference  # noqa: F401  (the CPU's, and the oracle of all others)
 
     if device == "cuda":
-        # Attention by PyTorch's fused kernels, GEMMs in CUDA, quantizers in Triton, the portable form of the rest. What the GEMM
-        # kernels can't take (another GPU, no compiler and no cached kernel) they pass on to the portable form, with a remark.
+        # Attention by PyTorch's fused kernels, GEMMs by what is chosen for each, quantizers in Triton, the portable form of
+        # the rest.
         import fp8c.backends.aten  # noqa: F401
-        import fp8c.backends.cuda  # noqa: F401
+        import fp8c.backends.gemms.dispatch  # noqa: F401
 
         # Without triton, and on GPUs that can't convert to FP8, the portable form.
         is_too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
@@ -51,7 +52,11 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    decomposed = retrace(gm, select_decomp_table())
+    table = dict(select_decomp_table())
+    embedding = torch.ops.aten.embedding_dense_backward.default
+    if embedding in table:
+        table[embedding] = embedding_op.decomposition(table[embedding])
+    decomposed = retrace(gm, table)
     return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 
 

@@ -8,19 +8,13 @@ from typing import Any
 
 import click
 
+from fp8c.command_options import as_json_option, print_json
 from fp8c.diagnostics import ExitCode, Severity, fail
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 #: `fp8c export`'s formats, spelt here so that --help reads no build code; tests compare them with the table.
 EXPORT_FORMATS = ("perfetto", "model-explorer", "dot")
 #: The one format of weights instead of a build.
 CHECKPOINT_FORMAT = "hf"
-
-
-def print_json(schema: str, **fields: Any) -> None:
-    import json
-
-    print(json.dumps({"schema": schema, **fields}, indent=2, ensure_ascii=False))
 
 
 @click.command()

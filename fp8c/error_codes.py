@@ -80,10 +80,18 @@ EXPLANATIONS: dict[str, str] = {
     "please report the message.",
     "E0433": "`--kernels` compiles the step's Triton kernels ahead of time. That takes a target that is a GPU (h100, h200, "
     "h800, b200) and the triton package; it takes no GPU.",
+    "E0434": "The environment variable FP8C_GEMM chooses among the implementations of the GEMMs: `default` (fp8c's own), `measure` "
+    "(the fastest, measured once for each class of shapes), or the name of one, to pin it.",
+    "R0436": "The file that remembers which implementation of a GEMM was the fastest could not be read or written, was damaged, or "
+    "belongs to another machine or version. It is never trusted then: choices are measured again.",
+    "R0437": "While the implementations of a GEMM were measured, memory ran out, or one of them gave another result than fp8c's "
+    "own. The one at fault is not taken.",
+    "R0438": "A file of the kernel cache was damaged or could not be read or written, or kernels of a build do not fit this "
+    "machine's compiler. Kernels are compiled again where they are needed; what was found is never run.",
     "E0432": "A call of the CUDA driver failed while a kernel was loaded or started. A message about the driver's version "
     "asks for a newer driver; an illegal address or instruction points at a bug in fp8c or at memory freed too early.",
-    "R0430": "A GEMM runs in its portable form instead of a tensor-core kernel, or an operand is copied before it, for the "
-    "reason given. The result is the same; it takes longer. Said once for each reason.",
+    "R0430": "A GEMM is served by another implementation than the one meant for it (Triton, or the portable form without tensor "
+    "cores), or an operand is copied before it, for the reason given. It takes longer. Said once for each reason.",
     "E0520": "An fp8c operator got operands that do not fit it: rank, dtype, sizes, or scales of another group shape.",
     "E0521": "Expert offsets were given where groups cannot restart at each expert. Only groups of several rows (such as "
     "128x1) of a 2-D tensor cross expert boundaries; 1x128 groups need no offsets.",
@@ -222,8 +230,14 @@ EXPLANATIONS: dict[str, str] = {
     "that fp8c does not follow.",
     "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
     "that can't be told, so every forward and backward quantizes them.",
-    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. A parameter that is "
-    "sharded (DTensor, FSDP2) has its gradient reduced by FSDP2 instead.",
+    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. An expert that "
+    "a mesh shards over `ep` has a DTensor of them; any other sharded parameter (FSDP2) has its gradient reduced by FSDP2 instead.",
+    "R0844": "The output head is joined with the cross-entropy loss behind it: logits are made once, their gradient takes "
+    "their place in forward, and backward keeps the head's two gradients instead of logits. `without=('fuse-head-loss',)` "
+    "keeps the model's own operators.",
+    "R0845": "The output head keeps the model's own operators, because its logits are read by something besides a plain "
+    "cross-entropy in FP32, or because the spec puts it in FP8. Logits that the compiled call returns are read: "
+    "`fp8c.compile(model, outputs=('loss',))` returns the loss alone.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
@@ -263,7 +277,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0865": "A collective of the step failed because another rank is gone or late. The rank that failed first has the "
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
-    "cannot be combined with it.",
+    "cannot be combined with it, and loading the build takes ranks that form the same mesh.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "

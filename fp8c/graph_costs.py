@@ -12,6 +12,7 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import graph as g
 from fp8c.cost_model import AllToAll, Attention, Elementwise, Gemm, Machine, Operator, Quantize, Retile, estimate_us
 from fp8c.graph import aten
+from fp8c.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
 from fp8c.schedule import COMM, COMPUTE
 
 ops = torch.ops.fp8c
@@ -86,12 +87,11 @@ def members_of(graph: fx.Graph) -> tuple[int, ...]:
 
 
 def node_us(node: fx.Node, machine: Machine, comm_sms: int) -> float:
-    """Time of a node, microseconds: compute on the SMs communication leaves, transfers slowed as beside GEMMs."""
+    """Time of a node by itself, microseconds: compute on the SMs communication leaves, transfers with nothing beside."""
     if node.op != "call_function":
         return 0.0
     if is_collective(node):
-        slowdown = 1.0 if machine.has_comm_engine else machine.comm_slowdown_combine
-        return estimate_us(collective(node, machine.gpus_per_node), machine) * slowdown
+        return estimate_us(collective(node, machine.gpus_per_node), machine)
     found = node_operator(node)
     if found is None:
         return 0.0
@@ -122,6 +122,9 @@ def node_operator(node: fx.Node) -> Operator | None:
         return _gemm(node, is_bf16=True)
     if target in (ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default):
         return _gemm(node, is_bf16=False)
+    if target is LINEAR_CROSS_ENTROPY:
+        (tokens, hidden), vocabulary = _sizes(_tensor(node, 0)), _sizes(_tensor(node, 1))[0]
+        return Gemm(tokens, vocabulary, hidden, len(gemms_of(node.args)), "fprop", is_bf16=True)  # of equal size
     if target in (ops.quantize.default, ops.quantize_delayed.default):
         return Quantize(_elements(_tensor(node, 0)))
     if target is ops.requantize.default:

@@ -18,6 +18,7 @@ from fp8c import graph as g
 from fp8c.backends.fusions import fusions_of
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode
+from fp8c.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
 from fp8c.main_grad import mark_gradients
 from fp8c.partition import Halves, partition, trained_inputs
 from fp8c.pass_manager import PassContext, PassManager, PassRecord
@@ -154,8 +155,10 @@ def count_gemms(rewritten: Rewritten) -> dict[str, dict[str, int]]:
             if role is None or not role.gemm or (role.use, role.gemm) in seen:
                 continue
             is_fp8 = node.target in verifier.SCALED
-            if is_fp8 or node.target in g.GEMMS:
-                seen.add((role.use, role.gemm))
-                counts[role.gemm]["total"] += 1
-                counts[role.gemm]["fp8" if is_fp8 else "kept"] += 1
+            is_head = node.target is LINEAR_CROSS_ENTROPY
+            if is_fp8 or is_head or node.target in g.GEMMS:
+                for which in gemms_of(node.args) if is_head else (role.gemm,):
+                    seen.add((role.use, which))
+                    counts[which]["total"] += 1
+                    counts[which]["fp8" if is_fp8 else "kept"] += 1
     return counts

@@ -11,6 +11,7 @@ from torch import fx
 
 from fp8c import graph as g
 from fp8c.graph import aten
+from fp8c.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.partition import Halves
 
 #: Operators whose result shares the storage of their argument.
@@ -30,7 +31,8 @@ def storage_root(node: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """One saved storage. `is_logits`: the output head's own values, which the comparison leaves out."""
+    """One saved storage. `is_logits`: the output head's own values (logits, or the gradients that
+    `fuse-head-loss` keeps instead), which the comparison leaves out."""
 
     name: str
     layer: int | None
@@ -63,7 +65,7 @@ class SavedReport:
 
 
 def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
-    """Unique storages among the saved values; which of them are logits is not known yet."""
+    """Unique storages among the saved values; which of them are plain logits is not known yet."""
     seen: set[fx.Node] = set()
     tensors = []
     for node in halves.saved():
@@ -83,6 +85,7 @@ def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
                 g.type_text(val),
                 g.size_bytes(val),
                 last if isinstance(last, int) else None,
+                root.target is operator.getitem and root.args[0].target is LINEAR_CROSS_ENTROPY,  # type: ignore[union-attr]
             )
         )
     return tuple(tensors)
@@ -91,4 +94,4 @@ def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
 def saved_report(saved: Halves | tuple[SavedTensor, ...], vocabulary: frozenset[int]) -> SavedReport:
     """The report of two halves, or of storages found before. `vocabulary`: widths of the output heads."""
     tensors = saved_tensors(saved) if isinstance(saved, Halves) else saved
-    return SavedReport(tuple(replace(t, is_logits=t.last_dim in vocabulary) for t in tensors))
+    return SavedReport(tuple(replace(t, is_logits=t.is_logits or t.last_dim in vocabulary) for t in tensors))

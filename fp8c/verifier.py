@@ -19,6 +19,7 @@ from fp8c import graph as g
 from fp8c.diagnostics import Diagnostic
 from fp8c.formats import Format
 from fp8c.graph import aten
+from fp8c.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
 from fp8c.partition import Halves
 from fp8c.pass_manager import Invariant, PassContext
 from fp8c.roles import Op
@@ -235,6 +236,8 @@ def gemms_complete(graph: fx.Graph, ctx: PassContext) -> list[Diagnostic]:
         role = node.meta.get(g.ROLE)
         if role is not None and role.gemm and node.target in (*g.GEMMS, *SCALED):
             count[role.use, role.gemm] = count.get((role.use, role.gemm), 0) + 1
+        elif role is not None and node.target is LINEAR_CROSS_ENTROPY:
+            count.update({(role.use, which): count.get((role.use, which), 0) + 1 for which in gemms_of(node.args)})
     found = []
     for use in ctx.uses.values():
         if use.op not in (Op.LINEAR, Op.GROUPED_MM):

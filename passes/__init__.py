@@ -13,6 +13,8 @@ from fp8c.passes.choose_saved import ChooseSaved
 from fp8c.passes.compress_saved import CompressSaved
 from fp8c.passes.fp8_dispatch import Fp8Dispatch
 from fp8c.passes.fuse_casts import FuseCasts
+from fp8c.passes.fuse_combine import FuseCombine
+from fp8c.passes.fuse_head_loss import FuseHeadLoss
 from fp8c.passes.gather_gradients import GatherGradients
 from fp8c.passes.insert_quantize import InsertQuantize
 from fp8c.passes.requantize_for_wgrad import RequantizeForWgrad
@@ -23,6 +25,7 @@ ROLES = AssignRoles()
 JOINT_PASSES = (
     CausalAttention(),
     GatherGradients(),
+    FuseHeadLoss(),
     InsertQuantize(),
     RequantizeForWgrad(),
     Fp8Dispatch(),
@@ -30,12 +33,12 @@ JOINT_PASSES = (
 )
 
 #: On the two halves, after partition.
-HALF_PASSES = (CompressSaved(), FuseCasts(), ScheduleOverlap())
+HALF_PASSES = (CompressSaved(), FuseCasts(), FuseCombine(), ScheduleOverlap())
 
 ALL_PASSES = (ROLES, *JOINT_PASSES, *HALF_PASSES)
 
 #: Exact rewrites that no spec asks for: on unless a step is compiled without them.
-OPTIONAL = frozenset({CausalAttention.name, GatherGradients.name, FuseCasts.name})
+OPTIONAL = frozenset({CausalAttention.name, GatherGradients.name, FuseHeadLoss.name, FuseCasts.name, FuseCombine.name})
 
 
 def check_optional(names: Iterable[str]) -> frozenset[str]:

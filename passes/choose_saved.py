@@ -29,6 +29,7 @@ from fp8c import graph as g
 from fp8c.diagnostics import DiagnosticError, fail
 from fp8c.formats import Element, Format
 from fp8c.graph import aten
+from fp8c.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.pass_manager import PassContext, PassResult, SavedValue
 from fp8c.passes.assign_roles import GemmRole
 from fp8c.roles import Op
@@ -52,7 +53,10 @@ RANDOM = frozenset(
 )
 #: Too expensive to compute twice, or not allowed to.
 NEVER_TWICE = (
-    g.GEMMS | SCALED_GEMMS | RANDOM | {ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
+    g.GEMMS
+    | SCALED_GEMMS
+    | RANDOM
+    | {LINEAR_CROSS_ENTROPY, ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
 )
 
 
@@ -164,9 +168,10 @@ def _cache_gate_inputs(anchor: fx.Node, use: UsePlan, policy: Policy) -> None:
     if len(formats) != 1:
         return
     (fmt,) = formats
+    kept_as = fmt if fmt.is_quantized else None  # `cache gate as bf16`: as the GEMM wrote it
     for gemm in feeding_gemms(anchor):
         why = f"cache gate, up of {use.use.key}"
-        policy.must_save[gemm] = SavedValue(gemm.name, fmt, why, use.reason("cache.gate"))
+        policy.must_save[gemm] = SavedValue(gemm.name, kept_as, why, use.reason("cache.gate"))
 
 
 def feeding_gemms(anchor: fx.Node) -> list[fx.Node]:

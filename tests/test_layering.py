@@ -11,20 +11,33 @@ ROOT = Path(__file__).parents[1]
 
 #: The scheduler's model of time: tables of durations in, schedules out.
 SCHEDULER = (
-    *("cluster", "cost_model", "durations", "graph_costs", "network", "overlap", "pipeline_schedule", "routing"),
+    *(
+        "cluster",
+        "contention",
+        "cost_model",
+        "durations",
+        "graph_costs",
+        "network",
+        "overlap",
+        "pipeline_schedule",
+        "routing",
+    ),
     *("schedule", "schedule_search", "workload"),
 )
 #: Layers from the left: a module may import its own layer and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("diagnostics", "error_codes", "formats", "roles", "target_record", "user_code"),
+    ("cache", "diagnostics", "error_codes", "formats", "roles", "target_record", "user_code"),
     (
         "graph",
         "delayed",
         "ops",
         "fused_ops",
+        "norm_ops",
         "swiglu_ops",
-        "delayed",
+        "embedding_op",
         "exchange",
+        "gather_sum_op",
+        "head_loss",
         "grouped",
         "positions",
         "retrace",
@@ -37,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "structured_trace", "baseline", "driver", "dynamo", "optim", "distributed", "stage", "pipelining"),
     ("build", "reload", "fingerprint"),
     ("tools",),
-    ("cli", "build_commands", "__main__"),
+    ("command_options", "build_commands", "spec_commands", "cli", "__main__"),
 )
 #: Loaded on first use, so `import fp8c` costs nothing.
 LAZY = frozenset({"__init__"})
@@ -90,7 +103,7 @@ def test_imports_point_left(path: Path) -> None:
 
 def test_the_core_does_not_import_tools() -> None:
     users = {part_of(p) for p in modules() for name, _ in imports(p) if name == "tools"}
-    assert users <= {"tools", "cli", "build_commands"}
+    assert users <= {"tools", "cli", "build_commands", "command_options", "spec_commands"}
 
 
 @pytest.mark.parametrize("part", ["specs", "diagnostics", "formats", "roles", "error_codes", "target_record"])

@@ -12,7 +12,6 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fp8c import __version__, driver
 from fp8c import graph as g
 from fp8c.backends.costs import load_machine, machine_names
+from fp8c.backends.prebuilt import kernel_files
 from fp8c.backends.target import record_json
 from fp8c.build import check_output, graph_file, json_bytes, packed_json, spec_file, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
@@ -343,7 +343,7 @@ def write(
     for file, text in session.spec.texts:
         files[spec_file(file)] = text.encode()
     if request.kernels:
-        files |= kernel_files(rewritten, session)
+        files |= kernel_files((rewritten.halves.forward, rewritten.halves.backward), session.target)
     manifest = {
         "versions": versions(),
         "model": model_reference(request, loaded),
@@ -375,35 +375,6 @@ def write(
     }
     files["report.json"] = json_bytes(shown)
     write_build(request.out, manifest, files, run, {"report.html": report.page(shown, run)}, force=request.force)
-
-
-def kernel_files(rewritten: Rewritten, session: driver.Session) -> dict[str, bytes]:
-    """PTX and machine code of the step's Triton kernels, and `kernels/index.json`: registers and spills of each.
-
-    Raises: DiagnosticError E0433 (exit code TARGET) for a target without Triton kernels, or without triton.
-    """
-    architecture = session.target.architecture
-    if find_spec("triton") is None or architecture not in ("sm90", "sm100"):
-        raise fail(
-            "E0433",
-            f"no kernels can be compiled for {session.target.name} here"
-            + ("" if find_spec("triton") else ": triton is not installed"),
-            help="pip install triton, and name a GPU as the target: h100, h200, h800 or b200",
-            exit_code=ExitCode.TARGET,
-        )
-    from fp8c.backends.triton.ahead import compile_step
-
-    halves = rewritten.halves
-    files: dict[str, bytes] = {}
-    index = []
-    for kernel in compile_step((halves.forward.graph, halves.backward.graph), architecture):
-        files[f"kernels/{kernel.name}.ptx"] = kernel.ptx.encode()
-        files[f"kernels/{kernel.name}.cubin"] = kernel.cubin
-        index.append({"name": kernel.name, "registers": kernel.registers, "spilled_bytes": kernel.spilled_bytes})
-    files["kernels/index.json"] = json_bytes(
-        {"schema": "fp8c.kernels/1", "architecture": architecture, "kernels": index}
-    )
-    return files
 
 
 def versions() -> dict[str, str]:

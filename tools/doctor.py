@@ -11,10 +11,10 @@ import torch
 
 import fp8c.fused_ops  # noqa: F401  (defines the operators)
 from fp8c.backends import lowering
+from fp8c.backends.gemms import candidates, choice, measured
 
 SCHEMA = "fp8c.doctor/1"
 _PACKAGES = ("torch", "triton", "cuda-bindings", "nvidia-cuda-nvrtc", "transformers", "deep_gemm")
-_GEMMS = ("scaled_mm", "scaled_grouped_mm", "scaled_grouped_wgrad", "scaled_mm_add_", "scaled_grouped_wgrad_add_")
 _ATTENTION = ("attention", "attention_backward")
 _HOPPER, _FP8_SINCE = (9, 0), (8, 9)
 
@@ -61,10 +61,8 @@ def on_gpu(name: str, machine: Machine) -> str:
     assert machine.capability is not None
     if name in _ATTENTION:
         return "aten"
-    if name in _GEMMS:
-        if machine.capability != _HOPPER:
-            return f"portable (the CUDA GEMMs are for compute capability 9.0, this is {dotted(machine.capability)})"
-        return "cuda" if machine.compiler else "cuda where the kernel cache has it, else portable (no NVRTC, no nvcc)"
+    if name in candidates.OPERATORS:
+        return gemm_on_gpu(machine)
     if find_spec("triton") is None:
         return "portable (triton is not installed)"
     if machine.capability < _FP8_SINCE:
@@ -72,6 +70,33 @@ def on_gpu(name: str, machine: Machine) -> str:
     from fp8c.backends.triton import KERNELS
 
     return "triton" if name in KERNELS else "portable"
+
+
+def gemm_on_gpu(machine: Machine) -> str:
+    """The default order of `backends.gemms`, as far as this machine has it."""
+    assert machine.capability is not None
+    if machine.capability < _FP8_SINCE:
+        return f"portable (FP8 tensor cores begin with 8.9, this is {dotted(machine.capability)})"
+    missing = candidates.reason_not_installed("triton")
+    other = f"portable ({missing})" if missing else "triton"
+    if machine.capability != _HOPPER:
+        return f"{other} (the CUDA GEMMs are for compute capability 9.0, this is {dotted(machine.capability)})"
+    if machine.compiler:
+        return f"cuda, and {other} where it has no instance"
+    return f"cuda where the kernel cache has it, else {other} (no NVRTC, no nvcc)"
+
+
+def gemm_choice(machine: Machine) -> dict[str, Any]:
+    """How the GEMMs' implementations are chosen here, and what was measured on this machine so far."""
+    policy = choice.policy()
+    found: dict[str, Any] = {
+        "policy": "measure" if policy.measures else policy.first or "default",
+        "implementations": {name: candidates.reason_not_installed(name) or "here" for name in candidates.NAMES},
+    }
+    if machine.capability is None:
+        return found
+    table = measured.table_of(torch.cuda.current_device())
+    return found | {"table": str(table.path), "measured": {k: c.to_json() for k, c in sorted(table.choices.items())}}
 
 
 def operator_names() -> list[str]:
@@ -92,6 +117,7 @@ def document() -> dict[str, Any]:
         "packages": machine.packages,
         "compiler": machine.compiler,
         "operators": implementations(machine),
+        "gemms": gemm_choice(machine),
     }
 
 
@@ -100,4 +126,10 @@ def text(found: dict[str, Any]) -> str:
     lines = [f"{found['device']}{capability}", f"CUDA compiler: {found['compiler'] or 'none'}", ""]
     lines += [f"{name:<26} {number or 'not installed'}" for name, number in found["packages"].items()]
     lines += ["", *(f"{name:<26} {who}" for name, who in found["operators"].items())]
+    gemms = found["gemms"]
+    lines += ["", f"GEMMs are chosen by: {gemms['policy']} (FP8C_GEMM, fp8c.compile(tune=True))"]
+    lines += [f"  {name:<24} {state}" for name, state in gemms["implementations"].items()]
+    for key, entry in gemms.get("measured", {}).items():
+        times = ", ".join(f"{name} {us:.1f} us" for name, us in entry["us"].items())
+        lines.append(f"  {key}: {entry['implementation']} ({times})")
     return "\n".join(lines)

@@ -3,13 +3,12 @@
 The cache is a folder of files named by a hash of everything that went into them: sources, options, compiler version,
 architecture. A file is a SHA-256 digest followed by the cubin; it is written beside and renamed into place under a lock,
 checked whenever it is read, and rebuilt when the check fails. Several processes may share it.
-
-Environment: FP8C_CACHE_DIR, the cache's folder instead of the user's cache folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -25,8 +24,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from fp8c.backends.cuda.config import GemmConfig
-from fp8c.diagnostics import ExitCode, fail
+from fp8c.cache import cache_folder
+from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail, render
 
+_LOG = logging.getLogger(__name__)
 ARCHITECTURE = "sm_90a"
 KERNEL_NAME = b"fp8c_gemm"
 SOURCES = ("gemm.cu", "ptx.cuh", "schedule.cuh")
@@ -38,22 +39,34 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cubin(config: GemmConfig, folder: Path | None = None) -> bytes:
-    """Machine code of one kernel, from the cache in `folder` (default: `cache_folder()`) or freshly compiled into it.
+    """Machine code of one kernel, from the cache in `folder` (default: the user's) or freshly compiled into it.
 
     Raises: E0430 when neither NVRTC nor nvcc is installed, E0431 when the compiler rejects the kernel.
     """
-    folder = folder or cache_folder()
+    folder = folder or cache_folder("kernels")
     path = folder / f"{_key(config)}.cubin"
-    code = _read_checked(path)
+    code = _read_checked(path) or _read_checked(folder / f"{source_key(config)}.cubin")
     if code is not None:
         return code
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        code = _read_checked(path)  # another process may have built it while this one waited
-        if code is None:
-            code = compile_cubin(config)
-            _write_checked(path, code)
-    return code
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            code = _read_checked(path)  # another process may have built it while this one waited
+            if code is None:
+                code = compile_cubin(config)
+                _write_checked(path, code)
+    except OSError as error:
+        _remark(f"the kernel cache can't be written, so kernels are compiled in every process: {error}")
+    return code or compile_cubin(config)
+
+
+def install(key: str, code: bytes, folder: Path | None = None) -> None:
+    """Put machine code that was compiled elsewhere into the cache, under the `source_key` of its instance."""
+    folder = folder or cache_folder("kernels")
+    path = folder / f"{key}.cubin"
+    if _read_checked(path) != code:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_checked(path, code)
 
 
 def build_all(configs: Iterable[GemmConfig]) -> None:
@@ -61,14 +74,6 @@ def build_all(configs: Iterable[GemmConfig]) -> None:
     # Not forked: the parent may hold a CUDA context.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         list(pool.map(cubin, configs))
-
-
-def cache_folder() -> Path:
-    if "FP8C_CACHE_DIR" in os.environ:
-        return Path(os.environ["FP8C_CACHE_DIR"])
-    from platformdirs import user_cache_path
-
-    return user_cache_path("fp8c") / "kernels"
 
 
 def has_compiler() -> bool:
@@ -97,20 +102,44 @@ def _source_texts() -> dict[str, str]:
     return {name: (here / name).read_text() for name in SOURCES}
 
 
-def _key(config: GemmConfig) -> str:
-    parts = [str(_compiler()), ARCHITECTURE, *OPTIONS]
+@cache
+def source_digest() -> str:
+    """Of the kernel's sources and options: what a measured time of it belongs to."""
+    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts().items()))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def source_key(config: GemmConfig) -> str:
+    """Names an instance by what it is compiled from, whichever compiler that is: what a build brings along."""
+    return _key(config, compiler="any")
+
+
+def _key(config: GemmConfig, compiler: str = "") -> str:
+    parts = [compiler or str(_compiler()), ARCHITECTURE, *OPTIONS]
     for name, text in sorted({**_source_texts(), **config.headers()}.items()):
         parts += [name, text]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _read_checked(path: Path) -> bytes | None:
+    """The machine code in a file of the cache; None when there is none that can be trusted."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        _remark(f"a file of the kernel cache can't be read, and is made again: {error}")
+        return None
     digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return code if code and hashlib.sha256(code).digest() == digest else None
+    if code and hashlib.sha256(code).digest() == digest:
+        return code
+    _remark(f"a file of the kernel cache is damaged, and is made again: {path}")
+    return None
+
+
+@cache
+def _remark(message: str) -> None:
+    _LOG.warning("%s", render(Diagnostic("R0438", message, severity=Severity.REMARK)))
 
 
 def _write_checked(path: Path, code: bytes) -> None:

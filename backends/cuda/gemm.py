@@ -1,7 +1,7 @@
 """The scaled GEMMs of `fp8c.ops` on Hopper, by gemm.cu.
 
-What a kernel can't take goes to the portable form with a remark, once for each reason: another GPU, no compiler and no
-cached kernel, formats without an instance. Payloads are read where they are; one that the copy engine can't address
+What a kernel can't take raises `Unsupported`, and `backends.gemms` asks another implementation: another GPU, no compiler
+and no cached kernel, formats without an instance. Payloads are read where they are; one that the copy engine can't address
 (reduction not innermost, row stride no multiple of 16 bytes) is copied first, with a remark.
 
 Legend as in `fp8c.ops`: M, T, N, K sizes, E experts, `offs` int32 [E] cumulative ends, on the device.
@@ -17,22 +17,19 @@ import torch
 from torch import Tensor
 
 from fp8c.backends.cuda import tiles
-from fp8c.backends.cuda.config import BLOCK_K, Grouping, Output, Scales
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
 from fp8c.backends.cuda.launch import TMA_ALIGNMENT_BYTES, launch, multiprocessors
+from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, fail, render
 from fp8c.formats import WHOLE, Element, Format
-from fp8c.ops import check_accumulator, portable, quantized_format
+from fp8c.ops import check_accumulator, quantized_format
 
 _LOG = logging.getLogger(__name__)
 _HOPPER = (9, 0)
 _ROW, _BLOCK, _TENSOR = (1, BLOCK_K), (BLOCK_K, BLOCK_K), (WHOLE, WHOLE)
 _SCALES = {(_ROW, _BLOCK): Scales.PER_BLOCK, (_ROW, _ROW): Scales.PER_ROW, (_TENSOR, _TENSOR): Scales.PER_TENSOR}
 _TYPES = {Element.E4M3: "e4m3", Element.E5M2: "e5m2"}
-_OUTPUTS = {torch.bfloat16: Output.BF16, torch.float32: Output.FP32}
-
-
-class _Unsupported(Exception):
-    """This GEMM has no instance; the message is the rest of a remark."""
+OUTPUTS = {torch.bfloat16: Output.BF16, torch.float32: Output.FP32}
 
 
 def scaled_mm(
@@ -46,14 +43,10 @@ def scaled_mm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """a [M, K] @ b [N, K].T -> [M, N]; schema and meaning: `fp8c.ops`, `backends.reference.gemm`."""
-    try:
-        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
-        out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-        multiply(plan, a, a_scale, b, b_scale, out)
-        return out
-    except _Unsupported as reason:
-        _remark("fp8c::scaled_mm", str(reason))
-        return portable("scaled_mm")(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, out_dtype)  # type: ignore[no-any-return]
+    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    multiply(plan, a, a_scale, b, b_scale, out)
+    return out
 
 
 def scaled_grouped_mm(
@@ -68,15 +61,10 @@ def scaled_grouped_mm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Rows of a [T, K] by their expert's b [E, N, K] -> [T, N]; rows past offs[-1] are 0."""
-    try:
-        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.ROW_GROUPS, a.device)
-        out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-        multiply(plan, a, a_scale, b, b_scale, out, offs)
-        return out
-    except _Unsupported as reason:
-        _remark("fp8c::scaled_grouped_mm", str(reason))
-        arguments = (a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, out_dtype)
-        return portable("scaled_grouped_mm")(*arguments)  # type: ignore[no-any-return]
+    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.ROW_GROUPS, a.device)
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+    multiply(plan, a, a_scale, b, b_scale, out, offs)
+    return out
 
 
 def scaled_grouped_wgrad(
@@ -91,15 +79,10 @@ def scaled_grouped_wgrad(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Each expert's tokens of a [N, T'] and b [K, T'] -> [E, N, K]; experts lie in whole groups of tokens (`fp8c.ops`)."""
-    try:
-        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
-        out = a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-        multiply(plan, a, a_scale, b, b_scale, out, offs)
-        return out
-    except _Unsupported as reason:
-        _remark("fp8c::scaled_grouped_wgrad", str(reason))
-        arguments = (a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, out_dtype)
-        return portable("scaled_grouped_wgrad")(*arguments)  # type: ignore[no-any-return]
+    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
+    out = a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+    multiply(plan, a, a_scale, b, b_scale, out, offs)
+    return out
 
 
 @dataclass(frozen=True)
@@ -114,33 +97,39 @@ class _Plan:
 
     @staticmethod
     def of(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping, device: torch.device) -> _Plan:
-        plan = _plan(a_fmt, b_fmt, promote_every, grouping)
+        plan = plan_of(a_fmt, b_fmt, promote_every, grouping)
         if _capability(device.index) != _HOPPER:
-            raise _Unsupported("the kernels are for compute capability 9.0")
+            raise Unsupported("the kernels are for compute capability 9.0")
         return plan
+
+    def instance(self, a: Tensor, b: Tensor, output: Output, offs: Tensor | None, multiprocessors: int) -> GemmConfig:
+        """The instance that serves operands of these sizes, whose data may be on no GPU."""
+        groups = 1 if offs is None else offs.shape[0]
+        shape = tiles.Shape(a.shape[0], b.shape[-2], a.shape[1], groups, multiprocessors)
+        return tiles.choose(shape, self.scales, self.grouping, output, self.promote, self.a_type, self.b_type)
 
 
 @cache
-def _plan(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping) -> _Plan:
+def plan_of(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping) -> _Plan:
     left, right = quantized_format(a_fmt), quantized_format(b_fmt)
     assert left.group is not None and right.group is not None
     scales = _SCALES.get((left.group, right.group))
     if scales is None:
-        raise _Unsupported(f"no instance for groups {left.group_text} by {right.group_text}")
+        raise Unsupported(f"no instance for groups {left.group_text} by {right.group_text}")
     # 0: promote only where a scale changes along K, which is every 128 unless the scales are per tensor.
     if promote_every not in (0, BLOCK_K):
-        raise _Unsupported(f"no instance promotes every {promote_every} of K")
+        raise Unsupported(f"no instance promotes every {promote_every} of K")
     if grouping is Grouping.ROW_GROUPS and scales is Scales.PER_ROW:
-        raise _Unsupported("no instance for 1x128 scales of expert weights")
+        raise Unsupported("no instance for 1x128 scales of expert weights")
     if grouping is not Grouping.DENSE and scales is Scales.PER_TENSOR:
-        raise _Unsupported("no instance for grouped GEMMs with one scale a tensor")
+        raise Unsupported("no instance for grouped GEMMs with one scale a tensor")
     promote = promote_every != 0 or scales is not Scales.PER_TENSOR
     return _Plan(scales, grouping, promote, _type_of(left), _type_of(right))
 
 
 def _type_of(fmt: Format) -> str:
     if fmt.element not in _TYPES:
-        raise _Unsupported(f"no tensor core reads {fmt.element.value}")
+        raise Unsupported(f"no tensor core reads {fmt.element.value}")
     return _TYPES[fmt.element]
 
 
@@ -153,9 +142,9 @@ def multiply(
     plan: _Plan, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, offs: Tensor | None = None
 ) -> None:
     """Write the product into `out`, whose dtype and shape are checked here."""
-    if out.dtype not in _OUTPUTS:
-        raise _Unsupported(f"no instance writes {out.dtype}")
-    run(plan, a, a_scale, b, b_scale, out, _OUTPUTS[out.dtype], offs)
+    if out.dtype not in OUTPUTS:
+        raise Unsupported(f"no instance writes {out.dtype}")
+    run(plan, a, a_scale, b, b_scale, out, OUTPUTS[out.dtype], offs)
 
 
 def scaled_mm_add_(
@@ -163,12 +152,8 @@ def scaled_mm_add_(
 ) -> None:
     """acc f32 [M, N] += a @ b.T. Each element is added to exactly once, so the result does not depend on timing."""
     _check_accumulator("scaled_mm_add_", acc, (a.shape[0], b.shape[0]))
-    try:
-        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
-        run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, None)
-    except _Unsupported as reason:
-        _remark("fp8c::scaled_mm_add_", str(reason))
-        portable("scaled_mm_add_")(acc, a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every)
+    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
+    run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, None)
 
 
 def scaled_grouped_wgrad_add_(
@@ -184,12 +169,8 @@ def scaled_grouped_wgrad_add_(
 ) -> None:
     """acc f32 [E, N, K] += each expert's weight gradient, as `scaled_grouped_wgrad` computes it in FP32."""
     _check_accumulator("scaled_grouped_wgrad_add_", acc, (offs.shape[0], a.shape[0], b.shape[0]))
-    try:
-        plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
-        run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, offs)
-    except _Unsupported as reason:
-        _remark("fp8c::scaled_grouped_wgrad_add_", str(reason))
-        portable("scaled_grouped_wgrad_add_")(acc, a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every)
+    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
+    run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, offs)
 
 
 def _check_accumulator(name: str, acc: Tensor, shape: tuple[int, ...]) -> None:
@@ -215,9 +196,7 @@ def run(
         if output is not Output.FP32_ADD:
             out.zero_()
         return
-    groups = 1 if offs is None else offs.shape[0]
-    shape = tiles.Shape(a.shape[0], b.shape[-2], a.shape[1], groups, multiprocessors(a.device.index))
-    config = tiles.choose(shape, plan.scales, plan.grouping, output, plan.promote, plan.a_type, plan.b_type)
+    config = plan.instance(a, b, output, offs, multiprocessors(a.device.index))
     a, b = _addressable(a), _addressable(b)
     a_scale, b_scale = a_scale.float(), b_scale.float()  # E8M0 is read as the FP32 it stands for
     if plan.scales is not Scales.PER_TENSOR:
@@ -230,7 +209,7 @@ def run(
         launch(config, a, a_scale, b, b_scale, out, offs)
     except DiagnosticError as error:
         if error.diagnostics[0].code == "E0430":
-            raise _Unsupported(error.diagnostics[0].message) from None
+            raise Unsupported(error.diagnostics[0].message) from None
         raise
 
 

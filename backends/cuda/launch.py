@@ -77,7 +77,16 @@ class _LaunchConfig(ctypes.Structure):
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    """Raises: E0432 on a machine without an NVIDIA driver."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise fail(
+            "E0432",
+            f"the CUDA driver can't be loaded: {error}",
+            help="install NVIDIA's driver, or run on the CPU (target='cpu')",
+            exit_code=ExitCode.TARGET,
+        ) from None
 
 
 def _check(status: int, call: str) -> None:
@@ -197,7 +206,8 @@ def launch(
     index = a.device.index
     with torch.cuda.device(index):
         function = _function(config, index)
-        sms = max(config.cluster, multiprocessors(index) - _reserved)
+        # The blocks of a cluster share a pair of SMs: whoever takes one of them takes the pair.
+        sms = max(config.cluster, multiprocessors(index) - _reserved * config.cluster)
         rows_a = min(a.shape[0], config.a_box) if config.has_one_box_of_rows else config.a_box
         map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.tile_n)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)

@@ -28,12 +28,12 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fp8c.backends.reference.formats import decode_scale
 from fp8c.backends.reference.quantize import dequantize_f32
+from fp8c.cache import cache_folder
 from fp8c.diagnostics import Diagnostic, Severity, fail, render
 from fp8c.formats import MANTISSA_BITS, MIN_NORMAL_EXPONENT, WHOLE, Element, Format
 from fp8c.ops import scale_shape
@@ -244,7 +244,7 @@ def _build() -> Path:
     key = hashlib.sha256(
         "\0".join([_SOURCE.read_text(), version, *compiler, *_FLAGS, platform.machine(), platform.system()]).encode()
     ).hexdigest()[:20]
-    folder = user_cache_path("fp8c") / "accumulator"
+    folder = cache_folder("accumulator")
     library = folder / f"{key}.so"
     if library.exists():
         return library

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ import triton
 from torch import Tensor, fx
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import get_cache_invalidating_env_vars, make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from fp8c import graph as g
-from fp8c.backends.triton import KERNELS
+from fp8c.backends.gemms.unsupported import Unsupported
+from fp8c.backends.triton import KERNELS, gemm
 
 CAPABILITY = {"sm90": 90, "sm100": 100}  # of the architectures that targets name
 _POINTERS = {
@@ -34,6 +38,8 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
 }
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -53,28 +59,66 @@ class Launch:
         text = repr((self.signature, self.constants, self.divisible, self.options))
         return f"{self.kernel.fn.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
+    def to_json(self) -> dict[str, Any]:
+        """What `launch_from` makes the launch of again; `source` is Triton's hash of the kernel and all it calls."""
+        return {
+            "kernel": f"{self.kernel.fn.__module__}:{self.kernel.fn.__name__}",
+            "source": self.kernel.cache_key,
+            "signature": [list(pair) for pair in self.signature],
+            "constants": [list(pair) for pair in self.constants],
+            "divisible": list(self.divisible),
+            "options": [list(pair) for pair in self.options],
+        }
+
+
+def launch_from(entry: Mapping[str, Any]) -> Launch:
+    module, _, name = str(entry["kernel"]).partition(":")
+    return Launch(
+        getattr(importlib.import_module(module), name),
+        tuple((a, t) for a, t in entry["signature"]),
+        tuple((i, v) for i, v in entry["constants"]),
+        tuple(entry["divisible"]),
+        tuple((k, v) for k, v in entry["options"]),
+    )
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """`spilled_bytes`: the stack frame of a thread, 0 unless registers ran out."""
+    """`spilled_bytes`: the stack frame of a thread, 0 unless registers ran out. `metadata`: what Triton's loader reads."""
 
     name: str
     ptx: str
     cubin: bytes
     registers: int
     spilled_bytes: int
+    metadata: str
+    launch: Launch
 
 
-def compile_step(graphs: Iterable[fx.Graph], architecture: str) -> list[Compiled]:
-    """The kernels of every fp8c operator in these graphs, each specialisation once; symbolic sizes by their examples."""
+def compile_step(graphs: Iterable[fx.Graph], architecture: str, gemms: Iterable[fx.Node] = ()) -> list[Compiled]:
+    """The kernels of every fp8c operator in these graphs, each specialisation once; symbolic sizes by their examples.
+
+    gemms: the scaled GEMMs that Triton serves (`triton_serves`); none of the others are compiled here
+    """
     launches: dict[str, Launch] = {}
-    with recording(launches):
-        for graph in graphs:
-            for node in graph.nodes:
-                launcher = KERNELS.get(operator_name(node))
-                if launcher is not None:
-                    launcher(*fx.map_arg(node.args, as_meta), **fx.map_arg(node.kwargs, as_meta))
+    with recording(launches), gemm.compiled_for(architecture):
+        for node in (node for graph in graphs for node in graph.nodes):
+            launcher = KERNELS.get(operator_name(node))
+            if launcher is not None:
+                launcher(*fx.map_arg(node.args, as_meta), **fx.map_arg(node.kwargs, as_meta))
+        for node in gemms:
+            getattr(gemm, operator_name(node))(*fx.map_arg(node.args, as_meta))
     return [compile_launch(launch, CAPABILITY[architecture]) for launch in launches.values()]
+
+
+def triton_serves(node: fx.Node, architecture: str) -> bool:
+    """Whether the Triton GEMMs take this node's operands."""
+    with recording({}), gemm.compiled_for(architecture):
+        try:
+            getattr(gemm, operator_name(node))(*fx.map_arg(node.args, as_meta))
+        except Unsupported:
+            return False
+    return True
 
 
 def operator_name(node: fx.Node) -> str:
@@ -131,15 +175,48 @@ def launch_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    source = ASTSource(
+    source = source_of(launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    registers, spilled_bytes = resources(compiled.asm["cubin"])
+    name = launch.kernel.fn.__name__
+    group = get_cache_manager(compiled.hash).get_group(f"{name}.json") or {}
+    metadata = Path(group[f"{name}.json"]).read_text(encoding="utf-8")
+    return Compiled(launch.name, compiled.asm["ptx"], compiled.asm["cubin"], registers, spilled_bytes, metadata, launch)
+
+
+def source_of(launch: Launch) -> ASTSource:
+    return ASTSource(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs={(index,): value for index, value in launch.constants},
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+        attrs={  # as Triton's launcher states them, because they are part of its key
+            (index,): [["tt.divisibility", 16]] if index in launch.divisible else []
+            for index, (_, kind) in enumerate(launch.signature)
+            if kind != "constexpr"
+        },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
-    registers, spilled_bytes = resources(compiled.asm["cubin"])
-    return Compiled(launch.name, compiled.asm["ptx"], compiled.asm["cubin"], registers, spilled_bytes)
+
+
+def install(entry: Mapping[str, Any], cubin: bytes, metadata: str, capability: int) -> bool:
+    """Put a kernel that was compiled elsewhere where Triton looks for it. False when its source is not this one's.
+
+    Triton's key holds a hash of its own installation, so it is computed here anew; what makes the machine code, the
+    kernel's source and Triton's version, is compared.
+    """
+    launch = launch_from(entry)
+    if launch.kernel.cache_key != entry["source"]:
+        return False
+    backend, source = make_backend(GPUTarget("cuda", capability, 32)), source_of(launch)
+    options = backend.parse_options(dict(launch.options) | source.parse_options())
+    key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
+    digest = hashlib.sha256(key.encode("utf-8")).hexdigest()
+    cache, name = get_cache_manager(digest), launch.kernel.fn.__name__
+    known = cache.get_file(f"{name}.cubin")
+    if cache.get_group(f"{name}.json") and known is not None and Path(known).read_bytes() == cubin:
+        return True
+    files = {f"{name}.json": metadata, f"{name}.cubin": cubin}
+    cache.put_group(f"{name}.json", {file: cache.put(content, file) for file, content in files.items()})
+    return True
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -334,9 +334,10 @@ def test_why_w1103_warns_a_bf16_moment_does_not_decay_near_beta_one() -> None:
 
 def kernel_errors(device: str, **variables: str) -> dict[str, dict[str, float]]:
     script = Path(__file__).with_name("adamw_kernel_check.py")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         [sys.executable, str(script), device],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         check=False,

@@ -7,7 +7,11 @@ import pytest
 from fp8c.diagnostics import DiagnosticError
 from fp8c.driver import capture_step, new_session
 from fp8c.models import load_model
+from fp8c.prepare import prepare
 from fp8c.specs.load import loads
+from fp8c.tools.loss_run import EXAMPLE, SPECS
+
+SMALL = {"dim": 128, "n_layers": 2, "n_heads": 2, "n_experts": 2, "q_lora_rank": 128, "kv_lora_rank": 128}
 
 SPEC = """version 1;
 use "std:bf16" as b;
@@ -34,3 +38,14 @@ def test_a_value_that_may_neither_be_kept_nor_computed_again_is_named() -> None:
     assert found.code == "E0502"
     assert found.message.startswith("backward needs %") and "recompute" in found.message
     assert found.span is not None and "attention" in found.span.text
+
+
+@pytest.mark.parametrize("variant", ("forward", "dgrad"))
+def test_what_a_spec_keeps_in_bf16_is_not_quantized(variant: str) -> None:
+    """`cache gate as bf16` has no scales: E0421 came out of a pass for it."""
+    loaded = load_model(str(EXAMPLE), weights="meta", batch=1, seq=128, overrides=SMALL)
+    prepare(loaded.module)
+    spec = loads(SPECS[variant])
+    rewritten = capture_step(loaded.step(), loaded.example_inputs, new_session(spec, "cpu"))
+    kept = [saved for saved in rewritten.ctx.saved.values() if "cache gate" in saved.why]
+    assert kept and all(saved.format is None for saved in kept)

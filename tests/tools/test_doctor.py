@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from fp8c.backends.gemms import candidates, measured
+from fp8c.backends.gemms.table import Choice, Table
 from fp8c.cli import main
 from fp8c.tools import doctor
 from fp8c.tools.doctor import Machine
@@ -17,7 +20,7 @@ def machine(capability: tuple[int, int] | None, compiler: str | None = "nvrtc 13
 
 def test_every_operator_is_served_and_none_is_forgotten() -> None:
     served = doctor.implementations(machine((9, 0)))
-    assert served["scaled_mm"] == "cuda" and served["attention"] == "aten"
+    assert served["scaled_mm"].startswith("cuda, and ") and served["attention"] == "aten"
     assert {"quantize", "requantize", "quantize_both", "scaled_grouped_wgrad", "swiglu_quantize"} <= set(served)
     assert set(doctor.implementations(machine(None)).values()) == {"reference"}
 
@@ -31,7 +34,33 @@ def test_kernels_are_served_by_triton_where_it_is_installed() -> None:
 def test_what_is_missing_is_said() -> None:
     assert "no NVRTC" in doctor.implementations(machine((9, 0), None))["scaled_mm"]
     assert "this is 10.0" in doctor.implementations(machine((10, 0)))["scaled_grouped_mm"]
-    assert "portable" in doctor.implementations(machine((8, 0)))["quantize"]
+    old = doctor.implementations(machine((8, 0)))
+    assert "portable" in old["quantize"] and old["scaled_mm"].startswith("portable (FP8 tensor cores begin with 8.9")
+
+
+def test_gemms_without_a_cuda_kernel_are_served_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "reason_not_installed", lambda name: "")
+    assert doctor.implementations(machine((10, 0)))["scaled_mm_add_"].startswith("triton (the CUDA GEMMs are for")
+    monkeypatch.setattr(candidates, "reason_not_installed", lambda name: f"{name} is not installed")
+    assert doctor.gemm_on_gpu(machine((12, 0))).startswith("portable (triton is not installed)")
+
+
+def test_measured_choices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(None, {}, {"scaled_mm 1 x 8": Choice("triton", {"cuda": 2.0, "triton": 1.5})})
+    monkeypatch.setattr(measured, "table_of", lambda index: table)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("FP8C_GEMM", "measure")
+    gemms = doctor.gemm_choice(machine((9, 0)))
+    assert gemms["policy"] == "measure" and gemms["measured"]["scaled_mm 1 x 8"]["implementation"] == "triton"
+    document = {
+        "device": "a GPU",
+        "capability": "9.0",
+        "compiler": None,
+        "packages": {},
+        "operators": {},
+        "gemms": gemms,
+    }
+    assert "scaled_mm 1 x 8: triton (cuda 2.0 us, triton 1.5 us)" in doctor.text(document)
 
 
 def test_the_command_prints_one_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ def result(m: int, deepgemm_us: float | None, own_us: float) -> dict[str, Any]:
 
 def test_rows_and_means() -> None:
     lines = list(table([result(4096, 200, 100), result(8192, 100, 200), result(64, 30, 10), result(128, None, 10)]))
-    assert lines[2] == "| fprop 4096 x 4096 x 7168 | 5 | – | – | 10 | – | 2.000 (2.000) | 256x128 |"
+    assert lines[2] == "| fprop 4096 x 4096 x 7168 | 5 | – | – | – | 10 | – | 2.000 (2.000) | 256x128 |"
     means = [line for line in lines if "geometric mean" in line]
     assert len(means) == 2  # none for M = 128, which has no peer
     assert "**fprop, geometric mean**" in means[0] and "**1.000** (1.000); lowest 0.500" in means[0]

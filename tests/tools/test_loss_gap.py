@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fp8c.specs.load import load
-from fp8c.tools import loss_figure, loss_gap
-from fp8c.tools.loss_gap import Runs, Setup, gap, read_runs, record_of, report
+from fp8c.tools import loss_figure, loss_gap, loss_run
+from fp8c.tools.loss_gap import Runs, gap, read_runs, record_of, report
+from fp8c.tools.loss_run import Run, Setup
 from fp8c.tools.train_compare import Gap
 
 ROOT = Path(__file__).parents[2]
@@ -45,9 +46,9 @@ def test_seed_by_seed_over_steps_that_three_seeds_reached() -> None:
 def test_runs_are_read_by_setup_and_a_later_record_replaces_an_earlier_one(tmp_path: Path) -> None:
     setup = Setup(steps=3, size="100m")
     path = tmp_path / "runs.jsonl"
-    first = record_of(setup, "bf16", 0, [3.0, 2.0])
-    second = record_of(setup, "bf16", 0, [3.0, 2.0, 1.0])
-    other = record_of(Setup(steps=3), "bf16", 1, [1.0, 1.0, 1.0])
+    first = record_of(setup, "bf16", 0, Run([3.0, 2.0]))
+    second = record_of(setup, "bf16", 0, Run([3.0, 2.0, 1.0]))
+    other = record_of(Setup(steps=3), "bf16", 1, Run([1.0, 1.0, 1.0]))
     for field in ("size", "corpus"):  # as records were before there were sizes
         del other["setup"][field]
     path.write_text("".join(json.dumps(record) + "\n" for record in (first, second, other)))
@@ -70,15 +71,16 @@ def test_the_results_in_the_repository_are_those_the_page_states() -> None:
     assert f"{100 * found.mean:+.2f} % ± {100 * found.standard_error:.2f} %" in page and f"{steps:,} steps" in page
 
 
-def test_the_negative_results_spec_is_one(tmp_path: Path) -> None:
-    (tmp_path / "blocks.fp8").write_text(loss_gap.BLOCKS)
-    assert load(tmp_path / "blocks.fp8").name == "block_gradients"
+@pytest.mark.parametrize("variant", loss_run.SPECS)
+def test_every_variants_spec_is_one(variant: str) -> None:
+    with loss_run.spec_file(Setup(), variant) as path:
+        assert load(path).digest != load("deepseek_v3").digest
 
 
 def test_batches_are_the_same_whatever_comes_before() -> None:
     corpus = torch.arange(1000, dtype=torch.int64).to(torch.uint8)
     setup = Setup(steps=5, batch=2, length=8)
-    one, two = loss_gap.Batches(corpus, setup, 3), loss_gap.Batches(corpus, setup, 3)
+    one, two = loss_run.Batches(corpus, setup, 3), loss_run.Batches(corpus, setup, 3)
     one.at(0)
     assert torch.equal(one.at(4)["tokens"], two.at(4)["tokens"])
     assert torch.equal(one.at(1)["tokens"][:, 1:], one.at(1)["labels"][:, :-1])
@@ -87,7 +89,7 @@ def test_batches_are_the_same_whatever_comes_before() -> None:
 def test_the_figure_holds_every_variant_and_is_well_formed(tmp_path: Path) -> None:
     runs = runs_of({(v, s): 600 for v in ("bf16", "spec") for s in range(3)})
     path, out = tmp_path / "runs.jsonl", tmp_path / "figure.svg"
-    records = [record_of(Setup(steps=600), variant, seed, losses) for (variant, seed), losses in runs.items()]
+    records = [record_of(Setup(steps=600), variant, seed, Run(losses)) for (variant, seed), losses in runs.items()]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert loss_figure.main([str(path), "-o", str(out)]) == 0
     root = ElementTree.parse(out).getroot()

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, step
+from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, overlap, step
 
 BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
     "gemm": gemm.main,
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
     "kernels": kernels.main,
     "layer": functools.partial(step.main, "layer"),
     "optimizer": optimizer.main,
+    "overlap": overlap.main,
     "step": functools.partial(step.main, "step"),
 }
 

@@ -1,4 +1,4 @@
-"""`python -m fp8c.tools.bench gemm`: the Hopper GEMMs beside cuBLASLt and, with --peer, other libraries.
+"""`python -m fp8c.tools.bench gemm`: the Hopper GEMMs beside Triton's, cuBLASLt, DeepGEMM, and others with --peer.
 
 A peer is a Python file with `contenders(problem, operands) -> dict[str, Callable[[], object]]`; it stays outside fp8c.
 Shapes are DeepSeek-V3's projections at 4096 tokens, two square and long ones, its experts, and short and odd ones.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -26,6 +27,8 @@ from fp8c.backends.cuda import tiles
 from fp8c.backends.cuda.build import build_all
 from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, two_row_waves
 from fp8c.backends.cuda.launch import launch, multiprocessors
+from fp8c.backends.gemms import candidates
+from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.tools.bench.timing import time_in_turn
 
 SCHEMA = "fp8c.bench.gemm/1"
@@ -235,6 +238,34 @@ def cublaslt_contender(p: Problem, x: Operands) -> dict[str, Callable[[], object
     return {"cublaslt": lambda: scaled_mm(x.a, x.b.t(), x.a_scale, ScalingType.BlockWise1x128, scale, kind)}
 
 
+def operator_arguments(p: Problem, x: Operands) -> tuple[str, tuple[Any, ...]]:
+    """The problem as an operator of fp8c: its name and arguments."""
+    row, block = "e4m3[1x128] fp32", "e4m3[128x128] fp32"
+    operands = x.a, x.a_scale, x.b, x.b_scale
+    match p.kind:
+        case "fprop":
+            return "scaled_mm", (*operands, row, block, BLOCK_K, torch.bfloat16)
+        case "wgrad":
+            return "scaled_mm_add_", (x.out, *operands, row, row, BLOCK_K)
+        case "m-grouped":
+            return "scaled_grouped_mm", (*operands, x.offs, row, block, BLOCK_K, torch.bfloat16)
+        case _:
+            return "scaled_grouped_wgrad_add_", (x.out, *operands, x.offs, row, row, BLOCK_K)
+
+
+def candidate_contenders(p: Problem, x: Operands) -> dict[str, Callable[[], object]]:
+    """fp8c's other implementations, those that serve the problem (`backends.gemms.candidates`)."""
+    op, arguments = operator_arguments(p, x)
+    calls: dict[str, Callable[[], object]] = {}
+    for name in ("triton", "deepgemm"):
+        try:
+            candidates.call(name, op, arguments)
+        except Unsupported:
+            continue
+        calls[name] = functools.partial(candidates.call, name, op, arguments)
+    return calls
+
+
 def per_tensor_contender(p: Problem, x: Operands) -> dict[str, Callable[[], object]]:
     """cuBLASLt with one scale a tensor and no promotion: other numerics, and a measure of what power and clock allow."""
     if p.kind != "fprop" or p.m < 1024:
@@ -253,6 +284,7 @@ def measure(p: Problem, peers: list[Any], with_candidates: bool, seconds: float,
     calls: dict[str, Callable[[], object]] = {}
     for peer in peers:
         calls |= peer.contenders(p, x)
+    calls |= candidate_contenders(p, x)
     calls |= cublaslt_contender(p, x) | per_tensor_contender(p, x) | {name: call for name, (_, call) in own.items()}
     times = time_in_turn(calls, max(SHORTEST_US, p.flops / EXPECTED_FLOPS * 1e6), seconds, idle_seconds)
     contenders = {}

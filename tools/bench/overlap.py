@@ -1,13 +1,17 @@
-"""`torchrun --nproc-per-node 2 -m fp8c.tools.bench.overlap`: how much of a real all-to-all a schedule hides.
+"""`torchrun --nproc-per-node 2 -m fp8c.tools.bench overlap`: how much of a real all-to-all a schedule hides.
 
 DeepSeek-V3 MoE layers with experts spread over the ranks, micro-batches whose forward and backward run in pairs:
 
     unscheduled   forward, then backward, every transfer waited for where it is issued
     scheduled     the pair's one graph in the order found for durations measured on the spot
 
-The transfers' thread blocks are limited so that communication takes about as long as compute. Hidden is what the union of
-NCCL's kernels has in common with the union of all other kernels, from a profiler trace of scheduled pairs. On a CPU
-(gloo) the same code runs at small sizes and times nothing worth quoting; it compares bits.
+A setting is how many thread blocks NCCL may use and how many SMs the GEMMs leave to them. For each, in this order:
+durations of every node alone; what compute and transfers cost each other, from transfers that belong to no pair; the
+schedule and the makespan these give (`simulated_ms`); and only then the pairs themselves, by the clock and in a trace.
+Hidden is what the union of NCCL's kernels has in common with the union of all other kernels, on the rank that hides
+least. The best setting then runs longer, compares bits, and meets skewed routing.
+
+On a CPU (gloo) the same code runs at small sizes and times nothing worth quoting; it compares bits.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +33,54 @@ from torch import Tensor, fx, nn
 import fp8c
 from fp8c import distributed
 from fp8c.backends import lowering
-from fp8c.backends.costs import load_machine
-from fp8c.exchange import all_to_all
-from fp8c.graph_costs import WAIT, is_collective, is_control, node_operator, reads_on_host
-from fp8c.overlap import exposure, length_us, union
+from fp8c.graph_costs import is_collective, reads_on_host
+from fp8c.overlap import exposure
 from fp8c.passes.schedule_overlap import issue_order_problem
 from fp8c.schedule import Slot, program_order
 from fp8c.stage import Stage
+from fp8c.tools.bench.overlap_timing import (
+    Calibration,
+    Clock,
+    Timed,
+    calibrate,
+    hidden,
+    host_read_us,
+    measured_durations,
+)
+from fp8c.tools.bench.overlap_work import (
+    Layers,
+    Work,
+    bits_of,
+    equal,
+    payload_groups,
+    send_through,
+    skew,
+    wire_bytes,
+    wire_is_exact,
+)
 
-#: Communication is asked to take at most this share of compute: beside compute it takes longer than alone.
-MOST_COMM = 0.9
+#: Least share of communication that a setting should hide.
+HIDDEN = 0.9
+#: How much faster than unscheduled it should be.
+SPEEDUP = 1.3
+#: Biases of the router from the first expert to the last.
+SKEWS = (0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Thread blocks of NCCL, and SMs that GEMMs leave alone."""
+
+    blocks: int
+    reserved: int
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        blocks, _, reserved = text.partition(":")
+        return cls(int(blocks), int(reserved or blocks))
+
+    def __str__(self) -> str:
+        return f"{self.blocks}:{self.reserved}"
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -46,451 +89,277 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--spec", default="deepseek_v3")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[4096],
+        help="of a micro-batch; further ones are tried until one setting is good enough",
+    )
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--micro-batches", type=int, default=12)
     parser.add_argument(
-        "--thread-blocks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="of NCCL, to choose from"
-    )
-    parser.add_argument("--seconds", type=float, default=150.0, help="stop measuring further settings after this")
+        "--settings", type=Setting.parse, nargs="+", default=[Setting(b, b) for b in (1, 2, 4)],
+        metavar="BLOCKS:RESERVED", help="NCCL's thread blocks, and SMs that GEMMs leave to them",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=150.0, help="try no further setting after this")
     parser.add_argument("--out", type=Path, default=Path("."))
     return parser.parse_args(given)
 
 
-# The model -----------------------------------------------------------------------------------------------------------
+class Bench:
+    """One stage at one micro-batch size, and what is found about it."""
 
+    def __init__(self, args: argparse.Namespace, tokens: int, note: Callable[..., None]) -> None:
+        self.args, self.tokens, self.note = args, tokens, note
+        self.device: str = args.device
+        self.clock = Clock(self.device)
+        self.is_cuda = self.device == "cuda"
+        self.deadline = time.perf_counter() + args.seconds
 
-class Layers(nn.Module):
-    """Decoder layers of transformers' DeepseekV3, all with experts: [1, T, H] -> [1, T, H]."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__()
-        from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-            DeepseekV3DecoderLayer,
-            DeepseekV3RotaryEmbedding,
-        )
-
-        widths: dict[str, Any] = {"n_routed_experts": args.experts, "first_k_dense_replace": 0}
-        if args.hidden < 7168:  # a rehearsal
-            widths |= {"hidden_size": args.hidden, "moe_intermediate_size": 128, "num_attention_heads": 2}
-            widths |= {"q_lora_rank": 128, "kv_lora_rank": 128, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-            widths |= {"n_group": 2, "topk_group": 1}
-        config = DeepseekV3Config(**widths)
-        config._attn_implementation = "sdpa"
-        config._experts_implementation = "grouped_mm"
-        self.rotary = DeepseekV3RotaryEmbedding(config)
-        self.layers = nn.ModuleList([DeepseekV3DecoderLayer(config, i).bfloat16() for i in range(args.layers)])
-        with torch.no_grad():
-            for parameter in self.layers.parameters():
-                parameter.normal_(0.0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1], device=x.device)[None]
-        embedded = self.rotary(x, places)
-        for layer in self.layers:
-            y = layer(x, position_embeddings=embedded)
-            x = y[0] if isinstance(y, tuple) else y
-        return x
-
-
-def skew(module: nn.Module, strength: float) -> None:
-    """Bias the router's choice towards the first ranks' experts: `strength` from the first expert to the last."""
-    for name, buffer in module.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(torch.linspace(strength, 0.0, buffer.numel(), device=buffer.device))
-
-
-# Time ----------------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Milliseconds of device work, by events on a GPU and by the wall clock on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.is_cuda = device == "cuda"
-
-    def synchronize(self) -> None:
+    def reserve(self, sms: int) -> None:
         if self.is_cuda:
-            torch.cuda.synchronize()
+            distributed.limit_gemm_sms(sms)
 
-    def time_ms(self, run: Callable[[], object]) -> float:
-        """From a barrier to the end of the slowest rank."""
-        self.synchronize()
-        dist.barrier()
-        started = time.perf_counter()
-        run()
-        self.synchronize()
-        took = torch.tensor([(time.perf_counter() - started) * 1e3], dtype=torch.float64)
-        took = took.cuda() if self.is_cuda else took
-        dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        return float(took)
+    def prepare(self, mesh: Any) -> None:
+        """Capture the stage, compile its kernels, put its halves into one graph."""
+        args, device = self.args, self.device
+        torch.manual_seed(0)
+        with torch.device(device):
+            module: nn.Module = Layers(args)
+        self.step = fp8c.compile(module, spec=args.spec, mesh=mesh, target=None if self.is_cuda else "cpu")
+        generator = torch.Generator(device).manual_seed(1 + dist.get_rank())
 
+        def rows() -> Tensor:
+            return torch.randn(1, self.tokens, args.hidden, device=device, generator=generator).bfloat16()
 
-class Timed(fx.Interpreter):
-    """Runs a graph node by node and takes the time of each: the device is kept busy while a node's kernels are queued,
-    so that what is timed is the device's work and not the host's."""
+        count = args.micro_batches
+        inputs, gradients = [rows() for _ in range(2)], [rows() * 1e-3 for _ in range(2)]
+        inputs, gradients = (inputs * count)[:count], (gradients * count)[:count]
+        self.stage = Stage.capture(self.step, (inputs[0],))
+        self.halves = (self.stage.forward_graph, self.stage.backward_graph)
+        nodes = sum(len(h.graph.nodes) for h in self.halves)
+        self.note(captured=nodes, wire_bytes=wire_bytes(self.halves, self.tokens * args.top_k))
+        self.work, self.few = Work(self.stage, inputs, gradients), Work(self.stage, inputs[:2], gradients[:2])
+        self.few.unscheduled()
+        self.clock.synchronize()
+        self.stage.schedule_pair(lambda node: 0.0)
+        plain = self.stage.pair_graph
+        assert plain is not None
+        self.plain = plain
+        with torch.no_grad():
+            _, kept = self.stage.forward(inputs[0])
+            forward, backward = self.stage._forward_inputs((inputs[0],)), self.stage._backward_inputs(kept, gradients)
+        self.inputs = [*forward, *backward]
+        self.read_us = host_read_us(device)
+        self.step.zero_grad()
+        self.note(warm=True, host_read_us=self.read_us)
 
-    SLEEP_CYCLES = 1_500_000  # under a millisecond on an H200
+    # --- one setting --------------------------------------------------------------------------------------------------
 
-    def __init__(self, module: fx.GraphModule, clock: Clock) -> None:
-        super().__init__(module)
-        self.clock = clock
-        self.events: dict[str, tuple[Any, Any]] = {}
-        self.wall_us: dict[str, float] = {}
+    def use(self, setting: Setting, group: str | None) -> None:
+        if group is not None:
+            send_through((*self.halves, self.plain), group)
+        self.reserve(setting.reserved)
+        self.few.unscheduled()  # a new group is set up
 
-    def run_node(self, n: fx.Node) -> Any:
-        launches = n.op == "call_function" and (is_collective(n) or node_operator(n) is not None)
-        if not launches or reads_on_host(n):
-            return super().run_node(n)
-        if not self.clock.is_cuda:
-            started = time.perf_counter()
-            found = super().run_node(n)
-            if is_collective(n):
-                WAIT(found)
-            self.wall_us[n.name] = (time.perf_counter() - started) * 1e6
-            return found
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(self.SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-        first.record()
-        found = super().run_node(n)
-        if is_collective(n):
-            found = WAIT(found)
-        last.record()
-        self.events[n.name] = first, last
+    def plan(self, group: str | None) -> dict[str, Any]:
+        """Durations alone, interference, the schedule for them, and its simulated makespan."""
+        alone = measured_durations(self.plain, lambda: self.inputs, self.clock, repeats=2)
+        moves = {n.name for n in self.plain.graph.nodes if is_collective(n)}
+        compute_ms = sum(us for name, us in alone.items() if name not in moves) / 1e3
+        comm_ms = sum(us for name, us in alone.items() if name in moves) / 1e3
+        found = agreed(calibrate(self.plain, self.inputs, self.clock, group or "", self.args.hidden))
+        interference = found.interference
+        # Events around each node cost time too, and kernels that follow each other start early.
+        scale = found.compute_ms / compute_ms if self.is_cuda else 1.0
+        durations = {name: us if name in moves else us * scale for name, us in alone.items()}
+
+        def cost_us(node: fx.Node) -> float:
+            return self.read_us if reads_on_host(node) else durations.get(node.name, 0.0)
+
+        before = exposure(program_order(issue_order_problem(self.plain.graph, cost_us)).slots)
+        report = self.stage.schedule_pair(cost_us, interference)
+        self.slots = report.expected
+        after = exposure(report.expected)
+        return {
+            "compute_ms": found.compute_ms if self.is_cuda else compute_ms,
+            "compute_by_node_ms": compute_ms,
+            "comm_ms": comm_ms,
+            "calibration": asdict(found),
+            "slowdown": asdict(interference),
+            "program_order_ms": before.makespan_us / 1e3,
+            "proven_gap": report.schedule.gap,
+            "simulated_ms": after.makespan_us / 1e3,
+            "simulated_hidden": after.hidden_share,
+        }
+
+    def measure(self, setting: Setting, work: Work, rounds: int) -> dict[str, Any]:
+        """Per micro-batch, milliseconds: unscheduled with all SMs and with some reserved, and pairs."""
+        count = len(work.inputs)
+        times: dict[str, list[float]] = {"unscheduled": [], "unscheduled, reserved": [], "whole": [], "pairs": []}
+        _, kept = self.stage.forward(self.work.inputs[0])
+        holder = [work.pairs(2, kept)]
+
+        def pairs() -> None:
+            holder[0] = work.pairs(count, holder[0])
+
+        for _ in range(rounds):
+            self.reserve(0)
+            times["unscheduled"].append(self.clock.time_ms(work.unscheduled) / count)
+            self.reserve(setting.reserved)
+            times["unscheduled, reserved"].append(self.clock.time_ms(work.unscheduled) / count)
+            times["pairs"].append(self.clock.time_ms(pairs) / count)
+            times["whole"].append(self.clock.time_ms(work.scheduled) / count)
+        best = {name: min(found) for name, found in times.items()}
+        unscheduled_ms = min(best["unscheduled"], best["unscheduled, reserved"])
+        return {
+            "per_micro_batch_ms": times,
+            "unscheduled_ms": unscheduled_ms,
+            "pair_ms": best["pairs"],
+            "speedup": unscheduled_ms / best["pairs"],
+            "speedup_with_ends": unscheduled_ms / best["whole"],
+        }
+
+    def traced(self, pairs: int = 4) -> dict[str, Any]:
+        """A trace of pairs; nothing on a CPU."""
+        if not self.is_cuda:
+            return {}
+        _, kept = self.stage.forward(self.work.inputs[0])
+        holder = [self.work.pairs(2, kept)]
+
+        def some() -> None:
+            holder[0] = self.work.pairs(pairs, holder[0])
+
+        return hidden(some, self.args.out)
+
+    def compare(self) -> dict[str, Any]:
+        """The same bits, as far as PyTorch's attention has the same bits twice."""
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            control = bits_of(self.few, self.step, self.few.unscheduled)
+            again = bits_of(self.few, self.step, self.few.unscheduled)
+            paired = bits_of(self.few, self.step, self.few.scheduled)
+        except RuntimeError as error:
+            return {"equality_failed": str(error)[:500]}
+        finally:
+            torch.use_deterministic_algorithms(False)
+            self.step.zero_grad()
+        names = [n for n, p in self.step.named_parameters() if p.requires_grad]
+        return {
+            "repeated_differs": equal(control, again),
+            "scheduled_differs": equal(control, paired),
+            "compared": [len(control[0]), len(control[1])],
+            "differing": {
+                n: float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-30))
+                for n, a, b in zip(names, control[1], paired[1])
+                if not torch.equal(a, b)
+            },
+        }
+
+    def skewed(self) -> dict[str, Any]:
+        """Traces with the router biased, in the order found for even routing."""
+        found: dict[str, Any] = {}
+        for strength in SKEWS:
+            if not everyone_has_time(self.deadline):
+                break
+            skew(self.step, strength)
+            counting = Timed(self.stage.forward_graph, self.clock)
+            counting.sleep_cycles = 0
+            with torch.no_grad():
+                counting.run(*self.stage._forward_inputs(self.work.inputs[:1]))
+            arrived = max(rows.shape[0] for rows in counting.moved.values())
+            most = torch.tensor([float(arrived)], device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            del counting
+            found[str(strength)] = {"rows_over_mean": float(most) / (self.tokens * self.args.top_k), **self.traced()}
+        skew(self.step, 0.0)
         return found
 
-    def durations_us(self) -> dict[str, float]:
-        self.clock.synchronize()
-        return self.wall_us | {name: a.elapsed_time(b) * 1e3 for name, (a, b) in self.events.items()}
 
-
-def measured_durations(
-    pair: fx.GraphModule, arguments: Callable[[], list[Any]], clock: Clock, repeats: int = 3
-) -> dict[str, float]:
-    """Microseconds of every node that launches something, alike on all ranks: compute as the slowest rank has it, the
-    least of several runs; transfers as the last rank to arrive sees them."""
-    runs: list[dict[str, float]] = []
-    for _ in range(repeats):
-        dist.barrier()
-        timed = Timed(pair, clock)
-        timed.run(*arguments())
-        runs.append(timed.durations_us())
-    best = {name: min(run[name] for run in runs) for name in runs[0]}
+def agreed(mine: Calibration) -> Calibration:
+    """The mean over ranks, so that all ranks schedule alike."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, best)
-    moves = {n.name for n in pair.graph.nodes if is_collective(n)}
-    return {n: (min if n in moves else max)(found[n] for found in everyone) for n in best}
+    dist.all_gather_object(everyone, asdict(mine))
+    return Calibration(**{key: sum(one[key] for one in everyone) / len(everyone) for key in everyone[0]})
 
 
-# The pieces ----------------------------------------------------------------------------------------------------------
+def best_of(found: dict[str, dict[str, Any]]) -> str:
+    """The fastest setting among those that hide enough, among all where none does."""
+    enough = {name: one for name, one in found.items() if one.get("trace", {}).get("hidden_share", 1.0) >= HIDDEN}
+    return max(enough or found, key=lambda name: float(found[name]["speedup"]))
 
 
-class Work:
-    """Micro-batches of one stage, one after another or in pairs; results in `seen` where asked for."""
-
-    def __init__(self, stage: Stage, inputs: list[Tensor], gradients: list[Tensor]) -> None:
-        self.stage, self.inputs, self.gradients = stage, inputs, gradients
-
-    def unscheduled(self, seen: list[Any] | None = None) -> None:
-        for x, dy in zip(self.inputs, self.gradients):
-            outputs, kept = self.stage.forward(x)
-            found = self.stage.backward(kept, dy)
-            if seen is not None:
-                seen += [*outputs, *found]
-
-    def scheduled(self, seen: list[Any] | None = None) -> None:
-        outputs, kept = self.stage.forward(self.inputs[0])
-        last = outputs
-        for at in range(1, len(self.inputs)):
-            outputs, kept, found = self.stage.pair((self.inputs[at],), kept, (self.gradients[at - 1],))
-            if seen is not None:
-                seen += [*last, *found]
-            last = outputs
-        found = self.stage.backward(kept, self.gradients[-1])
-        if seen is not None:
-            seen += [*last, *found]
-
-    def pairs(self, count: int, kept: list[Any]) -> list[Any]:
-        for at in range(count):
-            i = at % len(self.inputs)
-            _, kept, _ = self.stage.pair((self.inputs[i],), kept, (self.gradients[i],))
-        return kept
-
-
-def host_read_us(device: str) -> float:
-    """Microseconds to copy a few numbers from an idle device to the host: the least of many."""
-    numbers = torch.arange(4, device=device)
-    times = []
-    for _ in range(30):
-        started = time.perf_counter()
-        numbers.cpu()
-        times.append((time.perf_counter() - started) * 1e6)
-    return min(times)
-
-
-def wire_is_exact(device: str, group: str, hidden: int) -> dict[str, bool]:
-    """FP8 rows sent as bytes with their scales against rows rounded to FP8 and sent in BF16; and float8 sent as such."""
-    fmt = "e4m3[1x128] pow2"
-    x = torch.randn(512, hidden, device=device).bfloat16()
-    data, scale = torch.ops.fp8c.quantize(x, fmt)
-    even = [x.shape[0] // dist.get_world_size()] * dist.get_world_size()
-
-    def moved(t: Tensor) -> Tensor:
-        return all_to_all(t, even, even, group)
-
-    as_bytes = moved(data.view(torch.uint8)).view(data.dtype)
-    here = torch.ops.fp8c.dequantize(as_bytes, moved(scale), fmt, torch.bfloat16)
-    there = moved(torch.ops.fp8c.dequantize(data, scale, fmt, torch.bfloat16))
-    found = {"bytes and scales": torch.equal(here, there)}
-    if device == "cuda":  # gloo refuses float8
-        found["float8"] = torch.equal(moved(data).view(torch.uint8), as_bytes.view(torch.uint8))
-    return found
-
-
-def wire_bytes(graphs: Sequence[fx.GraphModule], rows: int) -> dict[str, int]:
-    """Bytes that each kind of payload transfer takes in, by dtype, with `rows` rows each; counts are left out."""
-    found: dict[str, int] = {}
-    for module in graphs:
-        for node in module.graph.nodes:
-            if is_collective(node) and not is_control(node):
-                val = node.meta["val"]
-                size = rows * val.dtype.itemsize * int(torch.Size(val.shape[1:]).numel())
-                name = f"{val.dtype} x {list(val.shape[1:])}".replace("torch.", "")
-                found[name] = found.get(name, 0) + size
-    return found
-
-
-def payload_groups(args: argparse.Namespace) -> dict[int, str]:
-    """Process groups with so many thread blocks each, by that number."""
-    found: dict[int, str] = {}
-    for blocks in args.thread_blocks:
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options.config.min_ctas = options.config.max_ctas = blocks
-        group = dist.new_group(list(range(dist.get_world_size())), backend="nccl", pg_options=options)
-        _KEEP.append(group)
-        found[blocks] = group.group_name
-    return found
-
-
-_KEEP: list[Any] = []
-
-
-def send_through(graphs: Sequence[fx.GraphModule], name: str) -> None:
-    """Let payloads of these graphs travel in another group."""
-    for module in graphs:
-        for node in module.graph.nodes:
-            if is_collective(node) and not is_control(node):
-                node.args = (*node.args[:-1], name)
-        module.recompile()
-
-
-def traced(run: Callable[[], object], out: Path, rank: int) -> dict[str, float]:
-    """Share of NCCL's kernels hidden behind others, from a trace of `run`."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    file = out / f"overlap_rank{rank}.json"
-    profiler.export_chrome_trace(str(file))
-    events = json.loads(file.read_text())["traceEvents"]
-    kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    payload = [e for e in kernels if "nccl" in e["name"].lower()]
-    moved = [(e["ts"], e["ts"] + e["dur"]) for e in payload]
-    computed = [(e["ts"], e["ts"] + e["dur"]) for e in kernels if "nccl" not in e["name"].lower()]
-    comm, compute = length_us(union(moved)), length_us(union(computed))
-    exposed = length_us(union([*moved, *computed])) - compute
-    span = max(e["ts"] + e["dur"] for e in kernels) - min(e["ts"] for e in kernels)
-    file.unlink()
-    return {
-        "comm_ms": comm / 1e3,
-        "compute_ms": compute / 1e3,
-        "exposed_ms": exposed / 1e3,
-        "span_ms": span / 1e3,
-        "hidden_share": 1.0 - exposed / comm if comm else 1.0,
-    }
-
-
-def bits_of(work: Work, module: nn.Module, run: Callable[[list[Any]], None]) -> tuple[list[Tensor], list[Tensor]]:
-    module.zero_grad()
-    seen: list[Any] = []
-    run(seen)
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in gradients]
-    return [t.clone() for t in seen if t is not None], [t.clone() for t in local]
-
-
-def equal(a: tuple[list[Tensor], list[Tensor]], b: tuple[list[Tensor], list[Tensor]]) -> list[int]:
-    """How many results and gradients differ."""
-    return [sum(not torch.equal(x, y) for x, y in zip(one, two, strict=True)) for one, two in zip(a, b)]
-
-
-# The benchmark -------------------------------------------------------------------------------------------------------
+def is_good(found: dict[str, Any]) -> bool:
+    """Whether a setting hides enough and is fast enough."""
+    return bool(found["trace"].get("hidden_share", 1.0) >= HIDDEN and found["speedup"] >= SPEEDUP)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
-    results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
+    results: dict[str, Any] = {
+        "schema": "fp8c.bench.overlap/2",
+        "arguments": {k: str(v) for k, v in vars(args).items()},
+    }
     mesh = distributed.init_mesh(args.device, ep=int(os.environ["WORLD_SIZE"]))
-    rank, device = dist.get_rank(), args.device
+    lowering.register_kernels(args.device)
+    group = mesh.get_group().group_name
+    results |= {"torch": torch.__version__, "wire": wire_is_exact(args.device, group, args.hidden), "tokens": {}}
+    names = payload_groups({s.blocks for s in args.settings}) if args.device == "cuda" else {}
+    for tokens in args.tokens:
+        if any(is_good(one["final"]) for one in results["tokens"].values()) or not everyone_has_time(
+            started + args.seconds
+        ):
+            break
+        here: dict[str, Any] = results["tokens"].setdefault(str(tokens), {"settings": {}})
 
-    def note(**found: Any) -> None:
-        results.update(found)
-        if rank == 0:
-            print(f"[{time.perf_counter() - started:6.1f} s]", json.dumps(found), flush=True)
-            (args.out / "overlap.json").write_text(json.dumps(results, indent=1))
+        def note(**found: Any) -> None:
+            here.update(found)
+            if dist.get_rank() == 0:
+                brief = {k: {x: y for x, y in v.items() if x != "classes"} if isinstance(v, dict) else v
+                         for k, v in found.items()}  # fmt: skip
+                print(f"[{time.perf_counter() - started:6.1f} s]", json.dumps(brief), flush=True)
+                (args.out / "overlap.json").write_text(json.dumps(results, indent=1))
 
-    clock = Clock(device)
-    lowering.register_kernels(device)
-    read_us = host_read_us(device)
-    note(host_read_us=read_us, wire=wire_is_exact(device, mesh.get_group().group_name, args.hidden))
-    torch.manual_seed(0)
-    with torch.device(device):
-        module: nn.Module = Layers(args)
-    step = fp8c.compile(module, spec=args.spec, mesh=mesh, target=None if device == "cuda" else "cpu")
-    generator = torch.Generator(device).manual_seed(1 + rank)
-
-    def rows() -> Tensor:
-        return torch.randn(1, args.tokens, args.hidden, device=device, generator=generator).bfloat16()
-
-    count = args.micro_batches
-    inputs, gradients = [rows() for _ in range(2)], [rows() * 1e-3 for _ in range(2)]
-    inputs, gradients = (inputs * count)[:count], (gradients * count)[:count]
-    stage = Stage.capture(step, (inputs[0],))
-    halves = (stage.forward_graph, stage.backward_graph)
-    note(captured=sum(len(h.graph.nodes) for h in halves), wire_bytes=wire_bytes(halves, args.tokens * 8))
-    work = Work(stage, inputs, gradients)
-    first = Work(stage, inputs[:2], gradients[:2])
-    first.unscheduled()
-    clock.synchronize()
-    note(warm=True)
-
-    # Compute alone decides how many thread blocks the transfers get.
-    blocks = 0
-    reserve: Callable[[int], None] = distributed.limit_gemm_sms if device == "cuda" else lambda n: None
-    stage.schedule_pair(lambda node: 0.0)
-    plain = stage.pair_graph
-    assert plain is not None
-
-    def pair_arguments() -> list[Any]:
-        _, kept = stage.forward(inputs[0])
-        return [*stage._forward_inputs((inputs[0],)), *stage._backward_inputs(kept, (gradients[0],))]
-
-    def total_us(found: dict[str, float], which: str) -> float:
-        moves = {n.name for n in plain.graph.nodes if is_collective(n)}
-        return sum(us for name, us in found.items() if (name in moves) == (which == "comm"))
-
-    if device == "cuda":
-        names = payload_groups(args)
-        tried: dict[int, tuple[float, float]] = {}
-        for blocks, name in names.items():
-            send_through((stage.forward_graph, stage.backward_graph, plain), name)
-            reserve(blocks)
-            first.unscheduled()  # the group is set up
-            found = measured_durations(plain, pair_arguments, clock, repeats=1)
-            tried[blocks] = total_us(found, "compute") / 1e3, total_us(found, "comm") / 1e3
-            if tried[blocks][1] < MOST_COMM * tried[blocks][0]:
+        bench = Bench(args, tokens, note)
+        bench.deadline = started + args.seconds
+        bench.prepare(mesh)
+        for setting in args.settings if bench.is_cuda else args.settings[:1]:
+            if here["settings"] and not everyone_has_time(bench.deadline):
                 break
-        note(thread_blocks={b: {"compute_ms": c, "comm_ms": m} for b, (c, m) in tried.items()})
-        blocks = max(tried)
-        send_through((stage.forward_graph, stage.backward_graph, plain), names[blocks])
-        reserve(blocks)
-    durations = measured_durations(plain, pair_arguments, clock)
-    note(blocks=blocks, compute_ms=total_us(durations, "compute") / 1e3, comm_ms=total_us(durations, "comm") / 1e3)
-
-    machine = load_machine("h200")
-
-    def cost(node: fx.Node) -> float:
-        if reads_on_host(node):
-            return read_us
-        beside = machine.comm_slowdown_combine if is_collective(node) and not is_control(node) else 1.0
-        return durations.get(node.name, 0.0) * beside
-
-    before = exposure(program_order(issue_order_problem(plain.graph, cost)).slots)
-    report = stage.schedule_pair(cost)
-    note(
-        predicted_ms=report.schedule.makespan_us / 1e3,
-        proven_gap=report.schedule.gap,
-        predicted_hidden=report.after.hidden_share,
-        program_order_ms=before.makespan_us / 1e3,
-        program_order_hidden=before.hidden_share,
-    )
-    if rank == 0:
-        (args.out / "schedule.json").write_text(json.dumps(_slots(report.schedule.slots)))
-
-    # The same bits, as far as PyTorch's attention has the same bits twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        control = bits_of(first, step, first.unscheduled)
-        again = bits_of(first, step, first.unscheduled)
-        paired = bits_of(first, step, first.scheduled)
-        paired_again = bits_of(first, step, first.scheduled)
-        names_of = [n for n, p in step.named_parameters() if p.grad is not None]
-        note(
-            repeated_differs=equal(control, again),
-            scheduled_differs=equal(control, paired),
-            scheduled_repeated_differs=equal(paired, paired_again),
-            compared=[len(control[0]), len(control[1])],
-            differing={
-                n: float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-30))
-                for n, a, b in zip(names_of, control[1], paired[1])
-                if not torch.equal(a, b)
-            },
-        )
-        del control, again, paired, paired_again
-    except RuntimeError as error:
-        note(equality_failed=str(error)[:500])
-    torch.use_deterministic_algorithms(False)
-    step.zero_grad()
-
-    # Speed: the baseline leaves all SMs to its GEMMs.
-    times: dict[str, list[float]] = {"unscheduled": [], "unscheduled, SMs reserved": [], "scheduled": []}
-    for _ in range(3):
-        reserve(0)
-        times["unscheduled"].append(clock.time_ms(work.unscheduled) / count)
-        reserve(blocks)
-        times["unscheduled, SMs reserved"].append(clock.time_ms(work.unscheduled) / count)
-        times["scheduled"].append(clock.time_ms(work.scheduled) / count)
-    note(per_micro_batch_ms=times, speedup=min(times["unscheduled"]) / min(times["scheduled"]))
-    _, kept = stage.forward(inputs[0])
-    kept = work.pairs(2, kept)
-    holder = [kept]
-
-    def six_pairs() -> None:
-        holder[0] = work.pairs(6, holder[0])
-
-    pair_ms = clock.time_ms(six_pairs) / 6
-    note(pair_ms=pair_ms, predicted_over_measured=report.schedule.makespan_us / 1e3 / pair_ms)
-    if device == "cuda":
-        note(trace=traced(six_pairs, args.out, rank))
-        for strength in (0.1, 0.3):
-            if time.perf_counter() - started > args.seconds:
-                break
-            skew(step, strength)
-            _, kept = stage.forward(inputs[0])
-            arrived = max(v.shape[0] for v in kept if isinstance(v, Tensor) and v.ndim > 0)
-            holder[0] = work.pairs(2, kept)
-            rows_here = torch.tensor([float(arrived)], device=device)
-            dist.all_reduce(rows_here, op=dist.ReduceOp.MAX)
-            note(**{f"skew_{strength}": {"largest": float(rows_here), **traced(six_pairs, args.out, rank)}})
-        skew(step, 0.0)
-        for other in sorted(set(tried) - {blocks}):  # how the share of SMs matters
-            if time.perf_counter() - started > args.seconds:
-                break
-            send_through((*halves, plain), names[other])
-            reserve(other)
-            durations = measured_durations(plain, pair_arguments, clock, repeats=2)
-            alone_ms = clock.time_ms(first.unscheduled) / 2
-            report = stage.schedule_pair(cost)
-            _, kept = stage.forward(inputs[0])
-            holder[0] = work.pairs(2, kept)
-            found = {"pair_ms": clock.time_ms(six_pairs) / 6, "predicted_ms": report.schedule.makespan_us / 1e3}
-            found |= {"unscheduled_ms": alone_ms, **traced(six_pairs, args.out, rank)}
-            note(**{f"thread_blocks_{other}": found})
-    note(seconds=time.perf_counter() - started)
+            bench.use(setting, names.get(setting.blocks))
+            found = bench.plan(names.get(setting.blocks))
+            note(planned={str(setting): found})  # before anything of the schedule has run
+            found |= bench.measure(setting, bench.few if not bench.is_cuda else bench.work.first(4), rounds=2)
+            found["trace"] = bench.traced()
+            found["simulated_over_measured"] = found["simulated_ms"] / found["pair_ms"]
+            here["settings"][str(setting)] = found
+            note(last={k: v for k, v in found.items() if k != "trace"}, last_trace=found["trace"])
+        chosen = best_of(here["settings"])
+        setting = Setting.parse(chosen)
+        bench.use(setting, names.get(setting.blocks))
+        final = bench.plan(names.get(setting.blocks))
+        if dist.get_rank() == 0:
+            (args.out / "schedule.json").write_text(json.dumps(_slots(bench.slots)))
+        final |= bench.measure(setting, bench.work, rounds=2)
+        final["simulated_over_measured"] = final["simulated_ms"] / final["pair_ms"]
+        note(chosen=chosen, final=final)
+        final["trace"] = bench.traced(6)
+        note(final_trace=final["trace"])
+        note(**bench.compare())
+        if bench.is_cuda:
+            note(skew=bench.skewed())
+        note(seconds=time.perf_counter() - started)
     return results
+
+
+def everyone_has_time(deadline: float) -> bool:
+    """Whether no rank's clock is past the deadline: all ranks go on, or none."""
+    late: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(late, time.perf_counter() > deadline)
+    return not any(late)
 
 
 def _slots(slots: Sequence[Slot]) -> list[list[Any]]:

@@ -1,5 +1,6 @@
 """Compiling the Hopper GEMMs without a GPU: registers, spills, instructions, the kernel cache and the tile rule."""
 
+import logging
 import os
 import re
 import shutil
@@ -125,6 +126,48 @@ def test_cache_builds_once_and_rebuilds_what_is_damaged(tmp_path: Path, monkeypa
     assert build.cubin(FPROP, tmp_path) == b"machine code"
     assert len(calls) == 3
     assert not list(tmp_path.glob("*.part"))
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_used_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "compile_cubin", lambda config: b"machine code")
+    (tmp_path / f"{build._key(FPROP)}.cubin").mkdir()  # can't be read as a file
+    (tmp_path / "file").write_text("")  # can't hold a folder
+    with caplog.at_level(logging.WARNING):
+        assert build.cubin(FPROP, tmp_path) == b"machine code"
+        assert build.cubin(FPROP, tmp_path / "file" / "kernels") == b"machine code"
+        path = tmp_path / f"{build._key(WGRAD)}.cubin"
+        path.write_bytes(b"damaged")
+        assert build.cubin(WGRAD, tmp_path) == b"machine code"
+    said = [record.getMessage() for record in caplog.records]
+    assert any("R0438" in text and "can't be read, and is made again" in text for text in said)
+    assert any("can't be written, so kernels are compiled in every process" in text for text in said)
+    assert any(f"is damaged, and is made again: {path}" in text for text in said)
+    assert build._read_checked(path) == b"machine code"
+
+
+def test_what_a_build_brought_is_taken_whichever_compiler_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.install(build.source_key(FPROP), b"from the build", tmp_path)
+    for compiler in (None, ("nvcc", "99")):
+        monkeypatch.setattr(build, "_compiler", lambda found=compiler: found)
+        assert build.cubin(FPROP, tmp_path) == b"from the build"
+    assert build.source_key(FPROP) != build.source_key(WGRAD)
+
+
+def test_a_machine_without_a_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8c.backends.cuda import launch
+
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(launch.ctypes, "CDLL", load)
+    launch._driver.cache_clear()
+    with pytest.raises(DiagnosticError, match="E0432.*the CUDA driver can't be loaded: libcuda.so.1"):
+        launch._driver()
 
 
 def test_cache_key_changes_with_everything_that_changes_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,10 @@ from torch import Tensor
 import fp8c.backends.reference  # noqa: F401  (the oracle)
 import fp8c.decompositions  # noqa: F401  (what a kernel passes on)
 import fp8c.fused_ops  # noqa: F401
+import fp8c.gather_sum_op  # noqa: F401
 from fp8c.backends.reference.formats import decode_e5m6, unpack_e5m6
+from fp8c.backends.reference.rounding_check import disagreement, strides
+from fp8c.backends.triton import gather_sum as combining
 from fp8c.backends.triton import quantize as kernels
 from fp8c.backends.triton import requantize as retiling
 from fp8c.backends.triton import swiglu as activations
@@ -51,8 +54,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], label: object)
     assert len(found) == len(expected)
     for i, (a, b) in enumerate(zip(found, expected)):
         assert a.shape == b.shape and a.dtype == b.dtype, (label, i, a.shape, b.shape)
-        strides = [[n for n, size in zip(t.stride(), t.shape) if size > 1] for t in (a, b)]
-        assert strides[0] == strides[1], (label, i, strides)
+        assert strides(a) == strides(b), (label, i, a.stride(), b.stride())
         left, right = (torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in (a, b))
         if a.dtype is torch.uint8:  # packed E5M6
             left, right = (decode_e5m6(unpack_e5m6(t, t.shape[-1] // 12 * 8)) for t in (left, right))
@@ -190,27 +192,10 @@ def requantize_cases() -> Iterator[tuple[str, Case]]:
 
 
 def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], formats: tuple[str, ...], label: object) -> None:
-    """Pairs of values that went through exp: the operands of a rounding may differ in their last bit.
-
-    A BF16 rounding that goes the other way is 2**-8 of the value, which may move its FP8 code by one: half a step more than
-    a rounding, 2**-3 of a normal E4M3 value and 2**-9 scales of a subnormal one. It happens to few values.
-    """
-    assert [t.shape for t in found] == [t.shape for t in expected], label
+    """Pairs of values that went through exp agree within one rounding (`backends/reference/rounding_check.py`)."""
     for i, fmt in enumerate(formats):
-        (q, s), (wanted, wanted_scale) = ([t.cpu() for t in pair[2 * i : 2 * i + 2]] for pair in (found, expected))
-        assert q.stride() == wanted.stride() and s.stride() == wanted_scale.stride(), (label, fmt)
-        values, reference = (ops.dequantize(*p, fmt, torch.float32) for p in ((q, s), (wanted, wanted_scale)))
-        assert torch.equal(values.isnan(), reference.isnan()), (label, fmt)
-        largest = dequantized_ones(wanted, wanted_scale, fmt)
-        bound = 2.0**-3 * reference.abs() + 2.0**-8 * largest
-        wrong = ((values - reference).abs() > bound) & ~reference.isnan()
-        assert not wrong.any(), (label, fmt, int(wrong.sum()))
-        assert float((values != reference).where(~reference.isnan(), False).float().mean()) < 0.01, (label, fmt)
-
-
-def dequantized_ones(q: Tensor, s: Tensor, fmt: str) -> Tensor:
-    """The scale of each element."""
-    return ops.dequantize(torch.ones(q.shape).to(q.dtype), s, fmt, torch.float32)
+        problem = disagreement(found[2 * i : 2 * i + 2], expected[2 * i : 2 * i + 2], fmt)  # type: ignore[arg-type]
+        assert not problem, (label, fmt, problem)
 
 
 def swiglu_cases() -> Iterator[tuple[str, Case]]:
@@ -264,11 +249,35 @@ def swiglu_cases() -> Iterator[tuple[str, Case]]:
         yield "backward of experts", backward(300, 128, True, offs)
 
 
+def combine_cases() -> Iterator[tuple[str, Case]]:
+    def check(x: Tensor, rows: Tensor, k: int, added: Tensor | None) -> Case:
+        def case(device: str) -> None:
+            expected = ops.gather_sum(x, rows, k, added)
+            on_device = [None if t is None else t.to(device) for t in (x, rows, added)]
+            found = combining.gather_sum(on_device[0], on_device[1], k, on_device[2])  # type: ignore[arg-type]
+            same((found,), (expected,), (x.shape, k, x.dtype, added is None))
+
+        return case
+
+    generator = torch.Generator().manual_seed(6)
+    for (rows, cols), k, dtype in itertools.product(
+        ((40, 200), (24, 1152)), (1, 2, 8), (torch.bfloat16, torch.float32)
+    ):
+        order = torch.randperm(rows, generator=generator)
+        added = torch.randn(rows // k, cols, generator=generator).to(dtype)
+        for other in (None, added):
+            yield f"combine {rows}x{cols} by {k}", check(filled(rows, cols, dtype), order, k, other)
+    yield "narrow numbers", check(filled(40, 128), torch.randint(0, 40, (30,), dtype=torch.int32), 3, None)
+    yield "columns of a wider tensor", check(filled(40, 512)[:, 128:384], torch.randperm(40), 8, None)
+    yield "no tokens", check(filled(40, 128), torch.empty(0, dtype=torch.int64), 8, None)
+
+
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Case]]]] = {
     "quantize": quantize_cases,
     "fused": fused_cases,
     "requantize": requantize_cases,
     "swiglu": swiglu_cases,
+    "combine": combine_cases,
 }
 
 

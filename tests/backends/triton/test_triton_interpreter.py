@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the kernels' interpreter comes with triton
 
 ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("kernel_cases.py")
-GROUPS = ("quantize", "fused", "requantize", "swiglu")
+GROUPS = ("quantize", "fused", "requantize", "swiglu", "combine")
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -1,0 +1,377 @@
+"""One run of the loss gap: a byte-level MoE trained in BF16 or under a spec, and what FP8 costs the finished model.
+
+On a GPU forward and backward are captured in a CUDA graph after the first steps and replayed; the optimizer runs outside
+of it. Small models would otherwise wait for the host.
+
+`bf16-flipped` and `bf16-reversed` are BF16 with the same sums in another order. The other names are specs (`SPECS`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import fp8c
+from fp8c.optim import AdamW
+
+BF16 = ("bf16", "bf16-reversed", "bf16-flipped")
+_PART = """version 1;
+use "std:deepseek_v3" as ds;
+format block = e4m3 [128x128] scale fp32 online;
+"""
+_NO_BACKWARD = """    dgrad { dy = bf16; w = bf16; }
+    wgrad { x = bf16; dy = bf16; }
+    cache x off;
+"""
+_NO_CACHE = "  override rule kept for @ds.expert_swiglu { cache gate as bf16; cache up as bf16; }\n"
+#: Variants of the spec, each a spec of its own: parts of the recipe with the rest in BF16, and the paper's negative
+#: result (appendix B.2), activation gradients in 128x128 blocks. That one is of the Linears: grouped GEMMs take
+#: activations in rows only, because an expert's tokens start anywhere.
+SPECS = {
+    "blocks": f"""{_PART}
+spec block_gradients extends ds {{
+  override rule blocks for op(linear) & !@ds.high_precision {{
+    dgrad {{ dy = block; }}
+    because "B.2: quantized in blocks, activation gradients made a 16B model diverge";
+  }}
+}}
+""",
+    "forward": f"""{_PART}
+spec forward_only extends ds {{
+  override rule backward for @ds.gemms {{
+{_NO_BACKWARD}  }}
+{_NO_CACHE}  override combine_grad {{ payload = bf16; }}
+}}
+""",
+    "backward": f"""{_PART}
+spec backward_only extends ds {{
+  override rule forward for @ds.gemms {{ fprop {{ x = bf16; w = bf16; }} }}
+  override dispatch {{ payload = bf16; }}
+}}
+""",
+    "dgrad": f"""{_PART}
+spec dgrad_only extends ds {{
+  override rule others for @ds.gemms {{
+    fprop {{ x = bf16; w = bf16; }}
+    wgrad {{ x = bf16; dy = bf16; }}
+    cache x off;
+  }}
+{_NO_CACHE}  override dispatch {{ payload = bf16; }}
+}}
+""",
+}
+#: Sizes of the model beside the small one that the options give: about 100 M parameters, few layers and wide experts,
+#: or more and narrower layers.
+SIZES: dict[str, dict[str, Any]] = {
+    "": {},
+    "100m": dict(
+        dim=768, n_layers=3, n_heads=6, n_experts=16, expert_hidden_dim=768, dense_hidden_dim=2304,
+        q_lora_rank=256, kv_lora_rank=256,
+    ),
+    "100m-deep": dict(
+        dim=512, n_layers=7, n_heads=4, n_experts=16, expert_hidden_dim=512, dense_hidden_dim=1536,
+        q_lora_rank=256, kv_lora_rank=128,
+    ),
+}  # fmt: skip
+SAVE_EVERY = 250
+FRESH_BATCHES, FRESH_SEED = {"cpu": 4, "cuda": 64}, 1 << 20  # batches that no run trains on
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "moe_transformer.py"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One experiment; runs are compared only within the same setup."""
+
+    spec: str = "deepseek_v3"
+    steps: int = 300
+    batch: int = 8
+    length: int = 128
+    lr: float = 1e-3
+    warmup: int = 20
+    dim: int = 256
+    n_layers: int = 2
+    n_experts: int = 4
+    device: str = "cpu"
+    size: str = ""
+    corpus: str = "top"  # "top": the standard library's top-level sources; "all": its packages too
+
+
+@dataclass
+class Run:
+    """What a run has found so far.
+
+    losses: of every step
+    fresh:  mean loss of the finished weights on fresh batches, by how the forward is computed: "own", as trained; "bf16";
+            "fp8", with the operands of every GEMM that the spec quantizes rounded to E4M3 in groups, in plain PyTorch;
+            "activations" and "weights", one kind of operand rounded alone
+    """
+
+    losses: list[float] = field(default_factory=list)
+    fresh: dict[str, float] = field(default_factory=dict)
+
+
+class ReversedSums(TorchFunctionMode):
+    """Every GEMM over a reversed reduction axis: the same sums in another order."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight, *rest = args
+            return func(x.flip(-1), weight.flip(-1), *rest, **kwargs)
+        if func in (torch._grouped_mm, torch.nn.functional.grouped_mm):
+            x, weight, *rest = args
+            return func(x.flip(-1), weight.flip(-2), *rest, **kwargs)
+        return func(*args, **kwargs)
+
+
+class RoundedOperands(TorchFunctionMode):
+    """The forward of every Linear and expert with operands rounded to E4M3: activations in 1x128, weights in 128x128.
+
+    What FP8 costs a model whatever compiled it: plain operators, and BF16 products of the rounded values.
+    high: weights that stay as they are (the output head); so does what is not BF16 (the router)
+    """
+
+    def __init__(self, high: Sequence[Tensor], *, activations: bool = True, weights: bool = True) -> None:
+        super().__init__()
+        self.high, self.activations, self.weights = {id(w) for w in high}, activations, weights
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        gemms = (torch.nn.functional.linear, torch._grouped_mm, torch.nn.functional.grouped_mm)
+        if func in gemms and id(args[1]) not in self.high and args[1].dtype is torch.bfloat16:
+            x, weight, *rest = args
+            x = rounded(x, (1, 128)) if self.activations else x
+            args = (x, rounded(weight, (128, 128)) if self.weights else weight, *rest)
+        return func(*args, **(kwargs or {}))
+
+
+def rounded(x: Tensor, group: tuple[int, int]) -> Tensor:
+    """x [..., rows, columns] rounded to E4M3 with one FP32 scale for each group of rows x columns."""
+    rows, columns = x.shape[-2:]
+    high, wide = group
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % wide, 0, -rows % high))
+    tiles = padded.unflatten(-1, (-1, wide)).unflatten(-3, (-1, high))  # [..., R, high, C, wide]
+    scale = tiles.abs().amax((-3, -1), keepdim=True) / 448
+    scale = torch.where(scale == 0, 1.0, scale)
+    values = ((tiles / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).flatten(-2).flatten(-3, -2)
+    return values[..., :rows, :columns].to(x.dtype)
+
+
+class CapturedStep:
+    """Forward and backward as one CUDA graph. Gradients must go where they stay, to `main_grad`."""
+
+    def __init__(self, step: Callable[..., Any], batch: dict[str, Tensor]) -> None:
+        self.batch = {name: tensor.clone() for name, tensor in batch.items()}
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step(**self.batch).loss.backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            loss = step(**self.batch).loss
+            loss.backward()
+            self.loss = loss.detach()
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        for name, tensor in batch.items():
+            self.batch[name].copy_(tensor)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+def load_example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("moe_transformer", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def ignore(_: Run) -> None:
+    return None
+
+
+@dataclass
+class Trainer:
+    """A run: the model, what is called for a step, and the optimizer. The same weights and batches for every variant."""
+
+    setup: Setup
+    variant: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        from fp8c.prepare import prepare
+
+        example, setup = load_example(), self.setup
+        torch.manual_seed(self.seed)
+        shape = {"dim": setup.dim, "n_layers": setup.n_layers, "n_experts": setup.n_experts, **SIZES[setup.size]}
+        self.model = example.Transformer(example.Config(**shape)).to(setup.device)
+        self.corpus = read_corpus(setup, example)
+        self.batches = Batches(self.corpus, setup, self.seed)
+        prepare(self.model, self.batches.at(0))  # the same grouped experts on all sides
+        self.step = compiled_call(self.model, setup, self.variant)
+        self.optimizer = AdamW(
+            self.step if isinstance(self.step, torch.nn.Module) else self.model,
+            lr=setup.lr,
+            weight_decay=0.1,
+            max_norm=1.0,
+            spec=setup.spec,
+            main_grad=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda i: cosine(i, setup.steps) * min(1.0, (i + 1) / max(1, setup.warmup))
+        )
+        self._captured: CapturedStep | None = None
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Forward and backward. The third call on a GPU captures both, and later ones replay them."""
+        if self.variant == "bf16-flipped":
+            batch = {name: tensor.flip(0) for name, tensor in batch.items()}
+        if self._captured is not None:
+            return self._captured(batch)
+        with ReversedSums() if self.variant == "bf16-reversed" else contextlib.nullcontext():
+            loss: Tensor = self.step(**batch).loss
+            loss.backward()
+        return loss.detach()
+
+    def capture(self) -> None:
+        """Replay from now on. The calls before the capture leave no trace in gradients and routers' counts."""
+        self._captured = CapturedStep(self.step, self.batches.at(0))
+        self.forget()
+
+    def forget(self) -> None:
+        self.optimizer.zero_grad()
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("router.load"):
+                buffer.zero_()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.model.update_router_biases()
+
+    def fresh_losses(self) -> dict[str, float]:
+        """See `Run.fresh`. Weights and optimizer stay as they are."""
+        count = FRESH_BATCHES[self.setup.device]
+        batches = Batches(self.corpus, self.setup, FRESH_SEED, count)
+        found = {"own": [self.loss(batches.at(i)) for i in range(count)]}
+        self.forget()
+        high = [self.model.head.weight]
+        modes: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+            "bf16": contextlib.nullcontext,
+            "fp8": lambda: RoundedOperands(high),
+            "activations": lambda: RoundedOperands(high, weights=False),
+            "weights": lambda: RoundedOperands(high, activations=False),
+        }
+        for name, mode in modes.items():
+            with torch.no_grad(), mode():
+                found[name] = [self.model.forward(**batches.at(i)).loss for i in range(count)]
+        self.forget()
+        return {name: float(torch.stack(losses).mean()) for name, losses in found.items()}
+
+
+def train(
+    setup: Setup,
+    variant: str,
+    seed: int,
+    show: Callable[[str], None],
+    save: Callable[[Run], None] = ignore,
+    compiled: Callable[[], None] = lambda: None,
+) -> Run:
+    """One run. save: called with what there is so far; compiled: after the first step."""
+    trainer = Trainer(setup, variant, seed)
+    run = Run()
+    waiting: list[Tensor] = []  # still on the device, so that no step waits
+    started = time.perf_counter()
+    for i in range(setup.steps):
+        waiting.append(trainer.loss(trainer.batches.at(i)))
+        trainer.update()
+        if i == 0:
+            run.losses += [float(waiting.pop())]
+            show(f"seed {seed} {variant} first step {time.perf_counter() - started:.1f} s, loss {run.losses[0]:.4f}")
+            compiled()
+            if setup.device == "cuda":
+                trainer.capture()
+            started = time.perf_counter()
+        elif (i + 1) % SAVE_EVERY == 0 or i + 1 == setup.steps or (i + 1) % 50 == 0 and setup.device == "cpu":
+            run.losses += torch.stack(waiting).tolist() if waiting else []
+            waiting.clear()
+            save(run)
+            rate = (time.perf_counter() - started) / i * 1e3
+            show(f"seed {seed} {variant} step {i + 1} loss {run.losses[-1]:.4f} {rate:.1f} ms/step")
+    run.fresh = trainer.fresh_losses()
+    save(run)
+    return run
+
+
+def compiled_call(model: torch.nn.Module, setup: Setup, variant: str) -> Callable[..., Any]:
+    if variant not in BF16:
+        with spec_file(setup, variant) as spec:
+            step: Callable[..., Any] = fp8c.compile(model, spec=spec, dynamic=False, main_grad=True)
+        return step
+    if setup.device == "cuda":
+        model.compile(dynamic=False)
+    return model
+
+
+@contextlib.contextmanager
+def spec_file(setup: Setup, variant: str) -> Iterator[str | Path]:
+    """The spec of a variant, for as long as it takes to read it."""
+    if variant == "spec":
+        yield setup.spec
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{variant}.fp8"
+        path.write_text(SPECS[variant])
+        yield path
+
+
+class Batches:
+    """Batch `i` of a seed: the same whatever the variant. The text lies on the device, so no step copies anything."""
+
+    def __init__(self, corpus: Tensor, setup: Setup, seed: int, count: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        many = (setup.steps if count is None else count, setup.batch, 1)
+        starts = torch.randint(len(corpus) - setup.length - 1, many, generator=generator)
+        self.corpus, self.starts = corpus.to(setup.device), starts.to(setup.device)
+        self.offsets = torch.arange(setup.length + 1, device=setup.device)
+
+    def at(self, i: int) -> dict[str, Tensor]:
+        window = self.corpus[self.starts[i] + self.offsets].long()
+        return {"tokens": window[:, :-1].contiguous(), "labels": window[:, 1:].contiguous()}
+
+
+def read_corpus(setup: Setup, example: ModuleType) -> Tensor:
+    if setup.corpus == "top":
+        found: Tensor = example.read_corpus()
+        return found
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [f for f in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & set(f.parts)]
+    text = b"\n".join(file.read_bytes() for file in files)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def cosine(i: int, steps: int) -> float:
+    """Cosine decay to a tenth."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
