@@ -17,6 +17,7 @@ TRITON = frozenset(
         "swiglu_quantize",
         "swiglu_quantize_cached",
         "swiglu_backward_quantize",
+        "rms_norm_quantize",
     }
 )
 

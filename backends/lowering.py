@@ -14,6 +14,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 
+from fp8c import embedding_op
 from fp8c.retrace import retrace
 
 Lowered = Callable[..., Any]
@@ -51,7 +52,11 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    decomposed = retrace(gm, select_decomp_table())
+    table = dict(select_decomp_table())
+    embedding = torch.ops.aten.embedding_dense_backward.default
+    if embedding in table:
+        table[embedding] = embedding_op.decomposition(table[embedding])
+    decomposed = retrace(gm, table)
     return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 
 

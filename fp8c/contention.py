@@ -7,6 +7,7 @@ those factors in force exactly while both streams work.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,7 +34,7 @@ def replay(issued: Sequence[Task], interference: Interference) -> tuple[Slot, ..
     Raises: E0902 when the order waits for itself.
     """
     waits = _waits(issued)
-    queues = {stream: [t for t in issued if t.resource == stream] for stream in (COMPUTE, COMM)}
+    queues = {stream: deque(t for t in issued if t.resource == stream) for stream in (COMPUTE, COMM)}
     slow = {COMPUTE: interference.compute, COMM: interference.comm}
     running: dict[str, tuple[Task, float, float]] = {}  # stream -> task, its start, its time alone still to come
     done: set[str] = set()
@@ -42,7 +43,7 @@ def replay(issued: Sequence[Task], interference: Interference) -> tuple[Slot, ..
     while running or any(queues.values()):
         for stream, queue in queues.items():
             if stream not in running and queue and waits[queue[0].name] <= done:
-                task = queue.pop(0)
+                task = queue.popleft()
                 running[stream] = task, now_us, task.duration_us
         if not running:
             raise fail("E0902", f"{next(q for q in queues.values() if q)[0].name!r} waits for a task issued behind it")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
+from fp8c.contention import Interference
 from fp8c.network import Network
 
 #: Output tiles a GEMM library chooses from; wave quantisation comes from these. Source: the tiles DeepGEMM's sm90
@@ -30,6 +31,8 @@ class Machine:
     gemm_native_efficiency: of FP8 GEMMs when neither reason holds
     can_cast_in_tma, can_cast_near_memory, can_read_transposed, has_comm_engine: the wishes of DeepSeek-V3, section 3.5
     comm_slowdown_*: time of a transfer beside GEMMs over its time alone
+    pair_comm_slowdown, pair_compute_slowdown: the same beside all operators of a step, those that only move memory among
+        them; and of these operators while transfers run
     blocked_share: share of its own time a GEMM without a carve-out loses when it starts beside a communication kernel
         that lasts as long as it does
     """
@@ -66,12 +69,21 @@ class Machine:
     hop_us: float = 5.0
     comm_slowdown_dispatch: float = 1.0
     comm_slowdown_combine: float = 1.0
+    pair_comm_slowdown: float = 1.0
+    pair_compute_slowdown: float = 1.0
     blocked_share: float = 0.5
     optimizer_ms: float = 0.0
 
     @property
     def is_promoting(self) -> bool:
         return self.is_truncating or not self.has_group_scaling
+
+    @property
+    def interference(self) -> Interference:
+        """What compute and transfers of a step's graph cost each other."""
+        if self.has_comm_engine:
+            return Interference()
+        return Interference(self.pair_compute_slowdown, self.pair_comm_slowdown)
 
     def network(self, comm_sms: int) -> Network:
         """The two-level network as the hop simulator takes it."""

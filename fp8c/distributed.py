@@ -189,6 +189,20 @@ def watch_gradients(step: nn.Module, mesh: DeviceMesh) -> None:
     weakref.finalize(step, handle.remove)
 
 
+def gradients_noted(step: nn.Module) -> Callable[[Tensor], None] | None:
+    """What to call with a parameter whose `main_grad` a compiled backward added to: no hook of autograd's sees that.
+    None for a module without a mesh."""
+    if _mesh_of(step) is None:
+        return None
+    unreduced = _unreduced(step)
+
+    def note(parameter: Tensor) -> None:
+        if not isinstance(parameter, DTensor):
+            unreduced.add(id(parameter))
+
+    return note
+
+
 # Agreement -----------------------------------------------------------------------------------------------------------
 
 _questions: dict[tuple[int, ...], int] = {}  # how often this process has asked the same others

@@ -10,6 +10,8 @@ import contextlib
 import copy
 import functools
 import gc
+import hashlib
+import json
 import logging
 import re
 import weakref
@@ -26,18 +28,25 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
+from fp8c import graph as g
 from fp8c.backends import lowering
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.gemms import choice
 from fp8c.backends.target import load_target
 from fp8c.baseline import Baseline
 from fp8c.delayed import DelayedScales
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
-from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, explaining_lost_ranks, watch_gradients
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span
+from fp8c.distributed import (
+    EXPERT_PARALLEL_STATE,
+    agree_on,
+    explaining_lost_ranks,
+    gradients_noted,
+    watch_gradients,
+)
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective, members_of
 from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
-from fp8c.main_grad import add_main_grads, run_with_accumulators, split_gradients, zero_main_grads
+from fp8c.main_grad import add_main_grads, is_sharded_expert, run_with_accumulators, split_gradients, zero_main_grads
 from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
@@ -62,6 +71,7 @@ class Session:
     without: optional passes left out
     tune: give each GEMM to the implementation that was measured to be the fastest
     keep_weights: quantize a weight once for each value it has, not in every forward and backward
+    release_weights: backward gives the kept weights' memory back as it reads them
     main_grad: backward adds weight gradients to the parameters' FP32 `main_grad`
     outputs: fields of the model's output that the compiled call returns; all of them where empty
     model:   the compiled module, for these two
@@ -78,6 +88,7 @@ class Session:
     without: frozenset[str] = frozenset()
     tune: bool = False
     keep_weights: bool = False
+    release_weights: bool = False
     main_grad: bool = False
     outputs: tuple[str, ...] = ()
     remarks: list[Diagnostic] = field(default_factory=list)
@@ -109,10 +120,11 @@ class Session:
         device = _device(example_inputs)
         lowering.register_kernels(device)
         how = self.lowering or lowering.choose_lowering(device)
-        compile_half = functools.partial(self._lower_half, how=how)
+        compile_forward = functools.partial(self._lower_half, how=how, is_backward=False)
+        compile_backward = functools.partial(self._lower_half, how=how, is_backward=True)
         backend = aot_autograd(
-            fw_compiler=compile_half,
-            bw_compiler=compile_half,
+            fw_compiler=compile_forward,
+            bw_compiler=compile_backward,
             inference_compiler=functools.partial(self._infer, names=names, how=how),
             partition_fn=functools.partial(self._partition, names=names),
             decompositions={},
@@ -142,21 +154,25 @@ class Session:
         if self.plan_only:
             raise PlanningDone
         if communicates(joint.graph):
-            halves = rewritten.halves
-            hashes = (portable_hash(half.graph) for half in (halves.forward, halves.backward))
-            agree_on({"graph": " ".join(hashes), "plan": rewritten.plan.digest()}, members_of(joint.graph))
+            module = self.model() if self.model is not None else None
+            agree_on(step_facts(rewritten, module is None or owns_evenly(module)), members_of(joint.graph))
         return rewritten.halves.forward, rewritten.halves.backward
 
-    def _lower_half(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
+    def _lower_half(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_backward: bool
+    ) -> Callable[..., Any]:
         """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
         lower = functools.partial(self._lower, how=how)
         module = self.model() if self.model is not None else None
-        names: list[str] = []
+        names: dict[str, int] = {}
         if self.main_grad and module is not None:
-            gm, names = split_gradients(gm)
+            sharded = {g.canonical_path(n) for n, p in module.named_parameters() if is_sharded_expert(p)}
+            gm, names = split_gradients(gm, sharded)
         inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
-        run = self._behind_weights(gm, inputs, lower)
-        return run_with_accumulators(run, names, module) if names and module is not None else run
+        run = self._behind_weights(gm, inputs, lower, releases=is_backward and self.release_weights)
+        if not names or module is None:
+            return run
+        return run_with_accumulators(run, names, module, gradients_noted(module))
 
     def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
         lowered = self._tuned(self._lower_with_scales(gm, inputs, how=how))
@@ -175,14 +191,18 @@ class Session:
         return self.scales.around(lowering.lower(gm, inputs, "reference"))
 
     def _behind_weights(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        lower: Callable[..., Callable[..., Any]],
+        releases: bool = False,
     ) -> Callable[..., Any]:
         if not self._keeps_weights():
             return lower(gm, inputs)
         main, chains = split_weights(gm)
         kept = [n.meta["val"] for n in main.graph.find_nodes(op="placeholder")[len(inputs) :]]
         run = lower(main, [*inputs, *kept])
-        return run_with_kept(run, chains, self.weights) if chains else run
+        return run_with_kept(run, chains, self.weights, releases) if chains else run
 
     def _keeps_weights(self) -> bool:
         module = self.model() if self.model is not None else None
@@ -204,6 +224,24 @@ class Session:
             rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
         )
         return self._tuned(run)
+
+
+def step_facts(rewritten: pipeline.Rewritten, owns_evenly: bool) -> dict[str, str]:
+    """What ranks that exchange something have to share; without sizes where some own fewer experts than others."""
+    halves = rewritten.halves
+    hashes = (portable_hash(half.graph, has_sizes=owns_evenly) for half in (halves.forward, halves.backward))
+    plan = rewritten.plan.to_json()
+    if not owns_evenly:
+        for use in plan["uses"].values():
+            use.pop("shape", None)
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    return {"graph": " ".join(hashes), "plan": digest}
+
+
+def owns_evenly(module: nn.Module) -> bool:
+    """Whether every rank has as many experts as the others, in every layer."""
+    ranks = (part.__dict__.get("fp8c_ranks") for part in module.modules())
+    return all(len(set(found.owned)) == 1 for found in ranks if found is not None)
 
 
 def communicates(graph: fx.Graph) -> bool:
@@ -245,6 +283,7 @@ def compile(
     lowering: str | None = None,
     without: Iterable[str] = (),
     keep_weights: bool = True,
+    release_weights: bool = False,
     main_grad: bool = False,
     outputs: Iterable[str] = (),
     tune: bool = False,
@@ -260,6 +299,8 @@ def compile(
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
     keep_weights: hold the FP8 weights between calls and quantize them again only when the optimizer has changed them
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
+    release_weights: keep FP8 weights from forward to backward only, and free each when backward has read it: less memory,
+               and nothing is lost where every optimizer step has one micro-batch; otherwise each quantizes anew
     main_grad: accumulate every parameter's gradient in FP32, in its attribute `main_grad`, which starts at zero; `grad`
                stays None. `zero_grad()` of the compiled module sets both back; optimizers of `fp8c.optim` read it
     outputs:   the fields of the model's output that the caller reads, ("loss",) say; the others come back as None and
@@ -276,19 +317,12 @@ def compile(
     from fp8c.prepare import expert_mesh, prepare
 
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
-    session.keep_weights, session.main_grad, session.tune = keep_weights, main_grad, tune
-    session.outputs = field_names(outputs)
+    session.keep_weights, session.release_weights = keep_weights, release_weights
+    session.main_grad, session.tune, session.outputs = main_grad, tune, field_names(outputs)
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
     session.remarks += prepare(model, mesh=mesh)
-    if main_grad and mesh is not None:
-        raise fail(
-            "E0843",
-            "main_grad=True can't be combined with a mesh: reduce_gradients reads p.grad",
-            help="compile without main_grad",
-            exit_code=ExitCode.USAGE,
-        )
     if main_grad:
         add_main_grads(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own

@@ -230,14 +230,14 @@ EXPLANATIONS: dict[str, str] = {
     "that fp8c does not follow.",
     "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
     "that can't be told, so every forward and backward quantizes them.",
+    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. An expert that "
+    "a mesh shards over `ep` has a DTensor of them; any other sharded parameter (FSDP2) has its gradient reduced by FSDP2 instead.",
     "R0844": "The output head is joined with the cross-entropy loss behind it: logits are made once, their gradient takes "
     "their place in forward, and backward keeps the head's two gradients instead of logits. `without=('fuse-head-loss',)` "
     "keeps the model's own operators.",
     "R0845": "The output head keeps the model's own operators, because its logits are read by something besides a plain "
     "cross-entropy in FP32, or because the spec puts it in FP8. Logits that the compiled call returns are read: "
     "`fp8c.compile(model, outputs=('loss',))` returns the loss alone.",
-    "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. A parameter that is "
-    "sharded (DTensor, FSDP2) has its gradient reduced by FSDP2 instead.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "
@@ -277,7 +277,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0865": "A collective of the step failed because another rank is gone or late. The rank that failed first has the "
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
-    "cannot be combined with it.",
+    "cannot be combined with it, and loading the build takes ranks that form the same mesh.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8c import swiglu_ops
+from fp8c import norm_ops, swiglu_ops
 from fp8c.diagnostics import fail
 from fp8c.ops import KERNEL_TAGS, check_quantize_input, empty_quantized, empty_scale, quantized_format, restarts
 
@@ -27,6 +27,7 @@ _SCHEMAS = {
         "(Tensor q, Tensor s, Tensor rows, str src, str dst, Tensor? offs=None) -> (Tensor, Tensor)"
     ),
     **swiglu_ops.SCHEMAS,
+    **norm_ops.SCHEMAS,
 }
 
 _LIBRARY = torch.library.Library("fp8c", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -145,6 +146,7 @@ _PLAIN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "swiglu_quantize": (swiglu_ops.swiglu_quantize, swiglu_ops.fake_swiglu_quantize),
     "swiglu_quantize_cached": (swiglu_ops.swiglu_quantize_cached, swiglu_ops.fake_swiglu_quantize_cached),
     "swiglu_backward_quantize": (swiglu_ops.swiglu_backward_quantize, swiglu_ops.fake_swiglu_backward_quantize),
+    "rms_norm_quantize": (norm_ops.rms_norm_quantize, norm_ops.fake_rms_norm_quantize),
 }
 for _name, (_plain, _fake) in _PLAIN.items():
     _LIBRARY.define(_name + _SCHEMAS[_name], tags=KERNEL_TAGS)  # type: ignore[no-untyped-call]
@@ -166,6 +168,7 @@ GATHER_REQUANTIZED = torch.ops.fp8c.gather_requantized.default
 SWIGLU_QUANTIZE = torch.ops.fp8c.swiglu_quantize.default
 SWIGLU_QUANTIZE_CACHED = torch.ops.fp8c.swiglu_quantize_cached.default
 SWIGLU_BACKWARD_QUANTIZE = torch.ops.fp8c.swiglu_backward_quantize.default
+RMS_NORM_QUANTIZE = torch.ops.fp8c.rms_norm_quantize.default
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ MAKES: dict[Any, tuple[Made | None, ...]] = {
     QUANTIZE_TRANSPOSED: (Made("data", 1, is_transposed=True), _SCALE),
     GATHER_QUANTIZE: (Made("data", 2), Made("scale", 2)),
     GATHER_REQUANTIZED: (Made("data", 4), Made("scale", 4)),
+    RMS_NORM_QUANTIZE: (Made("data", 3), Made("scale", 3), None),
     SWIGLU_QUANTIZE: (Made("data", 3), Made("scale", 3)),
     SWIGLU_QUANTIZE_CACHED: (Made("data", 2), Made("scale", 2), Made("data", 3, 1), Made("scale", 3, 1)),
     SWIGLU_BACKWARD_QUANTIZE: (

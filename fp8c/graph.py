@@ -343,14 +343,23 @@ def structural_hash(graph: fx.Graph) -> str:
     return digest.hexdigest()
 
 
-def portable_hash(graph: fx.Graph) -> str:
+def portable_hash(graph: fx.Graph, *, has_sizes: bool = True) -> str:
     """SHA-256 over operators, arguments and types, the same on every device and rank: where tensors live does not
-    count, nor how a process group is called."""
+    count, nor how a process group is called. Without sizes, ranks that own different numbers of experts agree as well:
+    numbers don't count, and of types only data type and rank."""
     numbers: dict[fx.Node, int] = {}
     digest = hashlib.sha256()
 
     def shown(argument: Any) -> Any:
+        if not has_sizes and isinstance(argument, (int, torch.SymInt)) and not isinstance(argument, bool):
+            return "number"
         return "device" if isinstance(argument, torch.device) else argument
+
+    def type_of(val: Any) -> str:
+        if has_sizes:
+            return type_text(val)
+        leaves = pytree.tree_leaves(val)
+        return str([(str(v.dtype), v.dim()) if isinstance(v, torch.Tensor) else type(v).__name__ for v in leaves])
 
     for i, node in enumerate(graph.nodes):
         numbers[node] = i
@@ -360,7 +369,7 @@ def portable_hash(graph: fx.Graph) -> str:
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory")}
         arguments = fx.map_arg((args, kwargs), lambda n: f"%{numbers[n]}")
         kept = pytree.tree_map(shown, arguments)
-        digest.update(f"{node.op}|{target_text(node.target)}|{kept}|{type_text(node.meta.get('val'))}\n".encode())
+        digest.update(f"{node.op}|{target_text(node.target)}|{kept}|{type_of(node.meta.get('val'))}\n".encode())
     return digest.hexdigest()
 
 

@@ -87,12 +87,11 @@ def members_of(graph: fx.Graph) -> tuple[int, ...]:
 
 
 def node_us(node: fx.Node, machine: Machine, comm_sms: int) -> float:
-    """Time of a node, microseconds: compute on the SMs communication leaves, transfers slowed as beside GEMMs."""
+    """Time of a node by itself, microseconds: compute on the SMs communication leaves, transfers with nothing beside."""
     if node.op != "call_function":
         return 0.0
     if is_collective(node):
-        slowdown = 1.0 if machine.has_comm_engine else machine.comm_slowdown_combine
-        return estimate_us(collective(node, machine.gpus_per_node), machine) * slowdown
+        return estimate_us(collective(node, machine.gpus_per_node), machine)
     found = node_operator(node)
     if found is None:
         return 0.0

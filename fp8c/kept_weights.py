@@ -99,6 +99,11 @@ class WeightStore:
                 entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights))
             return entry.values
 
+    def release(self, chain: Chain) -> None:
+        """Keep the chain's results no longer. Who reads them next computes them again."""
+        with self._lock:
+            self.entries.pop(chain.key, None)
+
     def computed(self, chain: Chain, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         self.refreshed += 1
         with torch.inference_mode(False), torch.no_grad():
@@ -230,13 +235,21 @@ def _chain(
     return Chain(key, tuple(places[n] for n in weights), fx.GraphModule(gm, part), reads)  # type: ignore[arg-type]
 
 
-def run_with_kept(run: Callable[..., Any], chains: Sequence[Chain], store: WeightStore) -> Callable[..., Any]:
-    """A half's compiled function, `run`, behind one that adds the kept weights to its inputs. Boxed, as `run` is."""
+def run_with_kept(
+    run: Callable[..., Any], chains: Sequence[Chain], store: WeightStore, releases: bool = False
+) -> Callable[..., Any]:
+    """A half's compiled function, `run`, behind one that adds the kept weights to its inputs. Boxed, as `run` is.
+
+    releases: hand them over, so that `run` frees each behind its last use
+    """
 
     def boxed(inputs: list[Any]) -> Any:
         for chain in chains:
             values = store.values(chain, [inputs[i] for i in chain.weights])
             inputs += [values[i] for i in chain.reads]
+            if releases:
+                store.release(chain)
+            del values
         return run(inputs)
 
     boxed._boxed_call = True  # type: ignore[attr-defined]

@@ -3,18 +3,25 @@
     Before:  %dw = fp8c.scaled_mm(%dyq, %dys, %xq, %xs, ..., bfloat16)      returned as the parameter's gradient
     After:   fp8c.scaled_mm_add_(%main_grad, %dyq, %dys, %xq, %xs, ...)     f32[N, K] += FP32 product; None is returned
 
+    Before:  %de = aten.embedding_dense_backward(%dy, %ids, V, -1, False)    bf16[V, H], most of it zeros
+    After:   aten.index_put_(%main_grad, [%ids], %dy, accumulate=True)       the rows of the batch's words, in FP32
+
 `p.main_grad` is an FP32 tensor of the parameter's shape, zero at first, as Megatron-LM has it; `p.grad` stays None. What
-is no GEMM (norms, embeddings, biases) is added as it is, so every trained parameter follows one convention, and a
+is neither (norms, biases) is added as it is, so every trained parameter follows one convention, and a
 gradient that reaches a parameter outside the compiled step is moved over by a hook.
+
+An expert that a mesh shards has a DTensor as its `main_grad`; the graph adds to this rank's part of it. AOTAutograd makes
+DTensors of such gradients and takes no None for them, so the graph returns zeros, which the hook throws away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 
 from fp8c import graph as g
 from fp8c import ops
@@ -27,18 +34,21 @@ GRADIENT_OF = "fp8c_gradient_of"
 _ADDING: dict[Any, Any] = {ops.SCALED_MM: ops.SCALED_MM_ADD_, ops.SCALED_GROUPED_WGRAD: ops.SCALED_GROUPED_WGRAD_ADD_}
 
 
+_EMBEDDING = aten.embedding_dense_backward.default
+
+
 def add_main_grads(module: nn.Module) -> None:
     """Give every trained parameter of a module an FP32 `main_grad`, unless it has one.
 
-    Raises: DiagnosticError E0843 for parameters that are sharded
+    Raises: DiagnosticError E0843 for parameters that are sharded, but for experts over a mesh's dimension "ep"
     """
     for name, p in module.named_parameters():
         if not p.requires_grad or p.is_meta:
             continue
-        if hasattr(p, "device_mesh"):
+        if hasattr(p, "device_mesh") and not is_sharded_expert(p):
             raise fail(
                 "E0843",
-                f"main_grad=True needs whole parameters, but '{name}' is sharded",
+                f"main_grad=True needs whole parameters or sharded experts, but '{name}' is sharded otherwise",
                 help="compile without main_grad: FSDP2 reduces gradients in FP32 with MixedPrecisionPolicy(reduce_dtype=...)",
                 exit_code=ExitCode.MODEL,
             )
@@ -52,15 +62,27 @@ def add_main_grads(module: nn.Module) -> None:
 def _move_grad(p: Tensor) -> None:
     """A gradient that came past the compiled step: an uncompiled call, or the other side of a graph break."""
     if p.grad is not None and getattr(p, "main_grad", None) is not None:
-        p.main_grad.add_(p.grad)  # type: ignore[attr-defined]
+        gradient, placeholder = local(p.grad), p.__dict__.pop("_fp8c_placeholder", None)
+        if placeholder is None or gradient.untyped_storage().data_ptr() != placeholder.untyped_storage().data_ptr():
+            local(p.main_grad).add_(gradient)  # type: ignore[attr-defined]
         p.grad = None
+
+
+def is_sharded_expert(p: Tensor) -> bool:
+    """Whether a parameter's shards lie over a mesh's dimension "ep" alone, one along its first axis each."""
+    return isinstance(p, DTensor) and p.device_mesh.mesh_dim_names == ("ep",)
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a DTensor on this rank; any other tensor as it is."""
+    return t._local_tensor if isinstance(t, DTensor) else t
 
 
 def zero_main_grads(module: nn.Module) -> None:
     """Set every `main_grad` to zero in place."""
     found = (getattr(p, "main_grad", None) for p in module.parameters())
     by_device: dict[torch.device, list[Tensor]] = {}
-    for t in (t for t in found if isinstance(t, Tensor)):
+    for t in (local(t) for t in found if isinstance(t, Tensor)):
         by_device.setdefault(t.device, []).append(t)
     for tensors in by_device.values():
         torch._foreach_zero_(tensors)
@@ -78,19 +100,21 @@ def mark_gradients(backward: fx.Graph, primals: Sequence[str], inputs: Mapping[s
     ]
 
 
-def split_gradients(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
+def split_gradients(gm: fx.GraphModule, sharded: Collection[str] = ()) -> tuple[fx.GraphModule, dict[str, int]]:
     """Let a backward half add its weight gradients to further inputs instead of returning them.
 
-    Returns: the half, with None for those results, and the parameters whose accumulators it takes, in order
+    sharded: parameters that are DTensors
+    Returns: the half, with None for those results (zeros for DTensors), and the parameters whose accumulators it takes,
+             in order, with the result that each of them is
     """
     owners: list[str] = g.output_node(gm.graph).meta.get(GRADIENT_OF, [])
     if not any(owners):
-        return gm, []
+        return gm, {}
     graph = g.copy_graph(gm.graph)
     output = g.output_node(graph)
     results = list(output.args[0])  # type: ignore[arg-type]
     last = graph.find_nodes(op="placeholder")[-1]
-    names: list[str] = []
+    names: dict[str, int] = {}
     for i, (result, name) in enumerate(zip(results, owners)):
         if not name:
             continue
@@ -101,16 +125,26 @@ def split_gradients(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
                 g.value(result).shape, dtype=torch.float32, device=g.value(result).device
             )
         add_to(graph, accumulator, result, output)
-        results[i] = None
-        names.append(name)
+        results[i] = _zeros_like(graph, result, output) if name in sharded else None
+        names[name] = i
     output.args = (tuple(results) if isinstance(output.args[0], tuple) else results,)
     graph.eliminate_dead_code()
     graph.lint()
     return fx.GraphModule(gm, graph), names
 
 
+def _zeros_like(graph: fx.Graph, gradient: fx.Node, output: fx.Node) -> fx.Node:
+    val = g.value(gradient)
+    with graph.inserting_before(output):
+        zeros = graph.call_function(aten.full.default, (list(val.shape), 0), {"dtype": val.dtype, "device": val.device})
+    with val.fake_mode:
+        zeros.meta["val"] = torch.zeros(val.shape, dtype=val.dtype, device=val.device)
+    return zeros
+
+
 def add_to(graph: fx.Graph, accumulator: fx.Node, gradient: fx.Node, output: fx.Node) -> None:
-    """Insert `accumulator += gradient`: in the GEMM that computes it where that is one, right behind it."""
+    """Insert `accumulator += gradient`: in the GEMM that computes it where that is one, row by row for an embedding, else
+    right behind it."""
     source, transposed = behind_views(gradient)
     adding = _ADDING.get(source.target) if source.op == "call_function" else None
     if adding is not None and len(source.users) == 1:
@@ -120,6 +154,12 @@ def add_to(graph: fx.Graph, accumulator: fx.Node, gradient: fx.Node, output: fx.
             a_fmt, b_fmt = b_fmt, a_fmt
         with graph.inserting_before(source):
             g.emit(graph, adding, accumulator, *operands, a_fmt, b_fmt, promote_every, like=source)
+        return
+    if source.target is _EMBEDDING and len(source.users) == 1 and not transposed and source.args[3:] == (-1, False):
+        dy, indices = source.args[:2]
+        with graph.inserting_before(source):
+            wide = g.emit(graph, aten._to_copy.default, dy, dtype=torch.float32, like=source)
+            g.emit(graph, aten.index_put_.default, accumulator, [indices], wide, True, like=source)
         return
     with graph.inserting_before(g.after(gradient) if gradient.op != "placeholder" else output):
         g.emit(graph, aten.add_.Tensor, accumulator, gradient, like=gradient)
@@ -139,14 +179,25 @@ def behind_views(node: fx.Node) -> tuple[fx.Node, bool]:
     return node, odd
 
 
-def run_with_accumulators(run: Callable[..., Any], names: Sequence[str], module: nn.Module) -> Callable[..., Any]:
-    """A backward's compiled function behind one that adds the accumulators to its inputs. Boxed, as `run` is."""
+def run_with_accumulators(
+    run: Callable[..., Any], names: Mapping[str, int], module: nn.Module, note: Callable[[Tensor], None] | None = None
+) -> Callable[..., Any]:
+    """A backward's compiled function behind one that adds the accumulators to its inputs. Boxed, as `run` is.
+
+    names: from `split_gradients`;  note: called with every parameter that got a gradient
+    """
     parameters = {g.canonical_path(name): p for name, p in module.named_parameters(remove_duplicate=False)}
-    owners = [parameters[name] for name in names]
+    owners = [(parameters[name], at) for name, at in names.items()]
 
     def boxed(inputs: list[Any]) -> Any:
-        inputs += [accumulator_of(p) for p in owners]
-        return run(inputs)
+        inputs += [local(accumulator_of(p)) for p, _ in owners]
+        results = run(inputs)
+        for p, at in owners:
+            if isinstance(p, DTensor):
+                p._fp8c_placeholder = results[at]  # type: ignore[attr-defined]
+            if note is not None:
+                note(p)
+        return results
 
     boxed._boxed_call = True  # type: ignore[attr-defined]
     return boxed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fp8c import driver
 from fp8c import graph as g
@@ -18,6 +20,7 @@ from fp8c.backends import prebuilt
 from fp8c.backends.target import load_target
 from fp8c.build import Build, read_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, Span, fail
+from fp8c.distributed import agree_on, watch_gradients
 from fp8c.fingerprint import data_types, decisions, parameter_types, portable_hash
 from fp8c.models import LoadedModel, LossFunction, StepModule, load_model
 from fp8c.pipeline import Rewritten
@@ -35,6 +38,7 @@ def load(
     loss: LossFunction | None = None,
     target: str | None = None,
     lowering: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> LoadedStep:
     """The compiled training step of a build: `step(batch)` is the scalar loss, `step.module` the model.
 
@@ -44,20 +48,20 @@ def load(
 
     loss:   of a given model that doesn't return its loss; the build's model file has its own
     target: another machine than the build's; its decisions must be the same
+    mesh:   the ranks, for a build made with `--mesh`: of the same names and sizes, one process each. Such a build plans
+            the first rank with rows spread evenly, so graphs are compared by their GEMMs, casts and transfers
     Raises: DiagnosticError E0612 (no build, or changed files), E0614 (the spec changed), E0613 (the model changed; from
-            the first call where only the captured graph can tell).
+            the first call where only the captured graph can tell), E0866 (another mesh than the build's), E0863 (ranks
+            load different builds).
     """
-    from fp8c.prepare import prepare
+    from fp8c.prepare import expert_mesh, prepare
 
     read = read_build(build)
     spec = same_spec(read)
-    if read.manifest["model"].get("mesh"):
-        raise fail(
-            "E0866",
-            f"the build plans one rank of a mesh {read.manifest['model']['mesh']}, and a plan does not run",
-            help="start the ranks with torchrun and call fp8c.compile(model, mesh=...)",
-            exit_code=ExitCode.USAGE,
-        )
+    check_mesh(read, mesh)
+    if mesh is not None:
+        facts = {"build": str(read.manifest["graphs"]), "plan": read.manifest["plan"], "versions": torch.__version__}
+        agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
     loaded = named_model(read, model, loss)
     check_parameters(read, loaded)
     session = LoadedSession(
@@ -67,10 +71,12 @@ def load(
         without=frozenset(read.manifest.get("without", ())),
         build=read,
     )
-    session.remarks += prepare(loaded.module, loaded.example_inputs)
+    session.remarks += prepare(loaded.module, loaded.example_inputs, mesh)
     if read.has(prebuilt.INDEX) and torch.cuda.is_available():
         session.remarks += prebuilt.install(read.read, session.target.architecture)
     step = LoadedStep(loaded.module, loaded.loss, source=loaded.source)
+    if mesh is not None:
+        watch_gradients(step, expert_mesh(mesh))
     step.compile(backend=driver.guarded(session), fullgraph=True)
     step.__dict__["fp8c_session"] = session
     step.example_inputs = loaded.example_inputs
@@ -105,6 +111,24 @@ class LoadedSession(driver.Session):
         if problems:
             raise DiagnosticError(problems, ExitCode.MODEL)
         return halves
+
+
+def check_mesh(build: Build, mesh: DeviceMesh | None) -> None:
+    """Raises: DiagnosticError E0866 for a mesh that is not the build's, exit code USAGE."""
+    planned: dict[str, int] = build.manifest["model"].get("mesh") or {}
+    given = {} if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    if planned == given:
+        return
+    text = ", ".join(f"{name}={size}" for name, size in planned.items())
+    found = ", ".join(f"{name}={size}" for name, size in given.items()) or "no mesh"
+    raise fail(
+        "E0866",
+        f"the build is for {f'one rank of a mesh {text}' if planned else 'one device'}, found {found}",
+        help="start the ranks with torchrun and pass their mesh: fp8c.load(build, mesh=init_device_mesh(...))"
+        if planned
+        else "load it without mesh=, or build it with `fp8c compile --mesh`",
+        exit_code=ExitCode.USAGE,
+    )
 
 
 # --- what may have changed --------------------------------------------------------------------------------------------
@@ -210,6 +234,10 @@ def differences(build: Build, rewritten: Rewritten) -> list[Diagnostic]:
     """E0613 for the first way in which the step differs from the build; graphs count for a batch of the same shape."""
     before = decisions(build.json("plan.lock.json"))
     now = decisions(rewritten.plan.to_json())
+    is_of_a_mesh = bool(build.manifest["model"].get("mesh"))
+    if is_of_a_mesh:  # the last ranks may own fewer experts than the first
+        for use in (*before["uses"].values(), *now["uses"].values()):
+            use["shape"].pop("experts", None)
     lines = decision_changes(before["uses"], now["uses"])
     lines += decision_changes({"": before["sections"]}, {"": now["sections"]})
     if lines:
@@ -229,6 +257,11 @@ def differences(build: Build, rewritten: Rewritten) -> list[Diagnostic]:
         "backward": rewritten.halves.backward.graph,
     }
     for name, graph in graphs.items():
+        if is_of_a_mesh:
+            lines = count_changes(operators(build.graph_text(name)), operators(g.graph_text(graph, name)))
+            if lines:
+                return [changed_model_diagnostic(f"the {name} graph differs", lines)]
+            continue
         if portable_hash(graph) != build.manifest["graphs"][name]:
             if name != "captured" and build.manifest["versions"]["fp8c"] != driver_version():
                 message = f"fp8c {driver_version()} rewrites it differently than {build.manifest['versions']['fp8c']}"
@@ -236,6 +269,23 @@ def differences(build: Build, rewritten: Rewritten) -> list[Diagnostic]:
             first = first_difference(build.graph_text(name), g.graph_text(graph, name))
             return [changed_model_diagnostic(f"the {name} graph differs", first)]
     return []
+
+
+#: Operators of which a mesh's rank has as many at run time as in its plan, where rows are numbers.
+_COUNTED = re.compile(r"= ((?:fp8c|_c10d_functional)\.\w+|aten\.(?:mm|addmm|bmm|baddbmm|_grouped_mm|silu)\b)")
+
+
+def operators(text: str) -> Counter[str]:
+    """How many quantizations, GEMMs and transfers a graph's text has, by operator."""
+    return Counter(_COUNTED.findall(text))
+
+
+def count_changes(before: Counter[str], now: Counter[str]) -> list[str]:
+    return [
+        f"{now[name]} of {name}, in the build {before[name]}"
+        for name in sorted({*before, *now})
+        if now[name] != before[name]
+    ]
 
 
 def driver_version() -> str:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from fp8c import driver
 from fp8c import graph as g
 from fp8c.backends import lowering
+from fp8c.contention import Interference
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.graph_costs import node_us
@@ -148,12 +149,13 @@ class Stage:
 
     # --- scheduling ---------------------------------------------------------------------------------------------------
 
-    def schedule_pair(self, cost_us: NodeCost) -> OverlapReport:
-        """Put forward and backward into one graph and order it; `cost_us` gives the microseconds of its nodes.
+    def schedule_pair(self, cost_us: NodeCost, interference: Interference = Interference()) -> OverlapReport:
+        """Put forward and backward into one graph and order it; `cost_us` gives the microseconds of its nodes by
+        themselves, `interference` what compute and transfers cost each other.
 
         All ranks have to use the same durations; their orders are compared (E0757).
         """
-        self._pair = Pair(self, self, cost_us)
+        self._pair = Pair(self, self, cost_us, interference)
         return self._pair.report
 
     @property
@@ -162,16 +164,19 @@ class Stage:
 
     def schedule_pair_for(self, machine: Machine, comm_sms: int) -> OverlapReport:
         """`schedule_pair` with the cost model's durations."""
-        return self.schedule_pair(functools.partial(node_us, machine=machine, comm_sms=comm_sms))
+        cost_us = functools.partial(node_us, machine=machine, comm_sms=comm_sms)
+        return self.schedule_pair(cost_us, machine.interference)
 
 
 class Pair:
     """The forward of one stage beside the backward of the same or another, in the order found for `cost_us`."""
 
-    def __init__(self, ahead: Stage, behind: Stage, cost_us: NodeCost) -> None:
+    def __init__(
+        self, ahead: Stage, behind: Stage, cost_us: NodeCost, interference: Interference = Interference()
+    ) -> None:
         self.ahead, self.behind = ahead, behind
         self.graph = pair_graphs(copy.copy(ahead.forward_graph), copy.copy(behind.backward_graph))
-        self.report: OverlapReport = schedule_graph(self.graph.graph, cost_us)
+        self.report: OverlapReport = schedule_graph(self.graph.graph, cost_us, interference=interference)
         agree(self.graph.graph)
         self.graph.graph.lint()
         self.graph.recompile()

@@ -38,9 +38,7 @@ HALF_PASSES = (CompressSaved(), FuseCasts(), FuseCombine(), ScheduleOverlap())
 ALL_PASSES = (ROLES, *JOINT_PASSES, *HALF_PASSES)
 
 #: Exact rewrites that no spec asks for: on unless a step is compiled without them.
-OPTIONAL = frozenset(
-    {CausalAttention.name, GatherGradients.name, FuseHeadLoss.name, FuseCasts.name, FuseCombine.name}
-)
+OPTIONAL = frozenset({CausalAttention.name, GatherGradients.name, FuseHeadLoss.name, FuseCasts.name, FuseCombine.name})
 
 
 def check_optional(names: Iterable[str]) -> frozenset[str]:

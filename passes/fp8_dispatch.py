@@ -138,14 +138,16 @@ class Mover:
             self.graph.eliminate_dead_code()
         for wire in self.wires:
             data, scale, text = self.arrived[wire]
+            sent = wire.args[0]
+            assert isinstance(sent, fx.Node)
+            read_sizes_of(sent, sent_payload(data))
+            read_sizes_of(wire, data)
             if wire.users:
                 with self.graph.inserting_before(g.after(max(data, scale))):
                     received = g.emit(
                         self.graph, ops.dequantize.default, data, scale, text, g.value(wire).dtype, like=wire
                     )
                 wire.replace_all_uses_with(received)
-            sent = wire.args[0]
-            assert isinstance(sent, fx.Node)
             for node in (wire, sent):  # a collective is impure: dead code elimination leaves it
                 self.graph.erase_node(node)
         return changed
@@ -205,6 +207,21 @@ def tokens_of(mover: fx.Node) -> fx.Node:
     return source
 
 
+def sent_payload(data: fx.Node) -> fx.Node:
+    """The collective, not waited for, that a payload came with."""
+    while not g.is_call(data, {c10d.all_to_all_single.default}):
+        assert isinstance(data.args[0], fx.Node)
+        data = data.args[0]
+    return data
+
+
+def read_sizes_of(node: fx.Node, same: fx.Node) -> None:
+    """Let whatever asks for sizes of one node ask another of the same sizes."""
+    for user in list(node.users):
+        if g.is_call(user, {aten.sym_size.int}):
+            user.replace_input_with(node, same)
+
+
 def _move_again(graph: fx.Graph, mover: fx.Node, part: fx.Node, like: fx.Node) -> fx.Node:
     """The mover applied to a payload or its scales."""
     if not is_all_to_all(mover):
@@ -212,11 +229,13 @@ def _move_again(graph: fx.Graph, mover: fx.Node, part: fx.Node, like: fx.Node) -
     sent = mover.args[0]
     assert isinstance(sent, fx.Node)
     dtype = g.value(part).dtype
-    if g.value(part).stride()[-1:] != (1,):  # scales may be stored with their rows innermost; collectives take rows
-        part = g.emit(graph, aten.clone.default, part, memory_format=torch.contiguous_format, like=like)
     as_bytes = dtype.itemsize == 1 and dtype is not torch.uint8
-    if as_bytes:  # gloo refuses float8
-        part = g.emit(graph, aten.view.dtype, part, torch.uint8, like=like)
-    wire = g.emit(graph, c10d.all_to_all_single.default, part, *sent.args[1:], like=like)
+    # Sent where the BF16 rows were: sizes may be read before anyone waits.
+    with graph.inserting_before(g.after(sent)):
+        if g.value(part).stride()[-1:] != (1,):  # scales may be stored with their rows innermost; collectives take rows
+            part = g.emit(graph, aten.clone.default, part, memory_format=torch.contiguous_format, like=like)
+        if as_bytes:  # gloo refuses float8
+            part = g.emit(graph, aten.view.dtype, part, torch.uint8, like=like)
+        wire = g.emit(graph, c10d.all_to_all_single.default, part, *sent.args[1:], like=like)
     arrived = g.emit(graph, c10d.wait_tensor.default, wire, like=like)
     return g.emit(graph, aten.view.dtype, arrived, dtype, like=like) if as_bytes else arrived

@@ -15,9 +15,9 @@ After:   %qt, %st = fp8c.gather_requantized(%q, %s, %rows, ..., %offs) or gather
 Before:  %qt, %st = fp8c.quantize(aten.index(%x, [%rows]), 'e4m3[128x1] pow2', %offs)
 After:   %qt, %st = fp8c.gather_quantize(%x, %rows, 'e4m3[128x1] pow2', %offs)
 
-Quantizes around a SwiGLU join it: `fuse_swiglu.py`.
+Quantizes around a SwiGLU join it: `fuse_swiglu.py`; a quantize behind an RMSNorm joins that: `fuse_norm.py`.
 
-Contract: exact: every fused operator is defined as what it replaces. Only operators that the backend has
+Contract: exact: every fused operator is defined as what it replaces (a norm's FP32 sum may be taken in another order). Only operators that the backend has
 (`PassContext.fusions`). Results keep their names, so what crosses to backward stays what choose-saved listed.
 """
 
@@ -37,6 +37,7 @@ from fp8c.formats import Format
 from fp8c.graph import aten
 from fp8c.partition import Halves
 from fp8c.pass_manager import PassContext
+from fp8c.passes.fuse_norm import fuse_norms
 from fp8c.passes.fuse_swiglu import fuse_backward, fuse_forward
 
 ops = torch.ops.fp8c
@@ -175,6 +176,7 @@ def gather_and_quantize(graph: fx.Graph, fusions: frozenset[str]) -> int:
 REWRITES: tuple[Callable[[fx.Graph, frozenset[str]], int], ...] = (
     fuse_forward,
     fuse_backward,
+    fuse_norms,
     gather_and_quantize,
     read_both_ways,
     store_weights_transposed,

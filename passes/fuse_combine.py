@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp8c import graph as g
 from fp8c.gather_sum_op import GATHER_SUM
@@ -123,9 +124,9 @@ def vector_index(node: fx.Node) -> fx.Node | None:
         return None
     indices: Any = node.args[1]
     only = indices[0] if isinstance(indices, (list, tuple)) and len(indices) == 1 else None
-    is_vector = isinstance(only, fx.Node) and g.value(only).dim() == 1
-    is_integer = is_vector and g.value(only).dtype in (torch.int64, torch.int32)
-    return only if is_integer else None
+    if not isinstance(only, fx.Node) or g.value(only).dim() != 1:
+        return None
+    return only if g.value(only).dtype in (torch.int64, torch.int32) else None
 
 
 def addition_of(result: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
@@ -155,5 +156,15 @@ def joins(add: fx.Node, operand: fx.Node, result: fx.Node) -> bool:
         and found.dtype is g.value(result).dtype is g.value(add).dtype
         and found.shape[-1:] == g.value(result).shape[-1:]
         and g.same_sizes(found, g.value(operand))
-        and found.is_contiguous()
+        and is_dense(found)
     )
+
+
+def is_dense(t: torch.Tensor) -> bool:
+    """Surely contiguous, without a guard on a symbolic size."""
+    expected: Any = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride())):
+        if not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True

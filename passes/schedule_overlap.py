@@ -20,13 +20,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from fp8c import graph as g
+from fp8c.contention import Interference, replay
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, fail
 from fp8c.graph_costs import WAIT, group_of, is_collective, members_of, node_us, stream_of
@@ -38,6 +39,7 @@ from fp8c.schedule import (
     CollectiveCall,
     Problem,
     Schedule,
+    Slot,
     Task,
     check_ranks,
     make_problem,
@@ -51,12 +53,16 @@ NodeCost = Callable[[fx.Node], float]
 
 @dataclass(frozen=True)
 class OverlapReport:
-    """What scheduling one graph gave. `before` is the given order on two streams, waits blocking where they stand."""
+    """What scheduling one graph gave. `before` is the given order on two streams, waits blocking where they stand.
+
+    expected: the schedule as it should run, with compute and transfers slowing each other down where they meet
+    """
 
     schedule: Schedule
     before: Exposure
     after: Exposure
     moved: int
+    expected: tuple[Slot, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,11 @@ class ScheduleOverlap:
             machine = self.machine or ctx.machine
             if machine is None or not any(is_collective(n) for n in half.graph.nodes):
                 continue
+            cost_us = functools.partial(node_us, machine=machine, comm_sms=self.comm_sms)
             report = schedule_graph(
                 half.graph,
-                functools.partial(node_us, machine=machine, comm_sms=self.comm_sms),
+                common_costs(half.graph, cost_us),
+                interference=machine.interference,
                 memory_budget_bytes=self.memory_budget_bytes,
                 limits=self.limits,
             )
@@ -100,23 +108,32 @@ def schedule_graph(
     graph: fx.Graph,
     cost_us: NodeCost,
     *,
+    interference: Interference = Interference(),
     memory_budget_bytes: int | None = None,
     limits: SearchLimits = DEFAULT_LIMITS,
 ) -> OverlapReport:
-    """Reorder `graph` in place. `cost_us` gives each node's time in microseconds; nodes of cost 0 follow their readers.
+    """Reorder `graph` in place. `cost_us` gives each node's time by itself in microseconds; nodes of cost 0 follow their
+    readers. The search takes transfers as slow as they are beside compute.
 
     Raises: E0905 when no order keeps what the graph computes within the budget; E0756 if a node was lost (a bug).
     """
     before = snapshot(graph)
     order = list(graph.nodes)
-    problem, anchors = graph_problem(graph, cost_us, memory_budget_bytes)
+
+    def beside_us(node: fx.Node) -> float:
+        return cost_us(node) * (interference.comm if stream_of(node) == COMM else 1.0)
+
+    problem, anchors = graph_problem(graph, beside_us, memory_budget_bytes)
     schedule = solve(problem, limits)
+    tasks = {task.name: task for task in problem.tasks}
+    issued = [replace(tasks[name], duration_us=cost_us(anchors[name])) for name in issue_order(schedule)]
     given = program_order(issue_order_problem(graph, cost_us))
     found = emission_order(graph, [anchors[name] for name in issue_order(schedule)])
     _apply(graph, found)
     raise_if(order_only(before, graph))
     moved = sum(a is not b for a, b in zip(order, graph.nodes))
-    return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved)
+    expected = replay(issued, interference)
+    return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved, expected)
 
 
 def issue_order(schedule: Schedule) -> list[str]:
@@ -329,10 +346,8 @@ def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
     Raises: E0757 when ranks differ or one is missing, with E0755 where their orders would wait for each other.
     """
     distributed: Any = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return
-    members = members_of(graph) if distributed.get_backend() != "fake" else ()
-    if len(members) < 2:
+    members = other_ranks(graph)
+    if not members:
         return
     groups: dict[str, str] = {}  # numbered: ranks of different groups run the same program
     calls = [n for n in graph.nodes if is_collective(n)]
@@ -342,6 +357,52 @@ def agree(graph: fx.Graph, patience_s: float = 600.0) -> None:
     scope = ",".join(map(str, members))
     orders = exchange_orders(store, mine, position, len(members), patience_s, scope=scope)
     raise_if(disagreements(orders, members))
+
+
+def other_ranks(graph: fx.Graph) -> tuple[int, ...]:
+    """The ranks that take part in the graph's collectives, this one among them; none where there are no others."""
+    distributed: Any = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return ()
+    members = members_of(graph) if distributed.get_backend() != "fake" else ()
+    return members if len(members) > 1 else ()
+
+
+def common_costs(graph: fx.Graph, cost_us: NodeCost, patience_s: float = 600.0) -> NodeCost:
+    """The first rank's costs, for all ranks that take part: a rank that owns fewer experts would find another order.
+
+    Raises: E0757 when the first rank has not come to this graph in time.
+    """
+    members = other_ranks(graph)
+    if not members:
+        return cost_us
+    distributed: Any = torch.distributed
+    store = distributed.distributed_c10d._get_default_store()
+    mine = {node.name: cost_us(node) for node in graph.nodes}
+    is_first = distributed.get_rank() == members[0]
+    costs = share_costs(store, mine, is_first, members[0], ",".join(map(str, members)), patience_s)
+    return lambda node: costs.get(node.name, 0.0)
+
+
+def share_costs(
+    store: Any, mine: Mapping[str, float], is_first: bool, first: int, scope: str, patience_s: float
+) -> Mapping[str, float]:
+    """`mine` of the first rank. Raises: E0757 when it has not written in time."""
+    number = _exchanges[f"costs {scope} {is_first}"] = _exchanges.get(f"costs {scope} {is_first}", -1) + 1
+    key = f"fp8c/node-costs/{scope}/{number}"
+    if is_first:
+        store.set(key, json.dumps(dict(mine)))
+        return mine
+    try:
+        store.wait([key], datetime.timedelta(seconds=patience_s))
+    except RuntimeError as error:
+        raise fail(
+            "E0757",
+            f"rank {first} has not compiled graph {number} within {patience_s:g} s, so its order is unknown",
+            help="all ranks have to compile the same graphs; look for a recompilation on one of them",
+        ) from error
+    found: dict[str, float] = json.loads(store.get(key))
+    return found
 
 
 _exchanges: dict[str, int] = {}  # how many graphs this process has compared with the same others, in one order

@@ -30,6 +30,11 @@ from fp8c.ops import check_attention
 _ALIGNMENT = 8  # elements: the fused kernels read 16 bytes at a time
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel pads its softmax sums to this many queries
 _BIAS_ALIGNMENT = 16  # and wants rows of the bias to start at multiples of this
+#: PyTorch keeps cuDNN's backward plans by the sizes and strides of q, k and v and by the dropout (MHACacheKeyWrapper in
+#: ATen/native/cudnn/MHA.cpp, torch 2.11), but a plan also fixes the strides of `out` and `dout`. One made for attention
+#: run eagerly reads ours in its own layout: dq and dk are wrong without a word, and the other way round. The sign of
+#: this zero makes our plans a key of their own.
+_NO_DROPOUT_KEY = -0.0
 
 
 class Kernel(Enum):
@@ -101,8 +106,7 @@ def attention_backward(
     """Contract as `backends.reference.attention.attention_backward`."""
     check_attention(q, k, v, mask, is_causal)
     q, k, v = (_unit_stride(t) for t in (q, k, v))
-    # cuDNN and the memory-efficient kernel read `out` and `dout` in the layout their forward writes; in any other they
-    # return wrong dq and dk without a word (seen on an H200 with torch 2.11).
+    # One layout whatever the caller's: a cuDNN plan made for another would be taken for this one as well.
     dout, out = _heads_last(dout), _heads_last(out)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     # Seeds and offsets of the dropout that does not happen.
@@ -118,7 +122,7 @@ def attention_backward(
             backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
             sizes = (None, None, q.shape[2], k.shape[2])
             kept = (out, lse[..., None].contiguous(), seed, offset, _bias(mask, q, k))
-            grads = backward(dout, q, k, v, *kept, *sizes, 0.0, is_causal, scale=scale)
+            grads = backward(dout, q, k, v, *kept, *sizes, _NO_DROPOUT_KEY, is_causal, scale=scale)
         case Kernel.EFFICIENT:
             keys, values = _per_query_head(k, q), _per_query_head(v, q)
             padded_lse = pad(lse, (0, -lse.shape[2] % _LSE_ALIGNMENT), value=math.inf)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8c.backends.triton import gather_sum, head_loss, quantize, requantize, swiglu, transpose
+from fp8c.backends.triton import gather_sum, head_loss, norm, quantize, requantize, swiglu, transpose
 
 #: The launchers by the name of their operator.
 KERNELS = {
@@ -28,6 +28,7 @@ KERNELS = {
         transpose.transposed,
         gather_sum.gather_sum,
         head_loss.linear_cross_entropy,
+        norm.rms_norm_quantize,
     )
 }
 

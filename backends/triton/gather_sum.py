@@ -15,7 +15,7 @@ from torch import Tensor
 from fp8c import gather_sum_op
 from fp8c.backends.triton.quantize import readable
 
-COLS, WARPS = 1024, 4
+COLS, WARPS = 1024, 8
 MOST_ROWS = 32  # of a token: their loads are unrolled
 
 

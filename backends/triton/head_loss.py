@@ -18,6 +18,7 @@ from torch import Tensor
 from fp8c import head_loss
 
 TOKENS, WORDS, WARPS = 128, 32, 4  # of a tile
+STAGES = 4  # tiles on their way while one is added up
 LOWEST = tl.constexpr(-3.0e38)  # below any logit; finite, so that -inf - LOWEST is no NaN
 PARTS = 16  # of the vocabulary: enough programs for every SM at 8192 tokens
 
@@ -25,7 +26,7 @@ PARTS = 16  # of the vocabulary: enough programs for every SM at 8192 tokens
 @triton.jit
 def denominator_kernel(
     logits_ptr, parts_ptr, T, V, pitch, words_each,
-    TOKENS: tl.constexpr, WORDS: tl.constexpr,
+    TOKENS: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TOKENS tokens by one part of the vocabulary; log of the sum of exp over the part."""
     tiles = tl.cdiv(T, TOKENS)
@@ -38,7 +39,7 @@ def denominator_kernel(
     # Every place of the tile has its own maximum and sum, one exp for each logit; they are joined once, at the end.
     top = tl.full((WORDS, TOKENS), LOWEST, tl.float32)
     total = tl.zeros((WORDS, TOKENS), tl.float32)
-    for start in range(first, end, WORDS):
+    for start in tl.range(first, end, WORDS, num_stages=STAGES):
         words = start + tl.arange(0, WORDS)
         mask = (words < end)[:, None] & token_ok[None, :]
         pointers = logits_ptr + words.to(tl.int64)[:, None] * pitch + tokens[None, :]
@@ -85,7 +86,8 @@ def to_gradient(logits: Tensor, words: Tensor, is_counted: Tensor, scale: Tensor
     logs = logits.new_empty((triton.cdiv(vocabulary, words_each), tokens), dtype=torch.float32)
     pitch = logits.stride(0)
     denominator_kernel[(tiles * logs.shape[0],)](
-        logits, logs, tokens, vocabulary, pitch, words_each, TOKENS=TOKENS, WORDS=WORDS, num_warps=WARPS
+        logits, logs, tokens, vocabulary, pitch, words_each,
+        TOKENS=TOKENS, WORDS=WORDS, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     log_total = torch.logsumexp(logs, 0)
     log_total = log_total + (log_total - log_total)  # infinite logits: NaN for the token, as log_softmax has it

@@ -77,6 +77,12 @@ def load_scale(pointers, mask, KIND: tl.constexpr):
 
 
 @triton.jit
+def approximate_reciprocal(x):
+    """1 / x within one unit in the last place, for results that are normal numbers; 0 beyond them."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def reciprocal(scale, KIND: tl.constexpr):
     """(-lift, scale * lift, -1 / (scale * lift)) of each group, for `quotient`."""
     if KIND != 0:  # 1 / 2^n: the exponent of 2^-n is 254 less that of 2^n; NaN stays one
@@ -87,7 +93,7 @@ def reciprocal(scale, KIND: tl.constexpr):
     lifted = scale * lift
     # One Newton step from the approximate division is RN(1 / s), or next to it where that changes no quotient (every s and
     # every x of 11 bits were tried); only for a significand of all ones it is always one too small, and that counts.
-    inverse = 1.0 / lifted
+    inverse = approximate_reciprocal(lifted)
     inverse = tl.fma(tl.fma(inverse * -1.0, lifted, 1.0), inverse, inverse)
     is_ones = (lifted.to(tl.int32, bitcast=True) & 0x007FFFFF) == 0x007FFFFF
     inverse = (inverse.to(tl.int32, bitcast=True) + is_ones.to(tl.int32)).to(tl.float32, bitcast=True)

@@ -27,9 +27,9 @@ BLOCK = (128, 128)
 
 # Tile shapes and warps; measured on an H200 (tools/bench/results).
 ROW_TILE, ROW_WARPS = 16, 2
-COLUMN_TILE, COLUMN_WARPS = 32, 1
-BOTH_ROWS, BOTH_COLUMNS, BOTH_WARPS = 64, 128, 4
-BLOCK_WARPS = 4
+COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 64, 4, 4
+BOTH_ROWS, BOTH_COLUMNS, BOTH_VECTOR, BOTH_WARPS = 64, 128, 8, 4
+STRAIGHT_WARPS, TURNED_WARPS = 8, 4
 MASKED_WARPS = 16  # masks take registers
 
 
@@ -57,7 +57,8 @@ def row_kernel(
 @triton.jit
 def column_kernel(
     x_ptr, rows_ptr, q_ptr, s_ptr, offs_ptr, R, C, experts, x_row, q_col, s_row, s_col,
-    COLS: tl.constexpr, G: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
+    COLS: tl.constexpr, VEC: tl.constexpr, G: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one group of G rows by COLS columns. E_PAD: experts rounded up, 0 when groups don't restart.
@@ -67,7 +68,9 @@ def column_kernel(
     tiles = tl.cdiv(C, COLS)
     pid = tl.program_id(0)
     group = pid // tiles
-    cols = (pid % tiles) * COLS + tl.arange(0, COLS)
+    cols = tl.max_contiguous(
+        tl.multiple_of((pid % tiles) * COLS + tl.arange(0, COLS), VEC), VEC
+    )  # as in load_quantized
     if E_PAD == 0:
         begin = group * G
         end = tl.minimum(begin + G, R)
@@ -89,7 +92,7 @@ def column_kernel(
 def both_kernel(
     x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, offs_ptr, R, C, experts, x_row, q_row, s_row, s_col, qt_col, st_row, st_col,
     E_PAD: tl.constexpr, EVEN: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
-    ELEMENT_T: tl.constexpr, KIND_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ELEMENT_T: tl.constexpr, KIND_T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows by 128 columns, quantized along the rows and along the columns."""
     tiles = tl.cdiv(C, 128)
@@ -124,7 +127,7 @@ def both_kernel(
     stored = group * 128 + tl.arange(0, 128)
     stored_ok = row_ok if E_PAD == 0 else stored >= 0
     for first in range(0, 128, COLS):
-        part = tile * 128 + first + tl.arange(0, COLS)
+        part = tl.max_contiguous(tl.multiple_of(tile * 128 + first + tl.arange(0, COLS), VEC), VEC)
         mask = row_ok[:, None] if EVEN else row_ok[:, None] & (part < C)[None, :]
         x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_row + part[None, :], mask=mask, other=0.0).to(tl.float32)
         store_column_groups(
@@ -200,7 +203,7 @@ def quantize_both(x: Tensor, fmt: str, fmt_t: str, offs: Tensor | None = None) -
         qt.stride(1), st.stride(0), st.stride(1),
         E_PAD=padded(experts), EVEN=width % 128 == 0, **codes_of(rows), WIDE=is_wide(x),
         ELEMENT_T=ELEMENTS[columns.element], KIND_T=KINDS[columns.scale],  # type: ignore[index]
-        ROWS=BOTH_ROWS, COLS=BOTH_COLUMNS, num_warps=BOTH_WARPS if width % 128 == 0 else MASKED_WARPS, num_stages=1,
+        ROWS=BOTH_ROWS, COLS=BOTH_COLUMNS, VEC=BOTH_VECTOR, num_warps=BOTH_WARPS if width % 128 == 0 else MASKED_WARPS, num_stages=1,
     )  # fmt: skip
     return q, s, qt, st
 
@@ -261,7 +264,7 @@ def _columns(x: Tensor, fmt: Format, offs: Tensor | None, rows: Tensor | None = 
     column_kernel[(s.shape[0] * triton.cdiv(width, COLUMN_TILE),)](
         x, x if rows is None else rows, q.view(torch.uint8), scale_bytes(s), x if offs is None else as_ends(offs),
         height, width, experts, x.stride(0), q.stride(1), s.stride(0), s.stride(1),
-        COLS=COLUMN_TILE, G=fmt.group[0], E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
+        COLS=COLUMN_TILE, VEC=COLUMN_VECTOR, G=fmt.group[0], E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
         **codes_of(fmt), WIDE=is_wide(x), num_warps=COLUMN_WARPS,
     )  # fmt: skip
     return q, s
@@ -279,7 +282,7 @@ def _blocks(w: Tensor, fmt: Format, straight: bool, turned: bool) -> tuple[Tenso
         w, q.view(torch.uint8), qt.view(torch.uint8), scale_bytes(s), height, width,
         w.stride(0) if leading else 0, w.stride(-2),
         EVEN=is_even, STRAIGHT=straight, TURNED=turned,
-        **codes_of(fmt), WIDE=is_wide(w), num_warps=BLOCK_WARPS if is_even else MASKED_WARPS,
+        **codes_of(fmt), WIDE=is_wide(w), num_warps=(TURNED_WARPS if turned else STRAIGHT_WARPS) if is_even else MASKED_WARPS,
     )  # fmt: skip
     return q, qt, s
 

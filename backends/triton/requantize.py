@@ -27,7 +27,10 @@ ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROW_TILE, ROW_WARPS = 16, 4
-COLUMN_TILE, COLUMN_WARPS = 64, 2
+GATHER_ROWS, GATHER_COLS, GATHER_WARPS = 8, 256, 4
+COLUMN_TILE = 64
+# Columns that a thread reads and warps, by whether the new scales are powers of two: a division takes registers.
+COLUMN_SHAPES = {True: (8, 2), False: (4, 4)}
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ def dequantize_kernel(
 @triton.jit
 def columns_kernel(
     q_ptr, s_ptr, rows_ptr, qt_ptr, st_ptr, offs_ptr, R, C, experts, q_row, s_row, s_col, qt_col, st_row, st_col,
-    COLS: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
+    COLS: tl.constexpr, VEC: tl.constexpr, E_PAD: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
     ELEMENT: tl.constexpr, KIND: tl.constexpr, ELEMENT_T: tl.constexpr, KIND_T: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: one group of 128 rows by COLS columns. GATHER: row t is row rows[t] of the data."""
@@ -72,7 +75,9 @@ def columns_kernel(
     stored = group * 128 + tl.arange(0, 128)
     stored_ok = row_ok if E_PAD == 0 else stored >= 0  # experts' blocks are filled up with zeros
     source = tl.load(rows_ptr + rows, mask=row_ok, other=0) if GATHER else rows
-    x = load_quantized(q_ptr, s_ptr, source, row_ok, first, C, q_row, s_row, s_col, 128, COLS, EVEN, ELEMENT, KIND)
+    x = load_quantized(
+        q_ptr, s_ptr, source, row_ok, first, C, q_row, s_row, s_col, 128, COLS, EVEN, ELEMENT, KIND, VEC
+    )  # fmt: skip
     store_column_groups(
         x, qt_ptr, st_ptr, stored, stored_ok, cols, C, group, qt_col, st_row, st_col, EVEN, ELEMENT_T, KIND_T, WIDE
     )  # fmt: skip
@@ -176,11 +181,11 @@ def gather_quantized(q: Tensor, s: Tensor, rows: Tensor, fmt: str) -> tuple[Tens
     out_s = empty_quantized(q, (height, s.shape[1] * 128), parsed)[1]
     words, to = _widest(q, out)
     scale, to_scale = scale_bytes(s), scale_bytes(out_s)
-    tile_rows, tile_cols = 8, 512
+    tile_rows, tile_cols = GATHER_ROWS, GATHER_COLS
     gather_kernel[(triton.cdiv(height, tile_rows) * triton.cdiv(words.shape[1], tile_cols),)](
         words, scale, rows.contiguous(), to, to_scale, height, words.shape[1], words.stride(0),
         scale.stride(0), scale.stride(1), to.stride(0), to_scale.stride(0), to_scale.stride(1), scale.shape[1],
-        ROWS=tile_rows, COLS=tile_cols, G_PAD=triton.next_power_of_2(scale.shape[1]), num_warps=4,
+        ROWS=tile_rows, COLS=tile_cols, G_PAD=triton.next_power_of_2(scale.shape[1]), num_warps=GATHER_WARPS,
     )  # fmt: skip
     return out, out_s
 
@@ -202,13 +207,14 @@ def _to_columns(
     qt, st = empty_quantized(q, (height, width), new, offs)
     experts = 0 if offs is None else offs.shape[0]
     words, scale = as_words(q, old), scale_bytes(s)
+    vector, warps = COLUMN_SHAPES[_kind(new) != 0]
     columns_kernel[(st.shape[0] * triton.cdiv(width, COLUMN_TILE),)](
         words, scale, words if rows is None else rows, qt.view(torch.uint8), scale_bytes(st),
         words if offs is None else as_ends(offs), height, width, experts,
         words.stride(0), scale.stride(0), scale.stride(1), qt.stride(1), st.stride(0), st.stride(1),
-        COLS=COLUMN_TILE, E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
+        COLS=COLUMN_TILE, VEC=vector, E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
         ELEMENT=ELEMENTS[old.element], KIND=_kind(old), ELEMENT_T=ELEMENTS[new.element], KIND_T=_kind(new),
-        WIDE=_kind(old) == 0, num_warps=COLUMN_WARPS,
+        WIDE=_kind(old) == 0, num_warps=warps,
     )  # fmt: skip
     return qt, st
 

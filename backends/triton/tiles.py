@@ -60,8 +60,13 @@ def load_tile(x_ptr, rows, row_ok, tile, C, x_row, EVEN: tl.constexpr):
 def load_quantized(
     q_ptr, s_ptr, rows, row_ok, first, C, q_row, s_row, s_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,
+    VEC: tl.constexpr = 16,
 ):  # fmt: skip
-    """COLS columns from `first` on of data with 1x128 scales: data * scale in FP32; 0 where masked. COLS divides 128."""
+    """COLS columns from `first` on of data with 1x128 scales: data * scale in FP32; 0 where masked. COLS divides 128.
+
+    VEC: bytes that one thread reads at a time. Where the columns are reduced every thread makes the scales of the columns
+    it read, so wide reads cost more arithmetic there than they save. (The hint must stand where the numbers are made.)
+    """
     scale = load_scale(s_ptr + rows.to(tl.int64) * s_row + (first // 128).to(tl.int64) * s_col, row_ok, KIND)
     if ELEMENT == 2:
         eights = first // 8 + tl.arange(0, COLS // 8)
@@ -72,7 +77,7 @@ def load_quantized(
         words_2 = tl.load(pointers + 2, mask=mask, other=0)
         values = e5m6_values(e5m6_unpacked(words_0, words_1, words_2, ROWS, COLS))
     else:
-        cols = first + tl.arange(0, COLS)
+        cols = tl.max_contiguous(tl.multiple_of(first + tl.arange(0, COLS), VEC), VEC)
         mask = row_ok[:, None] if EVEN else row_ok[:, None] & (cols < C)[None, :]
         codes = tl.load(q_ptr + rows.to(tl.int64)[:, None] * q_row + cols[None, :], mask=mask, other=0)
         values = fp8_values(codes, ELEMENT)

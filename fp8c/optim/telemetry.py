@@ -7,9 +7,9 @@
         for row in telemetry.take():
             print(row.path, row.phase, row.format, row.amax, row.underflow)
 
-Every `every`-th step runs operator by operator, with the same kernels, and reads each quantized tensor once more; all
-other steps are untouched. So the cost is that step's extra time over `every` steps, which `every` makes as small as one
-likes. The step's own result may differ from the fused one's by BF16 roundings between operators.
+Every `every`-th step runs operator by operator, without fused casts, so that each quantized tensor is there to be read
+once more; all other steps are untouched. So the cost is that step's extra time over `every` steps, which `every` makes
+as small as one likes. The step's own result may differ from the fused one's by BF16 roundings between operators.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fp8c import graph as g
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.formats import Element, Format
 from fp8c.optim.precision import Variant, variant_of
+from fp8c.passes.fuse_casts import FuseCasts
 
 _HIGHEST_CODE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 
@@ -146,6 +147,7 @@ class Telemetry:
             fresh = self._session.fresh()
             fields = {name: getattr(fresh, name) for name in driver.Session.__dataclass_fields__}
             fields["keep_weights"] = False  # weights are quantized in the graph, where they are seen
+            fields["without"] = fresh.without | {FuseCasts.name}  # a fused cast never writes what it quantizes
             session = ObservedSession(**fields, pending=self._pending)
             self._variant = variant_of(self.step, session, self.options)
         usual = self.step._compiled_call_impl

@@ -162,10 +162,14 @@ def _parameter(full: Tensor, mesh: DeviceMesh, requires_grad: bool | None = None
     first = sum(sizes[: mesh.get_local_rank()])
     mine = full[first : first + sizes[mesh.get_local_rank()]]
     if _has_values(full):
-        group = mesh.get_group()
-        outgoing = [t.contiguous() for t in torch.split(full, [s for s in sizes if s])]
-        mine = torch.empty_like(mine)
-        dist.scatter(mine, outgoing if mesh.get_local_rank() == 0 else None, group_src=0, group=group)
+        outgoing = None
+        if mesh.get_local_rank() == 0:  # every rank gets as many rows as the first: scatter takes equal sizes
+            missing = sizes[0] * len(sizes) - full.shape[0]
+            padded = torch.cat([full, full.new_zeros(missing, *full.shape[1:])]) if missing else full
+            outgoing = [t.contiguous() for t in torch.split(padded, sizes[0])]
+        received = torch.empty((sizes[0], *full.shape[1:]), dtype=full.dtype, device=full.device)
+        dist.scatter(received, outgoing, group_src=0, group=mesh.get_group())
+        mine = received[: mine.shape[0]]
     shard = DTensor.from_local(mine.clone(), mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
     return nn.Parameter(shard, requires_grad=needs)
 

@@ -70,11 +70,13 @@ def test_the_host_never_waits(step: nn.Module) -> None:
 
 
 def test_lengths_and_loads_need_no_new_graph(step: nn.Module) -> None:
-    graphs = len(driver.session_of(step).steps)
-    for length in (192, 160, 144, 256):
-        assert torch.isfinite(train(step, ids(length)))
-    train(step, torch.zeros_like(ids()))  # every token alike: a few experts get everything
-    assert len(driver.session_of(step).steps) == graphs == 1
+    session = driver.session_of(step)
+    graphs = len(session.steps)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # names the guard
+        for length in (192, 160, 144, 256):
+            assert torch.isfinite(train(step, ids(length)))
+        train(step, torch.zeros_like(ids()))  # every token alike: a few experts get everything
+    assert len(session.steps) == graphs
 
 
 def test_masks_are_dropped_and_weights_kept(step: nn.Module) -> None:
@@ -118,18 +120,27 @@ def test_the_step_can_be_captured_in_a_cuda_graph() -> None:
 
 
 def test_checkpointing() -> None:
+    """As close to BF16 as without. It is not the same: a value that is computed again in backward is read in BF16 where
+    the plain step reads the FP8 copy it cached, and quantizes it along another axis than from that copy."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain: Any = model()
-    other: Any = copy.deepcopy(plain)
+    other, exact = copy.deepcopy(plain), copy.deepcopy(plain)
     other.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = ids()
     losses = [float(train(fp8c.compile(m.train(), dynamic=False), tokens)) for m in (plain, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
-        if p.grad is not None:
-            error = (p.grad.float() - q.grad.float()).norm() / p.grad.float().norm().clamp_min(1e-30)
-            assert error < 2**-4, name  # two kernels of one GEMM may sum in another order before a rounding to FP8
+    losses.append(float(train(exact.train(), tokens)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[1] == pytest.approx(losses[2], rel=1e-2)
+    for name, wanted in exact.named_parameters():
+        if wanted.grad is not None:
+            errors = [error_of(m.get_parameter(name), wanted) for m in (plain, other)]
+            assert errors[1] < 1.25 * errors[0] + 2.0**-6, (name, errors)
+
+
+def error_of(p: nn.Parameter, exact: nn.Parameter) -> float:
+    """Of a gradient, over the norm of the exact one."""
+    assert p.grad is not None and exact.grad is not None
+    return float((p.grad.float() - exact.grad.float()).norm() / exact.grad.float().norm().clamp_min(1e-30))
 
 
 def test_autocast_over_fp32_parameters() -> None:
@@ -140,8 +151,7 @@ def test_autocast_over_fp32_parameters() -> None:
         loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(p.grad is None or p.grad.dtype is torch.float32 for p in compiled.parameters())
-    assert sum(p.grad is not None for p in compiled.parameters()) > 20
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in compiled.parameters())
 
 
 def test_main_grad_is_the_gradient_in_fp32() -> None:

@@ -134,7 +134,9 @@ def expert_parallel_step(kind: str, spec: str, expert: int | None = None, expert
         "own": mine,
         "reduced": reduced,
         "remarks": [r.code for r in driver.session_of(step).remarks],
-        "plan": driver.session_of(step).steps[-1].plan.digest(),
+        "plan": driver.step_facts(driver.session_of(step).steps[-1], owns_evenly=experts % dist.get_world_size() == 0)[
+            "plan"
+        ],
     }
 
 
@@ -368,6 +370,144 @@ def unreduced_gradients() -> str:
     return text
 
 
+def main_grad_steps(spec: str, rounds: int = 2) -> dict[str, Any]:
+    """FP32 accumulators over some micro-batches, reduced, then a step of the optimizer; experts' are given whole."""
+    import fp8c
+    from fp8c import distributed
+    from fp8c.optim import AdamW
+
+    step = fp8c.compile(build("loop"), spec=spec, target="cpu", mesh=mesh_of(), main_grad=True)
+    optimizer = AdamW(step, lr=0.1)
+    for at in range(rounds):
+        tokens = batch(dist.get_rank() + 10 * at)
+        loss_of(logits_of(step(input_ids=tokens)), tokens).backward()
+    found: dict[str, Any] = {n: p.main_grad for n, p in step.named_parameters()}  # type: ignore[attr-defined]
+    summed = {n: whole(t) for n, t in found.items() if isinstance(t, DTensor)}
+    own = {n: t.clone() for n, t in found.items() if n not in summed}
+    refused = ""
+    try:
+        optimizer.step()
+    except fp8c.DiagnosticError as error:
+        refused = str(error)
+    distributed.reduce_gradients(step)
+    before = {n: whole(p.detach()) for n, p in step.named_parameters()}
+    reduced = {n: whole(t) for n, t in found.items()}
+    optimizer.step()
+    return {
+        "summed": summed,
+        "own": own,
+        "reduced": reduced,
+        "refused": refused,
+        "grads": [n for n, p in step.named_parameters() if p.grad is not None],
+        "moved": [n for n, p in step.named_parameters() if not torch.equal(whole(p.detach()), before[n])],
+        "zeroed": zeroed(step),
+    }
+
+
+def zeroed(step: nn.Module) -> bool:
+    step.zero_grad()
+    return all(not whole(p.main_grad).any() for p in step.parameters())
+
+
+def one_device_main_grads(spec: str, sequences: list[list[int]]) -> dict[str, Tensor]:
+    """The accumulators of one device after micro-batches of these ranks' sequences."""
+    import fp8c
+
+    torch._dynamo.reset()
+    step = fp8c.compile(build("loop"), spec=spec, target="cpu", main_grad=True)
+    for ranks in sequences:
+        tokens = torch.cat([batch(rank) for rank in ranks])
+        logits = logits_of(step(input_ids=tokens))
+        torch.stack([loss_of(logits[i : i + 1], tokens[i : i + 1]) for i in range(len(ranks))]).sum().backward()
+    return {n: p.main_grad for n, p in step.named_parameters()}  # type: ignore[attr-defined, misc]
+
+
+#: A decoder layer with experts and a prediction module with more of them.
+SMALL = {
+    "n_layers": 1,
+    "n_dense_layers": 0,
+    "dim": 128,
+    "n_heads": 2,
+    "expert_hidden_dim": 128,
+    "dense_hidden_dim": 128,
+}
+
+
+def loaded_build(folder: str) -> dict[str, Any]:
+    """A build made with a mesh, on ranks of that mesh, against the model on one device; what is said without a mesh."""
+    import fp8c
+    from fp8c.models import load_model
+
+    told = ""
+    try:
+        fp8c.load(folder)
+    except fp8c.DiagnosticError as error:
+        told = str(error)
+    step = fp8c.load(folder, mesh=mesh_of())
+    plain = load_model(str(ROOT / "examples" / "moe_transformer.py"), overrides=SMALL, batch=1, seq=LENGTH)
+    step.module.load_state_dict(plain.module.state_dict())
+    loss = step(step.example_inputs)
+    loss.backward()
+    alone = fp8c.compile(plain.step(), spec="deepseek_v3", target="cpu")(step.example_inputs)
+    sharded = [n for n, p in step.named_parameters() if isinstance(p.grad, DTensor)]
+    return {"told": told, "loss": loss.detach(), "alone": alone.detach(), "sharded": sharded}
+
+
+def titan_moe(batch: int, seed: int) -> tuple[nn.Module, Tensor]:
+    """torchtitan's MoE block of its DeepSeek-V3 debug model, alike everywhere, and a batch."""
+    from torchtitan.distributed.utils import set_spmd_backend
+
+    set_spmd_backend("partial_dtensor")
+    spec = importlib.util.spec_from_file_location("titan_moe", ROOT / "tests" / "titan_moe.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    moe, (x,) = module.build("deepseek_v3", "debugmodel", batch=batch, seq=32)
+    return moe, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def titan_result(moe: nn.Module, x: Tensor, spec: str) -> tuple[nn.Module, Tensor]:
+    import fp8c
+
+    step = fp8c.compile(moe, spec=spec, target="cpu")
+    y = step(x)
+    y = y[0] if isinstance(y, tuple) else y
+    y.float().square().sum().backward()
+    return step, y.detach()
+
+
+def titan_expert_parallel(spec: str) -> dict[str, Any]:
+    """The block with torchtitan's own all-to-all dispatcher over the ranks, given to fp8c.compile without a mesh."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from fp8c import driver
+
+    moe, x = titan_moe(1, 50 + dist.get_rank())
+    routed: Any = moe.routed_experts
+    routed.token_dispatcher.wire_meshes(ep_mesh=mesh_of())
+    for name, p in list(routed.inner_experts.named_parameters()):
+        shards = distribute_tensor(p.detach(), mesh_of(), [Shard(0)])
+        setattr(routed.inner_experts, name, nn.Parameter(shards))
+    step, y = titan_result(moe, x, spec)
+    halves = driver.session_of(step).steps[-1].halves
+    sent = [
+        [str(n.meta["val"].dtype).removeprefix("torch.") for n in half.graph.nodes if "all_to_all" in str(n.target)]
+        for half in (halves.forward, halves.backward)
+    ]
+    experts = {n: whole(p.grad) for n, p in step.named_parameters() if isinstance(p, DTensor)}
+    return {"y": y, "sent": sent, "experts": experts}
+
+
+def titan_one_device(spec: str, ranks: int) -> dict[str, Any]:
+    """The block on one device with the ranks' batches one after another."""
+    torch._dynamo.reset()
+    moe, _ = titan_moe(1, 0)
+    x = torch.cat([titan_moe(1, 50 + rank)[1] for rank in range(ranks)])
+    step, y = titan_result(moe, x, spec)
+    return {"y": y, "gradients": {n: p.grad for n, p in step.named_parameters()}}
+
+
 def dualpipe(spec: str, micro_batches: int = 8) -> dict[str, Any]:
     """Four stages on two ranks (a V), trained by DualPipeV with pairs as one graph; the same stages one after another."""
     from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV
@@ -423,6 +563,55 @@ class Wrapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.inner(x)
         return y
+
+
+def limited_moe() -> nn.Module:
+    """transformers' DeepseekV3MoE: 8 experts in 2 groups, of which a token may reach 1; top-3."""
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=128,
+        moe_intermediate_size=128,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=3,
+    )
+    torch.manual_seed(0)
+    moe: nn.Module = DeepseekV3MoE(config).bfloat16()
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return moe
+
+
+def limited_routing(spec: str) -> dict[str, Any]:
+    """Experts that eager routing chooses; rows that the compiled layer's first payload sends; outputs of both ways."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import fp8c
+    from fp8c import stage as stages
+
+    chosen: list[Tensor] = []
+    splits: list[list[int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops._c10d_functional.all_to_all_single.default and args[0].ndim > 1:
+                splits.append(list(args[2]))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(20 + dist.get_rank())).bfloat16()
+    plain: Any = Block(limited_moe())
+    plain.moe.experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1]))
+    plain(x)
+    alone = fp8c.compile(Block(limited_moe()), spec=spec, target="cpu")(x)
+    torch._dynamo.reset()
+    step = fp8c.compile(Block(limited_moe()), spec=spec, target="cpu", mesh=mesh_of())
+    stage = stages.Stage.capture(step, (x,))
+    with Watch():
+        (y, *_), _ = stage.forward(x)
+    return {"chosen": chosen[0], "sent": splits[0], "y": y, "alone": alone.detach()}
 
 
 def sent_bytes(spec: str) -> dict[str, int]:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from fp8c.tools.compile_command import Request, compile_model
 
 Run = Callable[..., list[Any]]
 
@@ -133,6 +136,73 @@ def test_ranks_that_differ_are_told_before_they_exchange_anything(two: Run) -> N
 def test_an_optimizer_refuses_gradients_that_differ_between_ranks(two: Run) -> None:
     for text in two("unreduced_gradients"):
         assert "E0864" in text and "reduce_gradients" in text
+
+
+@pytest.mark.slow
+def test_fp32_accumulators_of_a_mesh(two: Run, jobs: ModuleType) -> None:
+    """Experts' accumulators against one device with both ranks' sequences in a batch, the others' against one device
+    per rank, all over two micro-batches; reduced ones are means in rank order; the optimizer refuses others."""
+    got = two("main_grad_steps", "deepseek_v3")
+    together = jobs.one_device_main_grads("deepseek_v3", [[0, 1], [10, 11]])
+    alone = [jobs.one_device_main_grads("deepseek_v3", [[rank], [rank + 10]]) for rank in range(2)]
+    assert len(got[0]["summed"]) == 3
+    for rank, found in enumerate(got):
+        assert "E0864" in found["refused"]
+        assert found["grads"] == [] and found["zeroed"]
+        assert set(found["moved"]) == found["reduced"].keys()
+        for name, total in found["summed"].items():
+            assert total.dtype is torch.float32
+            assert torch.equal(total, jobs.stacked(together, name)), name
+            assert torch.equal(found["reduced"][name], total / 2), name
+        for name, mine in found["own"].items():
+            assert torch.equal(mine, alone[rank][name]), name
+            assert torch.equal(found["reduced"][name], (alone[0][name] + alone[1][name]) / 2), name
+
+
+@pytest.mark.slow
+def test_a_build_of_a_mesh_loads_on_its_ranks(two: Run, jobs: ModuleType, tmp_path: Path) -> None:
+    """The plan of rank 0 with even rows and no other process, run by two."""
+    example = str(jobs.ROOT / "examples" / "moe_transformer.py")
+    request = Request(
+        example, "deepseek_v3", "cpu", out=tmp_path / "build", mesh=(("ep", 2),), overrides=jobs.SMALL,
+        batch=1, seq=jobs.LENGTH, baseline=False,
+    )  # fmt: skip
+    try:
+        compile_model(request)
+    finally:
+        dist.destroy_process_group()
+    for found in two("loaded_build", str(tmp_path / "build")):
+        assert "E0866" in found["told"] and "mesh ep=2, found no mesh" in found["told"]
+        assert torch.equal(found["loss"], found["alone"])
+        assert len(found["sharded"]) == 6
+
+
+@pytest.mark.slow
+def test_routing_limited_to_nodes_stays_limited(two: Run) -> None:
+    """DeepSeek-V3's group-limited routing with a group on each rank: all rows of a token go to one rank."""
+    for found in two("limited_routing", "deepseek_v3"):
+        ranks = found["chosen"] // 4
+        assert ranks.shape[-1] == 3 and bool((ranks == ranks[:, :1]).all())
+        assert found["sent"] == torch.bincount(ranks.flatten(), minlength=2).tolist()
+        assert min(found["sent"]) > 0
+        assert torch.equal(found["y"], found["alone"])
+
+
+@pytest.mark.slow
+def test_torchtitans_dispatcher_is_used_as_it_is(two: Run, jobs: ModuleType, zoo: ModuleType) -> None:
+    """torchtitan's own collectives stay, with FP8 payloads where the spec has them, and nothing is sharded again."""
+    if zoo.why_no_titan():
+        pytest.skip(zoo.why_no_titan())
+    got = two("titan_expert_parallel", "deepseek_v3")
+    together = jobs.titan_one_device("deepseek_v3", 2)
+    for rank, found in enumerate(got):
+        forward, backward = found["sent"]
+        assert sorted(forward) == ["bfloat16", "float32", "int64", "uint8"]  # combine, scales, counts, payload
+        assert sorted(backward) == ["float32", "uint8"]  # the input needs no gradient
+        assert torch.equal(found["y"], together["y"][rank : rank + 1])
+        assert len(found["experts"]) == 3
+        for name, gradient in found["experts"].items():
+            assert torch.equal(gradient, together["gradients"][name]), name
 
 
 @pytest.mark.slow

@@ -72,6 +72,25 @@ def test_a_step_without_a_change_quantizes_no_weight() -> None:
     assert quantizes(plain)["fp8c::quantize"] - quantizes(kept)["fp8c::quantize"] == GEMMS + 1
 
 
+def test_backward_can_release_what_it_has_read() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    kept, _ = compiled(copy.deepcopy(model))
+    lean, store = compiled(copy.deepcopy(model), release_weights=True)
+    x = features()
+    held = []
+    for step in (kept, lean):
+        loss = loss_of(step(x))
+        held.append(driver.session_of(step).weights.size_bytes)
+        loss.backward()
+    assert held[0] == held[1] > 0
+    # What backward reads is gone; the first GEMMs need no gradient of their input, so it reads the last one's only.
+    assert len(store.entries) == GEMMS - 1
+    assert all(torch.equal(a, b) for a, b in zip(gradients(kept).values(), gradients(lean).values(), strict=True))
+    train(lean, x)
+    assert store.refreshed == GEMMS + 1
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizers_are_noticed(fused: bool) -> None:
     step, store = compiled(Mlp(dtype=torch.float32))

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import fp8c
 from fp8c.diagnostics import DiagnosticError
-from fp8c.main_grad import accumulator_of
+from fp8c.driver import session_of
+from fp8c.graph import aten
+from fp8c.main_grad import accumulator_of, split_gradients
 from tests.models.harness import count_executed, gradients, loss_of
 from tests.models.test_handwritten import BF16, D, Mlp, features
 from tests.passes.steps import experts_function, random
@@ -98,6 +100,34 @@ def test_the_gemm_accumulates() -> None:
     loss_of(experts(batches()[0])).backward()
     counts = count_executed(lambda: loss_of(experts(batches()[0])).backward())
     assert counts["fp8c::scaled_grouped_wgrad_add_"] == 2 and counts["fp8c::scaled_grouped_wgrad"] == 0
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(64, 128, dtype=BF16)
+        self.up = nn.Linear(128, 128, bias=False, dtype=BF16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.up(self.words(ids))
+
+
+def test_an_embedding_adds_the_rows_of_its_words() -> None:
+    """In FP32 and without a gradient as large as the table; PyTorch's is the same sum, rounded to BF16."""
+    torch.manual_seed(0)
+    model = Words()
+    plain = fp8c.compile(copy.deepcopy(model), "deepseek_v3", "cpu")
+    step = fp8c.compile(model, "deepseek_v3", "cpu", main_grad=True)
+    ids = torch.randint(8, (2, 64))
+    for compiled_step in (plain, step):
+        loss_of(compiled_step(ids)).backward()
+    half, _ = split_gradients(session_of(step).steps[-1].halves.backward)
+    targets = [n.target for n in half.graph.nodes]
+    assert aten.embedding_dense_backward.default not in targets and targets.count(aten.index_put_.default) == 1
+    found, usual = step.words.weight.main_grad, plain.words.weight.grad.float()
+    assert not found[8:].any() and found[:8].any()
+    # up to 32 terms for a word, which the CPU's operator adds in BF16
+    torch.testing.assert_close(found, usual, rtol=2.0**-3, atol=32 * 2.0**-9 * float(usual.abs().max()))
 
 
 def test_zero_grad_and_new_accumulators() -> None:

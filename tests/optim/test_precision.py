@@ -139,6 +139,29 @@ def test_telemetry_reads_every_quantized_tensor_of_the_chosen_steps() -> None:
     assert telemetry.take() == []
 
 
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(128, 128, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+        return (y - x).float().square().mean()
+
+
+def test_telemetry_sees_what_a_gpu_quantizes_inside_other_kernels() -> None:
+    """SwiGLU's product, both directions of its gradients: their casts are fused there, and their rows were missing."""
+    found = {}
+    for target in ("cpu", "h200"):
+        torch.manual_seed(0)
+        step = fp8c.compile(GatedMLP().bfloat16(), target=target, lowering="reference")
+        telemetry = Telemetry(step, every=1)
+        with telemetry.at(1):
+            gradients(step)
+        found[target] = sorted((row.path, row.phase, row.format, row.amax) for row in telemetry.take())
+    assert found["h200"] == found["cpu"] and len(found["cpu"]) > 8
+
+
 def test_telemetry_shows_a_value_that_is_not_finite() -> None:
     step = compiled()
     telemetry = Telemetry(step, every=1)

@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fp8c.ops  # noqa: F401  (defines the operators the passes name)
 from fp8c.backends.costs import load_machine
+from fp8c.contention import Interference
 from fp8c.diagnostics import DiagnosticError
 from fp8c.graph_costs import collective, is_collective, node_us
 from fp8c.partition import Halves
@@ -26,15 +27,17 @@ from fp8c.passes.schedule_overlap import (
     ScheduleOverlap,
     agree,
     collective_calls,
+    common_costs,
     disagreements,
     exchange_orders,
     order_digest,
     order_only,
     pair_graphs,
     schedule_graph,
+    share_costs,
     snapshot,
 )
-from fp8c.schedule import check_ranks
+from fp8c.schedule import COMM, COMPUTE, check_ranks
 
 RANKS = 8
 T, D = 64, 16
@@ -342,3 +345,36 @@ def test_a_step_of_30000_nodes_is_scheduled_within_a_minute() -> None:
     assert time.perf_counter() - started < 60.0
     assert report.after.hidden_share > 0.95
     assert report.schedule.gap < 0.05
+
+
+def test_ranks_that_own_fewer_experts_take_the_first_rank_s_costs() -> None:
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    first, second = {"mm": 4.0, "send": 2.0}, {"mm": 1.0, "send": 2.0}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(share_costs, store, costs, costs is first, 0, "0,3", 30.0) for costs in (second, first)]
+        assert [job.result() for job in jobs] == [first, first]
+    with pytest.raises(DiagnosticError) as caught:
+        share_costs(store, second, False, 0, "0,3", 0.2)
+    assert caught.value.diagnostics[0].code == "E0757"
+    assert "rank 0 has not compiled graph 1" in caught.value.diagnostics[0].message
+
+
+def test_costs_of_one_process_are_its_own(group: Any) -> None:
+    graph = fx.Graph()
+    assert common_costs(graph, node_cost := lambda node: 1.0) is node_cost
+
+
+def test_what_streams_cost_each_other_lengthens_what_is_expected(group: Any) -> None:
+    """Beside the order for transfers twice as slow: the search sees that, the expected slots see compute slowed too."""
+    module, _ = pair(group)
+
+    def cost_us(node: fx.Node) -> float:
+        return 10.0 if is_collective(node) or node.target is torch.ops.aten.mm.default else 0.0
+
+    report = schedule_graph(module.graph, cost_us, interference=Interference(1.5, 2.0))
+    alone = sum(cost_us(n) for n in module.graph.nodes if not is_collective(n))
+    compute = sum(s.end_us - s.start_us for s in report.expected if s.task.resource == COMPUTE)
+    comm = [s for s in report.expected if s.task.resource == COMM]
+    assert alone < compute <= 1.5 * alone
+    assert all(10.0 - 1e-6 <= s.end_us - s.start_us <= 20.0 + 1e-6 for s in comm)
+    assert {s.task.duration_us for s in report.schedule.slots if s.task.resource == COMM} == {20.0}

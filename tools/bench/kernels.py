@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fp8c.backends.triton import quantize, requantize
+from fp8c.backends.triton import norm, quantize, requantize
 from fp8c.tools.bench.timing import time_in_turn
 
 SCHEMA = "fp8c.bench.kernels/1"
@@ -70,6 +70,8 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("copy", lambda: y.copy_(x), 2 * size_of(x))
     yield measured("quantize 1x128", lambda: quantize.quantize(x, ACT), x, wanted=0.97)
     yield measured("quantize 1x128 pow2", lambda: quantize.quantize(x, ACT2), x, wanted=0.97)
+    gain = torch.randn(COLS, device="cuda", dtype=torch.bfloat16)
+    yield measured("RMSNorm + quantize 1x128", lambda: norm.rms_norm_quantize(x, gain, 1e-6, ACT), x, gain, wanted=0.92)
     yield measured("quantize 1x32 e8m0", lambda: quantize.quantize(x, "e4m3[1x32] e8m0"), x)
     yield measured("quantize 1x128 e5m6", lambda: quantize.quantize(x, CACHE), x)
     yield measured("quantize 128x1 transposed", lambda: quantize.quantize(x, ACT_T), x, wanted=0.90)

@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,10 @@ from torch import Tensor, fx, nn
 import fp8c
 from fp8c import distributed
 from fp8c.backends import lowering
-from fp8c.contention import Interference, replay
-from fp8c.graph_costs import is_collective, is_control, reads_on_host
+from fp8c.graph_costs import is_collective, reads_on_host
 from fp8c.overlap import exposure
-from fp8c.passes.schedule_overlap import OverlapReport, issue_order, issue_order_problem
-from fp8c.schedule import Slot, Task, program_order
+from fp8c.passes.schedule_overlap import issue_order_problem
+from fp8c.schedule import Slot, program_order
 from fp8c.stage import Stage
 from fp8c.tools.bench.overlap_timing import (
     Calibration,
@@ -180,15 +179,10 @@ class Bench:
         def cost_us(node: fx.Node) -> float:
             return self.read_us if reads_on_host(node) else durations.get(node.name, 0.0)
 
-        def cost_beside_us(node: fx.Node) -> float:
-            is_payload = is_collective(node) and not is_control(node)
-            return cost_us(node) * (interference.comm if is_payload else 1.0)
-
         before = exposure(program_order(issue_order_problem(self.plain.graph, cost_us)).slots)
-        self.report = self.stage.schedule_pair(cost_beside_us)
-        slots = simulated(self.report, {n.name: cost_us(n) for n in self.plain.graph.nodes}, interference)
-        after = exposure(slots)
-        self.slots = slots
+        report = self.stage.schedule_pair(cost_us, interference)
+        self.slots = report.expected
+        after = exposure(report.expected)
         return {
             "compute_ms": found.compute_ms if self.is_cuda else compute_ms,
             "compute_by_node_ms": compute_ms,
@@ -196,7 +190,7 @@ class Bench:
             "calibration": asdict(found),
             "slowdown": asdict(interference),
             "program_order_ms": before.makespan_us / 1e3,
-            "proven_gap": self.report.schedule.gap,
+            "proven_gap": report.schedule.gap,
             "simulated_ms": after.makespan_us / 1e3,
             "simulated_hidden": after.hidden_share,
         }
@@ -283,13 +277,6 @@ class Bench:
             found[str(strength)] = {"rows_over_mean": float(most) / (self.tokens * self.args.top_k), **self.traced()}
         skew(self.step, 0.0)
         return found
-
-
-def simulated(report: OverlapReport, alone_us: dict[str, float], interference: Interference) -> tuple[Slot, ...]:
-    """The schedule's issue order with every node's time alone, slowed where the streams meet."""
-    tasks: dict[str, Task] = {s.task.name: s.task for s in report.schedule.slots}
-    issued = [replace(tasks[name], duration_us=alone_us[name]) for name in issue_order(report.schedule)]
-    return replay(issued, interference)
 
 
 def agreed(mine: Calibration) -> Calibration:

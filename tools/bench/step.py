@@ -135,7 +135,7 @@ def table(record: dict[str, Any]) -> str:
 def main(what: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"fp8c bench {what}", description=__doc__)
     parser.add_argument("--only", nargs="*", help="linear, moe" if what == "layer" else "deepseek_v3, qwen3_moe")
-    parser.add_argument("--contender", nargs="*", choices=workloads.CONTENDERS)
+    parser.add_argument("--contender", nargs="*", choices=(*workloads.CONTENDERS, *workloads.LOSS_ONLY))
     parser.add_argument("--spec", default="deepseek_v3")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each contender's turn")
     parser.add_argument("--no-profile", action="store_true")

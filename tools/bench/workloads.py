@@ -7,6 +7,13 @@ A contender is a module of its own, built from the same seed, and a call that ru
     fp8c          fp8c.compile, everything on
     fp8c-masked   fp8c.compile without causal-attention
     fp8c-main-grad  fp8c.compile with FP32 gradients accumulated by the GEMMs
+    fp8c-lean     the same, and FP8 weights are freed as backward reads them
+
+Three more where they are named: their calls return the loss alone, so logits need not exist.
+
+    bf16-loss       bf16-causal, only the loss
+    fp8c-loss       fp8c.compile(outputs=("loss",)): the output head is joined with the loss
+    fp8c-loss-unfused  the same without fuse-head-loss
 
 Every run counts as one optimizer step of one micro-batch: FP8 weights are quantized in each.
 """
@@ -24,7 +31,9 @@ import fp8c
 from fp8c import driver
 
 BF16 = torch.bfloat16
-CONTENDERS = ("bf16", "bf16-causal", "fp8c", "fp8c-masked", "fp8c-main-grad")
+CONTENDERS = ("bf16", "bf16-causal", "fp8c", "fp8c-masked", "fp8c-main-grad", "fp8c-lean")
+LOSS_ONLY = ("bf16-loss", "fp8c-loss", "fp8c-loss-unfused")
+WITHOUT = {"fp8c-masked": ("causal-attention",), "fp8c-loss-unfused": ("fuse-head-loss",)}
 
 #: DeepSeek-V3's widths (transformers' defaults) with 2 MoE layers of 32 experts; 3.8 billion parameters.
 DEEPSEEK_V3 = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "n_routed_experts": 32, "vocab_size": 32768}
@@ -98,13 +107,23 @@ class Contender:
 def make(workload: Workload, name: str, spec: str = "deepseek_v3", **options: Any) -> Contender:
     """Build and compile one contender; nothing is captured before its first run."""
     torch.manual_seed(0)
-    module = workload.build(name == "bf16-causal")
+    module = workload.build(name in ("bf16-causal", "bf16-loss"))
+    outputs = ("loss",) if name in LOSS_ONLY else ()
     if name.startswith("bf16"):
-        module.compile(fullgraph=True, dynamic=False)
+        call = driver.only_fields(module._call_impl, outputs) if outputs else module._call_impl
+        module._compiled_call_impl = torch.compile(call, fullgraph=True, dynamic=False)
     else:
-        without = ("causal-attention",) if name == "fp8c-masked" else ()
-        main_grad = name == "fp8c-main-grad"
-        module = fp8c.compile(module, spec, dynamic=False, without=without, main_grad=main_grad, **options)
+        is_lean, without = name == "fp8c-lean", WITHOUT.get(name, ())
+        module = fp8c.compile(
+            module,
+            spec,
+            dynamic=False,
+            without=without,
+            main_grad=is_lean or name == "fp8c-main-grad",
+            release_weights=is_lean,
+            outputs=outputs,
+            **options,
+        )
     return Contender(name, module, workload, workload.inputs())
 
 
@@ -190,4 +209,6 @@ def step(kind: str, batch: int, length: int, device: str = "cuda", **overrides: 
 
 
 def names(given: Sequence[str] | None, workload: Workload) -> list[str]:
-    return [n for n in workload.contenders if not given or n in given]
+    return [n for n in workload.contenders if not given or n in given] + [
+        n for n in given or () if n in LOSS_ONLY and n not in workload.contenders and "step" in workload.name
+    ]

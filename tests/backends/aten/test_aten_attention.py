@@ -1,8 +1,11 @@
 """The fused attention kernels of CUDA against FP64, and the plain forms on a GPU against the CPU's reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
 from fp8c import decompositions, ops
@@ -77,6 +80,35 @@ def test_backward_is_right_for_any_layout_of_out(name: str) -> None:
     for grad, reference in zip(found, expected):
         # The kernels may sum dq in another order from run to run: BF16 rounding of equal sums.
         assert float((grad - reference).float().norm()) <= 2.0**-7 * float(reference.float().norm())
+
+
+def test_backward_is_right_beside_eager_attention() -> None:
+    """PyTorch takes a cuDNN plan made for eager attention's layout of `out` for ours as well. Plans are kept for each
+    thread, so both go through autograd.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 4, 256, 128, generator=generator).bfloat16().cuda() for _ in range(2))  # stored heads first
+    v = torch.randn(2, 256, 4, 128, generator=generator).bfloat16().cuda()[..., :64].transpose(1, 2)
+    dout = torch.randn(2, 256, 4, 64, generator=generator).bfloat16().cuda().transpose(1, 2)
+
+    def differentiated(attention: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = attention(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    def eager(*operands: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*operands, is_causal=True)
+
+    def ours(*operands: Tensor) -> Tensor:
+        out: Tensor = ops.ATTENTION(*operands, None, True, None, True)[0]
+        return out
+
+    assert choose(q, k, v, None, True, True) is Kernel.CUDNN
+    evaluation = evaluate_attention(dout, q, k, v, None, True, None, rounds_probabilities=True)
+    for attention in (eager, ours, eager):
+        ratios = evaluation.worst_ratios(*differentiated(attention))
+        assert max(ratios) <= 1.0, (attention.__name__, ratios)
 
 
 def test_the_common_cases_use_a_fused_kernel() -> None:

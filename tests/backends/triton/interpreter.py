@@ -55,6 +55,40 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         return interpreter.TensorHandle(exact.astype(x.data.dtype), x.dtype.scalar)
 
 
+#: The instructions that kernels write themselves, by name, on FP32 or BF16 values.
+_INSTRUCTIONS = {
+    "ex2.approx.ftz.f32": torch.exp2,
+    "rcp.approx.ftz.f32": torch.reciprocal,
+    "cvt.rn.bf16x2.f32": torch.Tensor.bfloat16,
+    "mul.rn.bf16x2": torch.mul,
+}
+
+
+class _Results:
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def get_result(self, index: int) -> Any:
+        assert index == 0
+        return self.handle
+
+
+def _inline_asm(self: Any, text: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int) -> _Results:
+    """One instruction whose operands are whole tensors, element by element."""
+    tensors = [
+        torch.from_numpy(np.ascontiguousarray(v.data).view(_unsigned(v.dtype.scalar.primitive_bitwidth)).copy()).view(
+            _TORCH[v.dtype.scalar]
+        )
+        for v in values
+    ]
+    found = _INSTRUCTIONS[text.split()[0]](*tensors)
+    dtype = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[found.dtype]
+    raw = found.view(_BITS[dtype.primitive_bitwidth]).numpy()
+    data = raw.view(np.float32 if dtype is tl.float32 else np.uint16).reshape(values[0].data.shape)
+    return _Results(interpreter.TensorHandle(data, dtype))
+
+
 interpreter._convert_float = _convert_float
+interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
 interpreter.InterpreterBuilder.create_fma = _fma
 np.seterr(all="ignore")
