@@ -26,14 +26,16 @@ from torch import Tensor
 from fp8c.diagnostics import fail
 from fp8c.ops import KERNEL_TAGS
 
-#: (logits [V, T], target [T], is_counted [T], scale) -> FP32 losses [T], 0 where not counted; logits become their gradient.
-ToGradient = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+#: (logits [V, T], target [T], is_counted [T], scale) -> FP32 losses [T], 0 where not counted. Logits become their gradient,
+#: or stay where scale is None.
+ToGradient = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 SLICES = 16  # parts of the weight's gradient; one of them is the space between reading and writing
 BLOCKS_FROM = 2  # tokens come in blocks where there are more than this many times H
 SPARE = 1.25  # the gradient stays in memory up to this many times its size, else it is copied out of it
 ALIGNMENT = 8  # elements: 16 bytes of BF16, which GEMMs want rows to start at
 PLAIN_TOKENS = 1024  # that the plain form holds in FP32 at once
+EVALUATED = 2048  # tokens of a block where no gradient is needed
 
 _SCHEMA = (
     "linear_cross_entropy(Tensor x, Tensor w, Tensor target, int ignore_index, bool is_mean, bool needs_dx, "
@@ -60,9 +62,11 @@ def linear_cross_entropy(
     to_gradient = to_gradient or to_gradient_plain
     is_counted = target != ignore_index
     count = is_counted.sum().float()
-    scale = 1.0 / count if is_mean else torch.ones_like(count)
+    scale = None
+    if needs_dx or needs_dw:
+        scale = 1.0 / count if is_mean else torch.ones_like(count)
     words = torch.where(is_counted, target, 0)
-    block = block_tokens(x.shape[0], x.shape[1])
+    block = EVALUATED if scale is None else block_tokens(x.shape[0], x.shape[1])
     if block >= x.shape[0]:
         losses, dx, dw = in_one_block(x, w, words, is_counted, scale, needs_dx, needs_dw, to_gradient)
     else:
@@ -84,7 +88,7 @@ def in_one_block(
     w: Tensor,
     words: Tensor,
     is_counted: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     needs_dx: bool,
     needs_dw: bool,
     to_gradient: ToGradient,
@@ -117,7 +121,7 @@ def in_blocks(
     w: Tensor,
     words: Tensor,
     is_counted: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     needs_dx: bool,
     needs_dw: bool,
     to_gradient: ToGradient,
@@ -151,7 +155,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-def to_gradient_plain(logits: Tensor, words: Tensor, is_counted: Tensor, scale: Tensor) -> Tensor:
+def to_gradient_plain(logits: Tensor, words: Tensor, is_counted: Tensor, scale: Tensor | None) -> Tensor:
     """`ToGradient` in tensor operations, in the order of PyTorch's log_softmax and nll_loss and of their gradients."""
     losses = []
     for first in range(0, logits.shape[1], PLAIN_TOKENS):
@@ -159,6 +163,8 @@ def to_gradient_plain(logits: Tensor, words: Tensor, is_counted: Tensor, scale: 
         index, counted = words[part][None, :], is_counted[part]
         logs = torch.log_softmax(logits[:, part].float(), 0)
         losses.append(torch.where(counted, -logs.gather(0, index)[0], 0.0))
+        if scale is None:
+            continue
         gradient = logs.exp_().mul_(scale)
         gradient.scatter_add_(0, index, -scale.expand_as(index))
         logits[:, part] = torch.where(counted, gradient, 0.0).to(logits.dtype)

@@ -28,7 +28,7 @@ from fp8c.specs.plan import PrecisionPlan
 
 Observer = Callable[[str, int, str, fx.Graph], None]
 #: Passes that have something to do without a backward.
-INFERENCE = frozenset({"causal-attention", "insert-quantize", "fp8-dispatch"})
+INFERENCE = frozenset({"causal-attention", "fuse-head-loss", "insert-quantize", "fp8-dispatch"})
 
 Resolver = Callable[[list[Any]], PrecisionPlan]
 

@@ -41,7 +41,7 @@ class Head:
 
     product: fx.Node  # x @ w.T
     loss: fx.Node  # nll_loss_forward
-    tangent: fx.Node
+    tangent: fx.Node | None  # None without a backward
     dgrad: fx.Node | None
     wgrad: fx.Node | None
 
@@ -92,10 +92,10 @@ def match(product: fx.Node, ctx: PassContext) -> Head | str:
     is_wide = all(g.value(n).dtype is torch.float32 for n in chain if g.is_call(n, g.CASTS) or n is logs)
     if not is_wide or not g.same_sizes(g.value(logs), g.value(product)) or logs.args[1] not in (1, -1):
         return "its loss is not taken in FP32 over the words of each token"
-    return match_loss(product, logs, role)
+    return match_loss(product, logs, role, ctx)
 
 
-def match_loss(product: fx.Node, logs: fx.Node, role: GemmRole) -> Head | str:
+def match_loss(product: fx.Node, logs: fx.Node, role: GemmRole, ctx: PassContext) -> Head | str:
     readers = [u for n in (logs, *detached(logs)) for u in n.users if u not in detached(logs)]
     loss = only(readers, aten.nll_loss_forward.default)
     back = only(readers, aten.nll_loss_backward.default)
@@ -104,6 +104,8 @@ def match_loss(product: fx.Node, logs: fx.Node, role: GemmRole) -> Head | str:
         return "something else reads the logarithms of its probabilities"
     if loss.args[2] is not None or loss.args[3] not in _REDUCTIONS or g.value(loss.args[1]).dim() != 1:  # type: ignore[arg-type]
         return "its loss has weights of classes, or one value for each token"
+    if not ctx.training and back is None:
+        return Head(product, loss, None, None, None)
     if back is None or softmax is None:
         return "its loss has no gradient"
     if back.args[1:6] != (logs, *loss.args[1:5]) or softmax.args[0] is not back or len(back.users) != 1:
@@ -175,9 +177,9 @@ def fuse(graph: fx.Graph, head: Head) -> None:
     for user in list(loss.users):
         if user.target is operator.getitem and user.args[1] == 0:
             user.replace_all_uses_with(total)
-    if head.dgrad is not None:
+    if head.dgrad is not None and head.tangent is not None:
         scale(graph, head.dgrad, dx, head.tangent, is_turned=False)
-    if head.wgrad is not None:  # of w as [V, H] or of its transpose, as autograd likes
+    if head.wgrad is not None and head.tangent is not None:  # of w as [V, H] or of its transpose, as autograd likes
         is_transpose = g.behind_transposes(head.wgrad.args[0])[0] is g.behind_transposes(x)[0]  # type: ignore[arg-type]
         scale(graph, head.wgrad, dw, head.tangent, is_turned=is_transpose)
 

@@ -112,7 +112,7 @@ def test_graphs_are_printed_around_passes(run: Any, tmp_path: Path) -> None:
     )
     assert code == 0
     titles = re.findall(r"^// ----- IR (.*) -----$", err, re.M)
-    assert titles[0] == "before insert-quantize"
+    assert titles[:2] == ["after fuse-head-loss", "before insert-quantize"]
     assert "after insert-quantize" in titles and "after assign-roles" not in titles
     dumped = sorted(p.name for p in (tmp_path / "dumps").iterdir())
     assert dumped[0] == "00-assign-roles.txt" and any(n.endswith("compress-saved-backward.txt") for n in dumped)
@@ -245,7 +245,9 @@ def test_a_failing_pass_leaves_a_reproducer(run: Any, tmp_path: Path, monkeypatc
     assert (code, out) == (70, "")
     assert "reproducer in fp8c-repro-001/" in err and "bug in fp8c" in err
     place = tmp_path / "fp8c-repro-001"
-    assert (place / "passes.txt").read_text() == "assign-roles\ncausal-attention\ngather-gradients\ninsert-quantize\n"
+    assert (place / "passes.txt").read_text() == (
+        "assign-roles\ncausal-attention\ngather-gradients\nfuse-head-loss\ninsert-quantize\n"
+    )
     assert "aten.mm" in (place / "graph-before.txt").read_text()
     assert (place / "model.py").read_text() == Path(TINY).read_text()
     assert (place / "spec" / "std" / "deepseek_v3.fp8").is_file()

@@ -76,7 +76,7 @@ def gradient_kernel(
     tl.store(pointers, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-def to_gradient(logits: Tensor, words: Tensor, is_counted: Tensor, scale: Tensor) -> Tensor:
+def to_gradient(logits: Tensor, words: Tensor, is_counted: Tensor, scale: Tensor | None) -> Tensor:
     """`fp8c.head_loss.ToGradient`."""
     vocabulary, tokens = logits.shape
     if logits.numel() == 0 or logits.stride(1) != 1:
@@ -92,6 +92,8 @@ def to_gradient(logits: Tensor, words: Tensor, is_counted: Tensor, scale: Tensor
     log_total = torch.logsumexp(logs, 0)
     log_total = log_total + (log_total - log_total)  # infinite logits: NaN for the token, as log_softmax has it
     losses = torch.where(is_counted, log_total - logits.gather(0, words[None, :])[0].float(), 0.0)
+    if scale is None:
+        return losses
     gradient_kernel[(tiles * triton.cdiv(vocabulary, WORDS),)](
         logits, log_total, words, is_counted.view(torch.uint8), scale, tokens, vocabulary, pitch,
         TOKENS=TOKENS, WORDS=WORDS, num_warps=WARPS,

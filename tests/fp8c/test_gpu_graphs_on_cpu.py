@@ -41,7 +41,14 @@ def test_a_deepseek_layer(main_grad: bool) -> None:
     plain, _ = gradients_of("cpu")
     found, session = gradients_of("h200", main_grad=main_grad)
     assert set(found) == set(plain)
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    for name in plain:
+        if (
+            main_grad and name == "model.embed_tokens.weight"
+        ):  # a word's rows are added in FP32, not in BF16 as on the CPU
+            error = (found[name].float() - plain[name].float()).norm() / plain[name].float().norm()
+            assert error < 2.0**-8
+        else:
+            assert torch.equal(found[name], plain[name]), name
     rewrites = {r.name: r.changed for r in session.steps[-1].records}
     assert rewrites["fuse-casts"] > 0 and rewrites["causal-attention"] == 2
     assert (
