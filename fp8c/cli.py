@@ -106,7 +106,7 @@ def doctor_(as_json: bool) -> None:
     help="Plan one rank of a mesh, e.g. ep=64,pp=16: experts are sharded over ep. Needs no GPU and no other process.",
 )
 @click.option("--force", is_flag=True, help="Replace a folder that fp8c did not write.")
-@click.option("--kernels", is_flag=True, help="Compile the step's Triton kernels for the target; needs no GPU.")
+@click.option("--kernels", is_flag=True, help="Compile the step's kernels and GEMMs for the target; needs no GPU.")
 @click.option("--print-ir-before", multiple=True, metavar="PASS", help="Print the graph before this pass (to stderr).")
 @click.option("--print-ir-after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
 @click.option("--print-ir-after-all", is_flag=True, help="Print the graph after every pass.")

@@ -24,7 +24,13 @@ from fp8c.driver import Session, new_session
 from fp8c.passes import check_optional
 
 #: What `options` may hold, with the types it takes.
-OPTIONS: dict[str, tuple[type, ...]] = {"spec": (str,), "target": (str,), "lowering": (str,), "without": (str,)}
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "spec": (str,),
+    "target": (str,),
+    "lowering": (str,),
+    "without": (str,),
+    "tune": (bool,),
+}
 DEFAULT_SPEC = "deepseek_v3"
 
 _sessions: dict[tuple[tuple[str, Any], ...], Session] = {}
@@ -36,7 +42,7 @@ def backend(
     """The entry point `torch_dynamo_backends: fp8c`.
 
     options: `spec` (a name or a file), `target` (a machine; the one at hand by default), `lowering` ("reference" or
-             "inductor"), `without` (optional passes to leave out, separated by commas)
+             "inductor"), `without` (optional passes to leave out, separated by commas), `tune` (as `fp8c.compile`)
     Raises:  DiagnosticError E0850 (usage) for an option it does not know or of another type; those of the spec and target
     """
     return session_for(check_options({**(options or {}), **others}))(gm, example_inputs)

@@ -78,7 +78,7 @@ EXPLANATIONS: dict[str, str] = {
     "their portable form, slowly.",
     "E0431": "The CUDA compiler rejected a kernel of fp8c. This is a bug in fp8c, or a compiler older than CUDA 12.8: "
     "please report the message.",
-    "E0433": "`--kernels` compiles the step's Triton kernels ahead of time. That takes a target that is a GPU (h100, h200, "
+    "E0433": "`--kernels` compiles the step's kernels ahead of time. That takes a target that is a GPU (h100, h200, "
     "h800, b200) and the triton package; it takes no GPU.",
     "E0434": "The environment variable FP8C_GEMM chooses among the implementations of the GEMMs: `default` (fp8c's own), `measure` "
     "(the fastest, measured once for each class of shapes), or the name of one, to pin it.",
@@ -281,7 +281,7 @@ EXPLANATIONS: dict[str, str] = {
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "
-    "another type. Options are spec, target, lowering and without.",
+    "another type. Options are spec, target, lowering, without and tune.",
     "E1101": "A setting of AdamW is out of range, or a saved optimizer used one that fp8c's AdamW does not have.",
     "E1102": "The optimizer got no parameter that requires a gradient.",
     "E1103": "A parameter or its gradient is sparse, complex or of another type than FP32, BF16 or FP16.",

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from fp8c.build import read_build
 from fp8c.diagnostics import DiagnosticError, ExitCode
 from fp8c.driver import session_of
 from fp8c.models import load_model
-from fp8c.reload import decision_changes, load
+from fp8c.reload import count_changes, decision_changes, load, operators
 
 TINY = Path(__file__).parent / "tools" / "models" / "tiny.py"
 SPEC = """version 1;
@@ -162,3 +163,25 @@ def test_two_hash_seeds_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = (dict(read_build(tmp_path / f"build{seed}").manifest) for seed in "12")
     assert first.pop("run") != second.pop("run")
     assert first == second  # the hashes of all other files among them
+
+
+def test_a_build_of_one_device_takes_no_mesh(folder: Path) -> None:
+    mesh: Any = SimpleNamespace(mesh_dim_names=("ep",), shape=(2,))
+    with pytest.raises(DiagnosticError) as caught:
+        load(folder / "build", mesh=mesh)
+    (found,) = caught.value.diagnostics
+    assert found.code == "E0866" and found.message == "the build is for one device, found ep=2"
+
+
+def test_graphs_of_a_mesh_differ_where_gemms_casts_or_transfers_do() -> None:
+    text = """graph forward
+  %q = fp8c.quantize(%x, 'e4m3[1x128] fp32') : (e4m3[4, 128], f32[4, 1])   # fprop a
+  %sent = _c10d_functional.all_to_all_single(%q, [2], [2], '0') : u8[2, 128]
+  %y = aten.mm(%a, %b) : bf16[4, 4]
+  %z = aten.mul.Tensor(%y, %y) : bf16[4, 4]
+"""
+    counts = operators(text)
+    assert counts == {"fp8c.quantize": 1, "_c10d_functional.all_to_all_single": 1, "aten.mm": 1}
+    assert count_changes(counts, operators(text.replace("[2], [2]", "[%n], [%m]"))) == []
+    fewer = operators(text.replace("fp8c.quantize", "aten.clone"))
+    assert count_changes(counts, fewer) == ["0 of fp8c.quantize, in the build 1"]

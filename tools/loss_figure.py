@@ -2,8 +2,10 @@
 
     python -m fp8c.tools.loss_figure tools/bench/results/loss_gap_100m_h200.jsonl -o docs/images/loss_gap.svg
 
-Losses are means over the seeds, smoothed by an exponential average of 0.9 per 10 steps; the gap is of means over 250
-steps, seed by seed, and its band is one standard error on either side.
+Losses are means over the seeds that BF16 and every variant of three seeds or more have in common, smoothed by an
+exponential average of 0.9 per 10 steps; variants of fewer seeds have no curve. The gap is of means over 250 steps, seed
+by seed, and its band is one standard error on either side. Runs that were stopped before a variant's third longest are
+left out.
 """
 
 from __future__ import annotations
@@ -17,14 +19,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, TOP, GAP_TOP, RIGHT, BOTTOM = 760, 520, 62, 34, 330, 20, 40
-COLOURS = {"bf16": "#555555", "spec": "#0072b2", "blocks": "#d55e00", "bf16-flipped": "#009e73"}
+COLOURS = {
+    "bf16": "#555555",
+    "spec": "#0072b2",
+    "blocks": "#d55e00",
+    "forward": "#56b4e9",
+    "backward": "#cc79a7",
+    "dgrad": "#e69f00",
+    "bf16-flipped": "#009e73",
+    "bf16-again": "#a0a0a0",
+    "bf16-launched": "#b0b080",
+}
 NAMES = {
     "bf16": "BF16",
     "spec": "FP8 (deepseek_v3)",
     "blocks": "128x128 gradients",
+    "forward": "fprop alone in FP8",
+    "backward": "dgrad and wgrad alone in FP8",
+    "dgrad": "dgrad alone in FP8",
     "bf16-flipped": "BF16, batches flipped",
+    "bf16-again": "BF16 a second time",
+    "bf16-launched": "BF16 without a CUDA graph",
 }
-WINDOW = 250
+WINDOW, ENOUGH = 250, 3  # steps of a gap; seeds of a curve
 
 Runs = dict[tuple[str, int], list[float]]
 
@@ -32,6 +49,23 @@ Runs = dict[tuple[str, int], list[float]]
 def read(path: Path) -> Runs:
     records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     return {(r["variant"], r["seed"]): r["losses"] for r in records}
+
+
+def counted(runs: Runs) -> Runs:
+    """Without the runs that stopped before their variant's third longest (or shortest, when there are fewer)."""
+    lengths: dict[str, list[int]] = {}
+    for (variant, _), losses in runs.items():
+        lengths.setdefault(variant, []).append(len(losses))
+    least = {variant: sorted(found, reverse=True)[:ENOUGH][-1] for variant, found in lengths.items()}
+    return {(variant, seed): losses for (variant, seed), losses in runs.items() if len(losses) >= least[variant]}
+
+
+def in_common(runs: Runs) -> Runs:
+    """The runs of variants of three seeds or more, of the seeds that all of these have."""
+    seeds = {variant: {s for v, s in runs if v == variant} for variant, _ in runs}
+    shown = {variant: found for variant, found in seeds.items() if len(found) >= min(ENOUGH, len(seeds["bf16"]))}
+    common = set.intersection(*shown.values())
+    return {(v, s): losses for (v, s), losses in runs.items() if v in shown and s in common}
 
 
 def smoothed(runs: Runs, variant: str) -> list[tuple[int, float]]:
@@ -62,9 +96,11 @@ def gaps(runs: Runs, variant: str) -> list[tuple[int, float, float]]:
 
 
 def draw(runs: Runs) -> str:
+    runs = counted(runs)
     variants = [v for v in COLOURS if any(v == name for name, _ in runs)]
     last = max(map(len, runs.values()))
-    curves = {v: smoothed(runs, v) for v in variants}
+    shared = in_common(runs)
+    curves = {v: smoothed(shared, v) for v in variants}
     values = [y for curve in curves.values() for x, y in curve if x > last / 30]
     low, high = min(values) * 0.97, max(values)
     differences = {v: gaps(runs, v) for v in variants if v != "bf16"}
@@ -98,10 +134,11 @@ def draw(runs: Runs) -> str:
     for number, variant in enumerate(variants):
         colour = COLOURS[variant]
         points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curves[variant])
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.3" points="{points}"/>')
-        seeds = sum(v == variant for v, _ in runs)
+        if points:
+            lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.3" points="{points}"/>')
+        seeds = sum(v == variant for v, _ in (shared if points else runs))
         place = f'x="{WIDTH - 230}" y="{TOP + 16 + 16 * number}"'
-        lines.append(f'<text {place} fill="{colour}">{NAMES[variant]}, {seeds} seeds</text>')
+        lines.append(f'<text {place} fill="{colour}">{NAMES[variant]}, {_count(seeds)}</text>')
         rows = differences.get(variant, [])
         if rows:
             band = [(x, y + e) for x, y, e in rows] + [(x, y - e) for x, y, e in reversed(rows)]
@@ -110,6 +147,10 @@ def draw(runs: Runs) -> str:
             lines.append(f'<polygon fill="{colour}" fill-opacity="0.15" points="{area}"/>')
             lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.3" points="{points}"/>')
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _count(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def _rule(y: float, text: str, colour: str = "#ddd") -> str:

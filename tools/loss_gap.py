@@ -9,8 +9,8 @@ gap that BF16 has against itself says nothing about FP8. The figure of a run is 
 are relative, signed, and averaged over seeds with their standard error. Master weights and gradient sums are FP32 and
 moments BF16, as the recipe asks (`fp8c.optim.AdamW`); the model's parameters are the masters' BF16 copies.
 
-On a GPU the BF16 runs go through torch.compile. There the yardstick is `bf16-flipped`: every batch in reverse order,
-which sums the same gradients in another order.
+On a GPU the BF16 runs go through torch.compile. There the yardsticks are `bf16-flipped` (every batch in reverse order,
+which sums the same gradients in another order) and `bf16-again`.
 
 Results go to a JSON-lines file, one run a line, and a run that is there already is not repeated.
 """
@@ -35,7 +35,7 @@ from fp8c.tools.loss_run import SPECS, Run, Setup, train
 from fp8c.tools.train_compare import Gap, final_loss
 
 VARIANTS = ("bf16", "spec", "bf16-reversed")
-OTHERS = ("bf16-flipped", *SPECS)
+OTHERS = ("bf16-flipped", "bf16-again", "bf16-launched", *SPECS)
 
 Runs = dict[tuple[str, int], list[float]]  # (variant, seed) -> losses
 
@@ -67,6 +67,8 @@ def report(runs: Runs) -> str:
         ("spec", "bf16", "spec against BF16"),
         ("bf16-reversed", "bf16", "BF16 against itself, sums reversed"),
         ("bf16-flipped", "bf16", "BF16 against itself, batches flipped"),
+        ("bf16-again", "bf16", "BF16 against itself, a second run"),
+        ("bf16-launched", "bf16", "BF16 against itself, no CUDA graph"),
         ("blocks", "bf16", "128x128 gradients against BF16"),
         ("blocks", "spec", "128x128 gradients against 1x128"),
         ("forward", "bf16", "fprop alone in FP8"),

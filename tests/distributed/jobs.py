@@ -406,7 +406,7 @@ def main_grad_steps(spec: str, rounds: int = 2) -> dict[str, Any]:
 
 def zeroed(step: nn.Module) -> bool:
     step.zero_grad()
-    return all(not whole(p.main_grad).any() for p in step.parameters())
+    return all(not whole(p.main_grad).any() for p in step.parameters())  # type: ignore[attr-defined]
 
 
 def one_device_main_grads(spec: str, sequences: list[list[int]]) -> dict[str, Tensor]:

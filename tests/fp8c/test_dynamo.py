@@ -103,7 +103,7 @@ def failure(**options: Any) -> DiagnosticError:
     ("options", "message", "help"),
     [
         ({"spek": "bf16"}, "backend fp8c has no option 'spek'", "did you mean 'spec'?"),
-        ({"zzz": 1}, "backend fp8c has no option 'zzz'", "it takes spec, target, lowering, without"),
+        ({"zzz": 1}, "backend fp8c has no option 'zzz'", "it takes spec, target, lowering, without, tune"),
         ({"spec": 3}, "option 'spec' of backend fp8c is 3, expected str", ""),
         ({"lowering": "magic"}, "option 'lowering' of backend fp8c is 'magic', expected 'reference' or 'inductor'", ""),
     ],

@@ -96,12 +96,12 @@ def test_backward_is_right_beside_eager_attention() -> None:
         out = attention(*leaves)
         return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
-    def eager(*operands: Tensor) -> Tensor:
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(*operands, is_causal=True)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def ours(*operands: Tensor) -> Tensor:
-        out: Tensor = ops.ATTENTION(*operands, None, True, None, True)[0]
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = ops.ATTENTION(q, k, v, None, True, None, True)[0]
         return out
 
     assert choose(q, k, v, None, True, True) is Kernel.CUDNN

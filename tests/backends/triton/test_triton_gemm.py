@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -98,7 +99,7 @@ def compiled(call: Callable[[], None], architecture: str) -> ahead.Compiled:
     with ahead.recording(launches), gemm.compiled_for(architecture):
         call()
     (launch,) = launches.values()
-    return ahead.compile_launch(launch, ahead.CAPABILITY[architecture])
+    return ahead.compile_launch(launch, int(architecture.removeprefix("sm")))
 
 
 @pytest.mark.parametrize("call", HOPPER, ids=lambda call: call.__name__)
@@ -114,6 +115,13 @@ def test_blackwell_scales_groups_of_32_inside_the_tensor_core() -> None:
     kernel = compiled(microscaled, "sm100")
     assert re.search(BLOCK_SCALED, kernel.ptx) and kernel.spilled_bytes == 0
     assert not re.search(r"tcgen05\.mma\S*kind::f8f6f4", kernel.ptx)
+
+
+@pytest.mark.parametrize("call", [dense, rows_of_experts], ids=lambda call: call.__name__)
+def test_ada_multiplies_in_fp8(call: Callable[[], None]) -> None:
+    kernel = compiled(call, "sm89")
+    assert "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32" in kernel.ptx and kernel.spilled_bytes == 0
+    assert kernel.metadata and json.loads(kernel.metadata)["shared"] <= 101_376  # of a block on 8.9
 
 
 def test_other_gpus_scale_groups_of_32_in_registers() -> None:
