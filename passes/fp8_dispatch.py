@@ -17,6 +17,7 @@ Source:   DeepSeek-V3 (arXiv:2412.19437), section 3.3.3, low-precision communica
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -230,8 +231,9 @@ def _move_again(graph: fx.Graph, mover: fx.Node, part: fx.Node, like: fx.Node) -
     assert isinstance(sent, fx.Node)
     dtype = g.value(part).dtype
     as_bytes = dtype.itemsize == 1 and dtype is not torch.uint8
-    # Sent where the BF16 rows were: sizes may be read before anyone waits.
-    with graph.inserting_before(g.after(sent)):
+    # In front of whoever asks for the sizes of what is sent before waiting for it.
+    asking = [user for user in sent.users if user is not mover]
+    with graph.inserting_before(min(asking)) if asking else contextlib.nullcontext():
         if g.value(part).stride()[-1:] != (1,):  # scales may be stored with their rows innermost; collectives take rows
             part = g.emit(graph, aten.clone.default, part, memory_format=torch.contiguous_format, like=like)
         if as_bytes:  # gloo refuses float8
