@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,14 +19,14 @@ import torch
 import triton
 from torch import Tensor
 
-from fp8c.backends.triton import norm, quantize, requantize
+from fp8c.backends.triton import gather_sum, norm, quantize, requantize, swiglu
 from fp8c.tools.bench.timing import time_in_turn
 
 SCHEMA = "fp8c.bench.kernels/1"
 EXPECTED_BYTES_PER_US = 4.0e6  # only sizes the graphs
 
 ROWS, COLS = 32768, 7168
-EXPERTS, CHOICES = 32, 4
+EXPERTS, CHOICES, FEATURES = 32, 4, 2048
 ACT, ACT_T, ACT2, ACT2_T = "e4m3[1x128] fp32", "e4m3[128x1] fp32", "e4m3[1x128] pow2", "e4m3[128x1] pow2"
 WEIGHT, CACHE = "e4m3[128x128] fp32", "e5m6[1x128] pow2"
 
@@ -107,6 +108,31 @@ def kernels() -> Iterator[Kernel]:
     )  # fmt: skip
 
 
+def activations() -> Iterator[Kernel]:
+    """SwiGLU of 2048 features with a router's weight, and the combine of 8 rows for each token with a shared expert."""
+    gate_up = torch.randn(ROWS, 2 * FEATURES, device="cuda", dtype=torch.bfloat16)
+    dh = torch.randn(ROWS, FEATURES, device="cuda", dtype=torch.bfloat16)
+    weight, ends = torch.rand(ROWS, device="cuda"), ragged_ends(ROWS, EXPERTS)
+    gate, up = gate_up.chunk(2, -1)
+    yield measured("SwiGLU + quantize", lambda: swiglu.swiglu_quantize(gate, up, weight, ACT), gate_up, wanted=0.92)
+    yield measured(
+        "SwiGLU + quantize + cache",
+        lambda: swiglu.swiglu_quantize_cached(gate_up, weight, ACT, ACT),
+        gate_up,
+        wanted=0.92,
+    )
+    pair = quantize.quantize(gate_up, ACT)
+    yield measured(
+        "SwiGLU backward, experts",
+        lambda: swiglu.swiglu_backward_quantize(dh, *pair, weight, ends, ACT, ACT_T, ACT, ACT_T),
+        *(dh, *pair),
+        wanted=0.85,
+    )
+    rows = torch.randn(ROWS, COLS, device="cuda", dtype=torch.bfloat16)
+    order, shared = torch.randperm(ROWS, device="cuda"), rows[: ROWS // 8].clone()
+    yield measured("combine", lambda: gather_sum.gather_sum(rows, order, 8, shared), rows, shared, wanted=0.85)
+
+
 def ragged_ends(rows: int, experts: int) -> Tensor:
     """Cumulative ends of experts with unequal numbers of rows, none a multiple of 128."""
     shares = torch.rand(experts, generator=torch.Generator().manual_seed(0)) + 0.2
@@ -116,7 +142,7 @@ def ragged_ends(rows: int, experts: int) -> Tensor:
 
 
 def run(seconds: float, idle_seconds: float, only: str = "") -> list[Row]:
-    found = [k for k in kernels() if k.name == "copy" or only in k.name]
+    found = [k for k in itertools.chain(kernels(), activations()) if k.name == "copy" or only in k.name]
     rows: list[Row] = []
     copy_rate = 0.0
     for kernel in found:
