@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import math
 import platform
 import re
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fp8c import __version__, driver
 from fp8c import graph as g
 from fp8c.backends.costs import load_machine, machine_names
-from fp8c.backends.prebuilt import kernel_files
+from fp8c.backends.prebuilt import INDEX, kernel_files
 from fp8c.backends.target import record_json
 from fp8c.build import check_output, graph_file, json_bytes, packed_json, spec_file, write_build
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, diagnostic_json, fail
@@ -367,6 +368,7 @@ def write(
         **{key: manifest[key] for key in ("versions", "spec", "target", "plan")},
         "model": {"name": loaded.name, "reference": request.model},
         "verify": result.verified.to_json() if result.verified else None,
+        "kernels": gemm_kernels(json.loads(files[INDEX])) if INDEX in files else None,
     }
     run = {
         "argv": list(request.argv),
@@ -375,6 +377,11 @@ def write(
     }
     files["report.json"] = json_bytes(shown)
     write_build(request.out, manifest, files, run, {"report.html": report.page(shown, run)}, force=request.force)
+
+
+def gemm_kernels(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report shows of `kernels/index.json`: which implementation serves each GEMM."""
+    return {"architecture": index["architecture"], "gemms": index["gemms"]}
 
 
 def versions() -> dict[str, str]:

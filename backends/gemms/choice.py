@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -101,26 +101,33 @@ class ShapeClass:
     promote_every: int
     out: str
 
-    @property
+    @cached_property
     def key(self) -> str:
         formats = f"{self.a_fmt} by {self.b_fmt}, promoted every {self.promote_every}"
         return f"{self.op} {self.experts} x {self.m} x {self.n} x {self.k} {formats} to {self.out}"
 
 
 def shape_class(op: str, arguments: tuple[Any, ...]) -> ShapeClass:
-    """Class of a call of one of `candidates.OPERATORS`."""
+    """Class of a call of one of `candidates.OPERATORS`. Asked for in every call, so classes are made once."""
     adds = op.endswith("_add_")
     a, _, b, _, *rest = arguments[1:] if adds else arguments
     offs = rest.pop(0) if isinstance(rest[0], Tensor) else None
     a_fmt, b_fmt, promote_every = rest[:3]
     out = "f32, added" if adds else str(rest[3]).removeprefix("torch.")
-    m, n, k = a.shape[0], b.shape[-2], a.shape[1]
+    experts = 1 if offs is None else offs.shape[0]
+    return _shape_class(op, a.shape[0], b.shape[-2], a.shape[1], experts, a_fmt, b_fmt, promote_every, out)
+
+
+@lru_cache(maxsize=4096)
+def _shape_class(
+    op: str, m: int, n: int, k: int, experts: int, a_fmt: str, b_fmt: str, promote_every: int, out: str
+) -> ShapeClass:
     # Weight gradients sum over tokens, and have groups of one row on both sides; the others have tokens as rows of a.
-    if op != "scaled_grouped_mm" and (adds or op == "scaled_grouped_wgrad" or _sums_tokens(a_fmt, b_fmt)):
+    if op != "scaled_grouped_mm" and (op != "scaled_mm" or _sums_tokens(a_fmt, b_fmt)):
         k = power_of_two(k)
     else:
         m = power_of_two(m)
-    return ShapeClass(op, m, n, k, 1 if offs is None else offs.shape[0], a_fmt, b_fmt, promote_every, out)
+    return ShapeClass(op, m, n, k, experts, a_fmt, b_fmt, promote_every, out)
 
 
 @cache

@@ -18,6 +18,7 @@ from fp8c.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.models import load_model
 from fp8c.saved import saved_report
 from fp8c.tools import opt
+from tests.models.harness import count_executed
 from tests.passes.steps import Function, data, random
 from tests.passes.test_causal_attention import MODELS
 
@@ -225,6 +226,16 @@ def test_a_tied_model_trains_the_same() -> None:
         for name, found in gradients.items():
             error = (found.float() - others[name].float()).norm() / others[name].float().norm()
             assert error < 2.0**-8, (name, float(error))  # a rounding to BF16, here and there
+
+
+def test_evaluation_joins_them_too() -> None:
+    loaded = load_model("hf:llama", overrides=MODELS["llama"], weights="random", batch=2, seq=32)
+    step = fp8c.compile(loaded.module, "bf16", outputs=("loss",))
+    with torch.no_grad():
+        evaluated = step(**loaded.example_inputs).loss
+        counts = count_executed(lambda: step(**loaded.example_inputs))
+    assert counts["fp8c::linear_cross_entropy"] == 1
+    assert torch.equal(evaluated, step(**loaded.example_inputs).loss.detach())
 
 
 def test_outputs_must_exist() -> None:

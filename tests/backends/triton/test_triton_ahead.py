@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton compiles the kernels")
 
+from fp8c.backends.cuda import build
 from fp8c.cli import main
 from fp8c.tools import opt
 from tests.passes.steps import STEPS
@@ -30,6 +31,7 @@ def test_kernels_of_an_expert_layer_compile_for_hopper_without_spills() -> None:
             assert "ld.global.v4" in kernel.ptx, kernel.name  # 16 bytes at a time
 
 
+@pytest.mark.skipif(not build.has_compiler(), reason="neither NVRTC nor nvcc is installed")
 def test_a_build_holds_the_kernels(tmp_path: Path) -> None:
     model = tmp_path / "model.py"
     model.write_text(MODEL)
@@ -39,6 +41,9 @@ def test_a_build_holds_the_kernels(tmp_path: Path) -> None:
     assert index["architecture"] == "sm90" and index["kernels"]
     for kernel in index["kernels"]:
         assert (tmp_path / "build" / "kernels" / f"{kernel['name']}.cubin").stat().st_size > 1000
+    report = json.loads((tmp_path / "build" / "report.json").read_text())
+    assert report["kernels"]["gemms"] == index["gemms"] and {g["implementation"] for g in index["gemms"]} == {"cuda"}
+    assert index["cuda"][0]["name"] in (tmp_path / "build" / "report.html").read_text()
 
 
 def test_the_cpu_has_no_kernels_to_compile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
