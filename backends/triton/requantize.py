@@ -29,7 +29,7 @@ OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROW_TILE, ROW_WARPS = 16, 4
 GATHER_ROWS, GATHER_COLS, GATHER_WARPS = 8, 256, 4
 COLUMN_TILE = 64
-# Columns that a thread reads and warps, by whether the new scales are powers of two: a division takes registers.
+# Columns that a thread reads and warps; True: new scales are powers of two and nothing is masked, which takes fewer registers.
 COLUMN_SHAPES = {True: (8, 2), False: (4, 4)}
 
 
@@ -207,12 +207,13 @@ def _to_columns(
     qt, st = empty_quantized(q, (height, width), new, offs)
     experts = 0 if offs is None else offs.shape[0]
     words, scale = as_words(q, old), scale_bytes(s)
-    vector, warps = COLUMN_SHAPES[_kind(new) != 0]
+    is_even = width % 128 == 0  # masks take registers
+    vector, warps = COLUMN_SHAPES[_kind(new) != 0 and is_even]
     columns_kernel[(st.shape[0] * triton.cdiv(width, COLUMN_TILE),)](
         words, scale, words if rows is None else rows, qt.view(torch.uint8), scale_bytes(st),
         words if offs is None else as_ends(offs), height, width, experts,
         words.stride(0), scale.stride(0), scale.stride(1), qt.stride(1), st.stride(0), st.stride(1),
-        COLS=COLUMN_TILE, VEC=vector, E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
+        COLS=COLUMN_TILE, VEC=vector, E_PAD=padded(experts), GATHER=rows is not None, EVEN=is_even,
         ELEMENT=ELEMENTS[old.element], KIND=_kind(old), ELEMENT_T=ELEMENTS[new.element], KIND_T=_kind(new),
         WIDE=_kind(old) == 0, num_warps=warps,
     )  # fmt: skip
