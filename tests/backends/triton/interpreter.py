@@ -11,6 +11,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 #: The instructions that kernels write themselves, by name, on FP32 or BF16 values.
-_INSTRUCTIONS = {
+_INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "ex2.approx.ftz.f32": torch.exp2,
     "rcp.approx.ftz.f32": torch.reciprocal,
     "cvt.rn.bf16x2.f32": torch.Tensor.bfloat16,
