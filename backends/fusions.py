@@ -23,6 +23,6 @@ TRITON = frozenset(
 
 
 def fusions_of(target: TargetRecord | None) -> frozenset[str]:
-    """Operator names of `fp8c.fused_ops` and `fp8c.gather_sum_op`; none for the CPU, where the plain form would only hide what is done."""
+    """Operator names of `fp8c.ops.fused` and `fp8c.ops.combine`; none for the CPU, where the plain form would only hide what is done."""
     is_gpu = target is not None and target.architecture.startswith("sm")
     return TRITON if is_gpu else frozenset()

@@ -14,7 +14,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 
-from fp8c import embedding_op
+from fp8c.ops import embedding
 from fp8c.retrace import retrace
 
 Lowered = Callable[..., Any]
@@ -53,9 +53,9 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     from torch._inductor.decomposition import select_decomp_table
 
     table = dict(select_decomp_table())
-    embedding = torch.ops.aten.embedding_dense_backward.default
-    if embedding in table:
-        table[embedding] = embedding_op.decomposition(table[embedding])
+    backward = torch.ops.aten.embedding_dense_backward.default
+    if backward in table:
+        table[backward] = embedding.decomposition(table[backward])
     decomposed = retrace(gm, table)
     return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 

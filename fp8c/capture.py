@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-import fp8c.exchange  # noqa: F401  (defines the operators that rows travel with)
+import fp8c.ops.exchange  # noqa: F401  (defines the operators that rows travel with)
 from fp8c import graph as g
 
 _SDPA = {torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}

@@ -12,7 +12,7 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import graph as g
 from fp8c.cost_model import AllToAll, Attention, Elementwise, Gemm, Machine, Operator, Quantize, Retile, estimate_us
 from fp8c.graph import aten
-from fp8c.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
+from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
 from fp8c.schedule import COMM, COMPUTE
 
 ops = torch.ops.fp8c

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fp8c import exchange
-from fp8c.exchange import Ranks, Travel
+from fp8c.ops import exchange
+from fp8c.ops.exchange import Ranks, Travel
 
 #: grouped_mm wants rows of 16-byte multiples: 8 values of BF16. Zeros are padded where a width is no multiple.
 ALIGNED_WIDTH = 8

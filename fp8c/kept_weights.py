@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8c import graph as g
 from fp8c import ops
-from fp8c.transpose_op import TRANSPOSED
+from fp8c.ops.transpose import TRANSPOSED
 
 #: Operators whose results are kept when they read nothing but weights: `fp8c::quantize` and its fused forms.
 _QUANTIZER = "quantize"

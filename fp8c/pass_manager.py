@@ -39,7 +39,7 @@ class PassContext:
     inputs:  name of every graph input by placeholder name: a parameter's or buffer's FQN, or "" for data
     trained: placeholders whose gradient the step returns
     schedules: what schedule-overlap chose, by half; empty for a step without collectives
-    fusions: operators of `fp8c.fused_ops` that the backend has in one kernel, by name
+    fusions: operators of `fp8c.ops.fused` that the backend has in one kernel, by name
     """
 
     plan: PrecisionPlan | None = None

@@ -18,8 +18,8 @@ from fp8c import graph as g
 from fp8c.backends.fusions import fusions_of
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode
-from fp8c.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
 from fp8c.main_grad import mark_gradients
+from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
 from fp8c.partition import Halves, partition, trained_inputs
 from fp8c.pass_manager import PassContext, PassManager, PassRecord
 from fp8c.passes import HALF_PASSES, JOINT_PASSES, ROLES

@@ -11,7 +11,7 @@ from torch import fx
 
 from fp8c import graph as g
 from fp8c.graph import aten
-from fp8c.head_loss import LINEAR_CROSS_ENTROPY
+from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.partition import Halves
 
 #: Operators whose result shares the storage of their argument.

@@ -14,12 +14,12 @@ import torch
 from torch import fx
 
 import fp8c.ops  # noqa: F401  (defines the operators)
-from fp8c import fused_ops
 from fp8c import graph as g
 from fp8c.diagnostics import Diagnostic
 from fp8c.formats import Format
 from fp8c.graph import aten
-from fp8c.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
+from fp8c.ops import fused
+from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY, gemms_of
 from fp8c.partition import Halves
 from fp8c.pass_manager import Invariant, PassContext
 from fp8c.roles import Op
@@ -68,9 +68,9 @@ def _derive(
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
-    if node.target is operator.getitem and source.target in fused_ops.MAKES:
-        return _made(source, fused_ops.MAKES[source.target][_index(node)])
-    if node.target is operator.getitem and source.target is fused_ops.GATHER_QUANTIZED:
+    if node.target is operator.getitem and source.target in fused.MAKES:
+        return _made(source, fused.MAKES[source.target][_index(node)])
+    if node.target is operator.getitem and source.target is fused.GATHER_QUANTIZED:
         moved = types.get(source.args[_index(node)])  # type: ignore[arg-type]
         numbers = source.args[2]
         assert isinstance(numbers, fx.Node)
@@ -97,7 +97,7 @@ def _index(getitem: fx.Node) -> int:
     return index
 
 
-def _made(source: fx.Node, made: fused_ops.Made | None) -> QuantizedType | None:
+def _made(source: fx.Node, made: fused.Made | None) -> QuantizedType | None:
     if made is None:
         return None
     fmt = Format.parse(str(source.args[made.format]))
@@ -135,8 +135,8 @@ def scales_paired(
             for i, operand in enumerate("ab"):
                 data, scale = node.args[operands + 2 * i : operands + 2 * i + 2]
                 found += _check_pair(node, data, scale, str(node.args[formats + i]), types, operand)
-        elif node.target in fused_ops.READS:
-            first, fmt = fused_ops.READS[node.target]
+        elif node.target in fused.READS:
+            first, fmt = fused.READS[node.target]
             found += _check_pair(node, node.args[first], node.args[first + 1], str(node.args[fmt]), types, "q")
     return found
 
@@ -175,7 +175,7 @@ def groups_on_reduction_axis(graph: fx.Graph, ctx: PassContext) -> list[Diagnost
 
 _FP8_CONSUMERS = (
     frozenset(_FORMAT_INDEX)
-    | frozenset(fused_ops.READS)
+    | frozenset(fused.READS)
     | {operator.getitem, aten.permute.default, aten.t.default}
     | _GATHERS
     | _WIRE

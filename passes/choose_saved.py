@@ -29,7 +29,7 @@ from fp8c import graph as g
 from fp8c.diagnostics import DiagnosticError, fail
 from fp8c.formats import Element, Format
 from fp8c.graph import aten
-from fp8c.head_loss import LINEAR_CROSS_ENTROPY
+from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.pass_manager import PassContext, PassResult, SavedValue
 from fp8c.passes.assign_roles import GemmRole
 from fp8c.roles import Op

@@ -31,10 +31,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fp8c import fused_ops
 from fp8c import graph as g
 from fp8c.formats import Format
 from fp8c.graph import aten
+from fp8c.ops import fused
 from fp8c.partition import Halves
 from fp8c.pass_manager import PassContext
 from fp8c.passes.fuse_norm import fuse_norms
@@ -55,12 +55,12 @@ class FuseCasts:
         """Edit both halves in place; return the number of fused operators."""
         changed = 0
         for half in (halves.forward, halves.backward):
-            fused = sum(rewrite(half.graph, ctx.fusions) for rewrite in REWRITES)
-            if fused:
+            count = sum(rewrite(half.graph, ctx.fusions) for rewrite in REWRITES)
+            if count:
                 half.graph.eliminate_dead_code()
                 half.graph.lint()
                 half.recompile()
-            changed += fused
+            changed += count
         return changed
 
 
@@ -72,13 +72,13 @@ def read_both_ways(graph: fx.Graph, fusions: frozenset[str]) -> int:
     for node in g.calls(graph, {QUANTIZE}):
         source = argument(node, 0)
         by_value.setdefault((g.strip(source, g.ROW_VIEWS), str(g.value(source).shape)), []).append(node)
-    fused = 0
+    count = 0
     for nodes in by_value.values():
         rows = [n for n in nodes if format_of(n).group == (1, 128)]
         columns = [n for n in nodes if format_of(n).group == (128, 1)]
         for row, column in zip(rows, columns):
-            fused += join_pair(graph, row, column)
-    return fused
+            count += join_pair(graph, row, column)
+    return count
 
 
 def join_pair(graph: fx.Graph, row: fx.Node, column: fx.Node) -> int:
@@ -88,7 +88,7 @@ def join_pair(graph: fx.Graph, row: fx.Node, column: fx.Node) -> int:
         return 0
     with graph.inserting_before(first):
         arguments = (argument(first, 0), row.args[1], column.args[1], *(() if offs is None else (offs,)))
-        both = g.emit(graph, fused_ops.QUANTIZE_BOTH, *arguments, like=first)
+        both = g.emit(graph, fused.QUANTIZE_BOTH, *arguments, like=first)
     take_results(both, row, {0: 0, 1: 1})
     take_results(both, column, {0: 2, 1: 3})
     return 1
@@ -96,7 +96,7 @@ def join_pair(graph: fx.Graph, row: fx.Node, column: fx.Node) -> int:
 
 def store_weights_transposed(graph: fx.Graph, fusions: frozenset[str]) -> int:
     """Weights in blocks whose data a GEMM reads transposed."""
-    fused = 0
+    count = 0
     for node in g.calls(graph, {QUANTIZE}):
         fmt = format_of(node)
         data = result(node, 0)
@@ -109,22 +109,22 @@ def store_weights_transposed(graph: fx.Graph, fusions: frozenset[str]) -> int:
         target = getattr(ops, name).default
         with graph.inserting_before(node):
             new = g.emit(graph, target, *node.args, like=node)
-        is_both = target is fused_ops.QUANTIZE_WEIGHT
+        is_both = target is fused.QUANTIZE_WEIGHT
         for permute in turned:
             take(permute, new, 1 if is_both else 0)
         take_results(new, node, {0: 0, 1: 2} if is_both else {1: 1})
-        fused += 1
-    return fused
+        count += 1
+    return count
 
 
 def gather_pairs(graph: fx.Graph, fusions: frozenset[str]) -> int:
     """Rows of a pair, gathered in front of a GEMM or of a requantize."""
-    fused = 0
+    count = 0
     for node in g.calls(graph, {ops.scaled_grouped_mm.default, ops.scaled_mm.default}):
-        fused += gather_operand(graph, node) if "gather_quantized" in fusions else 0
+        count += gather_operand(graph, node) if "gather_quantized" in fusions else 0
     for node in g.calls(graph, {ops.requantize.default}):
-        fused += gather_requantized(graph, node) if "gather_requantized" in fusions else 0
-    return fused
+        count += gather_requantized(graph, node) if "gather_requantized" in fusions else 0
+    return count
 
 
 def gather_operand(graph: fx.Graph, gemm: fx.Node) -> int:
@@ -138,7 +138,7 @@ def gather_operand(graph: fx.Graph, gemm: fx.Node) -> int:
         return 0
     text = gemm.args[5 if gemm.target is ops.scaled_grouped_mm.default else 4]
     with graph.inserting_before(first):
-        new = g.emit(graph, fused_ops.GATHER_QUANTIZED, source, source_scale, rows, text, like=first)
+        new = g.emit(graph, fused.GATHER_QUANTIZED, source, source_scale, rows, text, like=first)
     take(data, new, 0)
     take(scale, new, 1)
     return 1
@@ -151,7 +151,7 @@ def gather_requantized(graph: fx.Graph, node: fx.Node) -> int:
         return 0
     offs = (node.args[4],) if len(node.args) > 4 and node.args[4] is not None else ()
     with graph.inserting_before(node):
-        new = g.emit(graph, fused_ops.GATHER_REQUANTIZED, *found, source_text, target_text, *offs, like=node)
+        new = g.emit(graph, fused.GATHER_REQUANTIZED, *found, source_text, target_text, *offs, like=node)
     take_results(new, node, {0: 0, 1: 1})
     return 1
 
@@ -160,17 +160,17 @@ def gather_and_quantize(graph: fx.Graph, fusions: frozenset[str]) -> int:
     """Gathered rows that are only quantized along the columns."""
     if "gather_quantize" not in fusions:
         return 0
-    fused = 0
+    count = 0
     for node in g.calls(graph, {QUANTIZE}):
         moved = argument(node, 0)
         rows = row_numbers(moved)
         if rows is None or format_of(node).group != (128, 1) or len(moved.users) != 1:
             continue
         with graph.inserting_before(node):
-            new = g.emit(graph, fused_ops.GATHER_QUANTIZE, argument(moved, 0), rows, *node.args[1:], like=node)
+            new = g.emit(graph, fused.GATHER_QUANTIZE, argument(moved, 0), rows, *node.args[1:], like=node)
         take_results(new, node, {0: 0, 1: 1})
-        fused += 1
-    return fused
+        count += 1
+    return count
 
 
 REWRITES: tuple[Callable[[fx.Graph, frozenset[str]], int], ...] = (

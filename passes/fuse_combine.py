@@ -22,8 +22,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp8c import graph as g
-from fp8c.gather_sum_op import GATHER_SUM
 from fp8c.graph import aten
+from fp8c.ops.combine import GATHER_SUM
 from fp8c.partition import Halves
 from fp8c.pass_manager import PassContext
 
@@ -53,12 +53,12 @@ class FuseCombine:
             return 0
         changed = 0
         for half in (halves.forward, halves.backward):
-            fused = sum(fuse(half.graph, node) for node in g.calls(half.graph, {aten.sum.dim_IntList}))
-            if fused:
+            count = sum(fuse(half.graph, node) for node in g.calls(half.graph, {aten.sum.dim_IntList}))
+            if count:
                 half.graph.eliminate_dead_code()
                 half.graph.lint()
                 half.recompile()
-            changed += fused
+            changed += count
         return changed
 
 

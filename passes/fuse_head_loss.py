@@ -27,7 +27,7 @@ from torch import fx
 
 from fp8c import graph as g
 from fp8c.graph import aten
-from fp8c.head_loss import LINEAR_CROSS_ENTROPY
+from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.pass_manager import PassContext, PassResult
 from fp8c.passes.assign_roles import GemmRole
 
@@ -54,7 +54,7 @@ class FuseHeadLoss:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> PassResult:
-        fused = 0
+        count = 0
         for product in candidates(graph):
             found = match(product, ctx)
             if isinstance(found, str):
@@ -62,10 +62,10 @@ class FuseHeadLoss:
                 continue
             fuse(graph, found)
             ctx.remark("R0844", "the output head is joined with its loss: no logits are kept", product)
-            fused += 1
-        if fused:
+            count += 1
+        if count:
             graph.eliminate_dead_code()
-        return PassResult(graph, fused)
+        return PassResult(graph, count)
 
 
 def candidates(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp8c import fused_ops
 from fp8c import graph as g
 from fp8c.formats import Format
 from fp8c.graph import aten
+from fp8c.ops import fused
 from fp8c.passes.fuse_swiglu import redirect
 
 ops = torch.ops.fp8c
@@ -49,9 +49,7 @@ def join(graph: fx.Graph, quantize: fx.Node) -> int:
     if found is None or any(u is not quantize and u not in found.inside for n in found.inside for u in n.users):
         return 0
     with graph.inserting_before(quantize):
-        new = g.emit(
-            graph, fused_ops.RMS_NORM_QUANTIZE, found.x, found.weight, found.eps, quantize.args[1], like=quantize
-        )
+        new = g.emit(graph, fused.RMS_NORM_QUANTIZE, found.x, found.weight, found.eps, quantize.args[1], like=quantize)
     redirect(graph, new, quantize, {0: 0, 1: 1})
     return 1
 

@@ -24,10 +24,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fp8c import fused_ops
 from fp8c import graph as g
 from fp8c.formats import Format
 from fp8c.graph import aten
+from fp8c.ops import fused
 
 ops = torch.ops.fp8c
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default})
@@ -48,7 +48,7 @@ class Forward:
 
 def fuse_forward(graph: fx.Graph, fusions: frozenset[str]) -> int:
     """Quantizes of SwiGLU's results along rows."""
-    fused = 0
+    count = 0
     for node in g.calls(graph, {ops.quantize.default}):
         found = swiglu_behind(node.args[0])
         if found is None or len(node.args) > 2 or Format.parse(str(node.args[1])).group != (1, 128):
@@ -57,10 +57,10 @@ def fuse_forward(graph: fx.Graph, fusions: frozenset[str]) -> int:
             continue
         cached = None if found.joined is None else cache_of(found.joined)
         if cached is not None and "swiglu_quantize_cached" in fusions:
-            fused += join_cached(graph, node, found, cached)
+            count += join_cached(graph, node, found, cached)
         elif "swiglu_quantize" in fusions:
-            fused += join(graph, node, found)
-    return fused
+            count += join(graph, node, found)
+    return count
 
 
 def swiglu_behind(result: Any) -> Forward | None:
@@ -143,7 +143,7 @@ def join_cached(graph: fx.Graph, quantize: fx.Node, found: Forward, cached: fx.N
     with graph.inserting_before(quantize):
         new = g.emit(
             graph,
-            fused_ops.SWIGLU_QUANTIZE_CACHED,
+            fused.SWIGLU_QUANTIZE_CACHED,
             found.joined,
             weight,
             quantize.args[1],
@@ -160,7 +160,7 @@ def join(graph: fx.Graph, quantize: fx.Node, found: Forward) -> int:
     if gate is None or up is None:
         return 0
     with graph.inserting_before(quantize):
-        new = g.emit(graph, fused_ops.SWIGLU_QUANTIZE, gate, up, found.weight, quantize.args[1], like=quantize)
+        new = g.emit(graph, fused.SWIGLU_QUANTIZE, gate, up, found.weight, quantize.args[1], like=quantize)
     redirect(graph, new, quantize, {0: 0, 1: 1})
     return 1
 
@@ -193,7 +193,7 @@ def join_gradient(graph: fx.Graph, cat: fx.Node) -> int:
     last = max([n for n in (dh, weight, q, s, offs) if isinstance(n, fx.Node)])
     with graph.inserting_before(g.after(last)):
         new = g.emit(
-            graph, fused_ops.SWIGLU_BACKWARD_QUANTIZE, dh, q, s, weight, offs,
+            graph, fused.SWIGLU_BACKWARD_QUANTIZE, dh, q, s, weight, offs,
             cache, quantize_h.args[1], rows.args[1], columns.args[1], like=cat,
         )  # fmt: skip
     if dweight is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import fp8c.fused_ops  # noqa: F401  (defines the operators)
+import fp8c.ops.fused  # noqa: F401  (defines the operators)
 from fp8c.backends import lowering
 from fp8c.backends.gemms import candidates, choice, measured
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-import fp8c.decompositions as _decompositions
+import fp8c.ops.decompositions as _decompositions
 from fp8c.backends.aten import attention
 
 __all__: list[str] = []

@@ -24,8 +24,7 @@ from torch.backends.cuda import (
 )
 from torch.nn.functional import pad
 
-from fp8c import decompositions
-from fp8c.ops import check_attention
+from fp8c.ops import check_attention, decompositions
 
 _ALIGNMENT = 8  # elements: the fused kernels read 16 bytes at a time
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel pads its softmax sums to this many queries

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import fp8c.decompositions  # noqa: F401  (the portable forms)
+import fp8c.ops.decompositions  # noqa: F401  (the portable forms)
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.ops import portable
 

@@ -9,7 +9,7 @@ import torch
 
 from fp8c.backends.reference import attention, gemm, quantize
 from fp8c.backends.reference.gemm import accumulator
-from fp8c.decompositions import quantize_delayed
+from fp8c.ops.decompositions import quantize_delayed
 
 __all__ = ["accumulator"]
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8c import gather_sum_op
 from fp8c.backends.triton.quantize import readable
+from fp8c.ops import combine
 
 COLS, WARPS = 1024, 8
 MOST_ROWS = 32  # of a token: their loads are unrolled
@@ -45,7 +45,7 @@ def gather_sum_kernel(
 def gather_sum(x: Tensor, rows: Tensor, k: int, added: Tensor | None = None) -> Tensor:
     """`fp8c::gather_sum`."""
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or rows.numel() == 0 or k > MOST_ROWS:
-        return gather_sum_op.gather_sum(x, rows, k, added)
+        return combine.gather_sum(x, rows, k, added)
     x = readable(x)
     tokens, width = rows.shape[0] // k, x.shape[1]
     out = x.new_empty((tokens, width))

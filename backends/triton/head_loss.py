@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
-"""The softmax of the fused output head (`fp8c/head_loss.py`): losses of all tokens, and their gradient over the logits.
+"""The softmax of the fused output head (`fp8c/ops/head_loss.py`): losses of all tokens, and their gradient over the logits.
 
 Two kernels: one reads the logits once and leaves, for each token and each part of the vocabulary, the logarithm of its
 part of the denominator; the other reads them again and writes the gradient in their place. The parts are joined between
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8c import head_loss
+from fp8c.ops import head_loss
 
 TOKENS, WORDS, WARPS = 128, 32, 4  # of a tile
 STAGES = 4  # tiles on their way while one is added up
@@ -77,7 +77,7 @@ def gradient_kernel(
 
 
 def to_gradient(logits: Tensor, words: Tensor, is_counted: Tensor, scale: Tensor | None) -> Tensor:
-    """`fp8c.head_loss.ToGradient`."""
+    """`fp8c.ops.head_loss.ToGradient`."""
     vocabulary, tokens = logits.shape
     if logits.numel() == 0 or logits.stride(1) != 1:
         return head_loss.to_gradient_plain(logits, words, is_counted, scale)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
-"""RMSNorm and the quantize behind it from one read (`fp8c/norm_ops.py` says what is computed).
+"""RMSNorm and the quantize behind it from one read (`fp8c/ops/norm.py` says what is computed).
 
 Legend: R rows, C columns, in tiles of 128; a row stays in registers between its sum of squares and its quantize.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from fp8c.backends.triton.numerics import fp8_codes, magnitude_bits, quotient, reciprocal, scale_of, store_scale
 from fp8c.backends.triton.quantize import codes_of, readable, scale_bytes
 from fp8c.formats import Element
-from fp8c.fused_ops import plain
 from fp8c.ops import empty_quantized, quantized_format
+from fp8c.ops.fused import plain
 
 ROWS = 1  # of a program, one after the other: the weight is read once for them
 TILES_PER_WARP = 16

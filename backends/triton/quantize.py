@@ -16,8 +16,8 @@ from torch import Tensor
 from fp8c.backends.triton.numerics import fp8_codes, magnitude_bits, quotient, reciprocal, scale_of, store_scale
 from fp8c.backends.triton.tiles import group_rows, load_tile, store_column_groups, store_row_groups
 from fp8c.formats import Element, Format, ScaleKind
-from fp8c.fused_ops import plain
 from fp8c.ops import check_quantize_input, empty_quantized, experts_of, is_stored_transposed, portable, quantized_format
+from fp8c.ops.fused import plain
 
 ELEMENTS = {Element.E4M3: 0, Element.E5M2: 1, Element.E5M6: 2}
 KINDS = {ScaleKind.FP32: 0, ScaleKind.POW2: 1, ScaleKind.E8M0: 2}

@@ -20,8 +20,8 @@ from fp8c.backends.triton.tiles import (
     store_row_groups,
 )
 from fp8c.formats import Element, Format
-from fp8c.fused_ops import plain
 from fp8c.ops import empty_quantized, is_stored_transposed, original_shape, portable, quantized_format, restarts
+from fp8c.ops.fused import plain
 
 ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
-"""SwiGLU and the quantizes around it (`fp8c/swiglu_ops.py` says what is computed).
+"""SwiGLU and the quantizes around it (`fp8c/ops/swiglu.py` says what is computed).
 
 Every intermediate is rounded to the type of the inputs where the model's own operators round; exp and the division behind
 it are the GPU's approximations, as in PyTorch's silu. Backward takes two kernels, one for what lies along rows and one for
@@ -27,8 +27,8 @@ from fp8c.backends.triton.quantize import (
 )
 from fp8c.backends.triton.tiles import group_rows, load_quantized, load_tile, store_column_groups, store_row_groups
 from fp8c.formats import Element, Format
-from fp8c.fused_ops import plain
 from fp8c.ops import empty_quantized, is_stored_transposed, quantized_format, restarts
+from fp8c.ops.fused import plain
 
 FORWARD_ROWS, FORWARD_WARPS = 8, 1
 ROW_TILE, ROW_WARPS = 16, 2

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8c import transpose_op
+from fp8c.ops import transpose
 
 BLOCK_N, BLOCK_K = 128, 128
 
@@ -38,9 +38,9 @@ def transpose_kernel(
 
 
 def transposed(q: Tensor) -> Tensor:
-    """Contract as `fp8c.transpose_op.transposed`. Anything but contiguous bytes goes the plain way."""
+    """Contract as `fp8c.ops.transpose.transposed`. Anything but contiguous bytes goes the plain way."""
     if not q.is_contiguous() or q.element_size() != 1 or q.dim() not in (2, 3) or q.numel() == 0:
-        return transpose_op.transposed(q)
+        return transpose.transposed(q)
     *leading, rows, cols = q.shape
     out = q.new_empty([*leading, cols, rows])
     tiles_k = triton.cdiv(cols, BLOCK_K)

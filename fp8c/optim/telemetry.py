@@ -24,10 +24,11 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 
-from fp8c import driver, fused_ops, ops
+from fp8c import driver, ops
 from fp8c import graph as g
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.formats import Element, Format
+from fp8c.ops import fused
 from fp8c.optim.precision import Variant, variant_of
 from fp8c.passes.fuse_casts import FuseCasts
 
@@ -101,8 +102,8 @@ class Recorder(fx.Interpreter):
 #: Operators that quantize their first argument: where the format is among the arguments, data and scale in the result.
 _QUANTIZES: dict[Any, tuple[tuple[int, int, int], ...]] = {
     ops.QUANTIZE: ((1, 0, 1),),
-    fused_ops.QUANTIZE_BOTH: ((1, 0, 1), (2, 2, 3)),
-    fused_ops.QUANTIZE_WEIGHT: ((1, 0, 2),),
+    fused.QUANTIZE_BOTH: ((1, 0, 1), (2, 2, 3)),
+    fused.QUANTIZE_WEIGHT: ((1, 0, 2),),
 }
 
 

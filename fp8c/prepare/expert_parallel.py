@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Severity, fail
-from fp8c.exchange import Ranks, chunks
+from fp8c.ops.exchange import Ranks, chunks
 from fp8c.prepare.hf import is_hf_experts
 from fp8c.prepare.loops import rewritten_loops
 

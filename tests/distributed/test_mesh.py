@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fp8c import distributed
 from fp8c.diagnostics import DiagnosticError
 from fp8c.distributed import compare_facts
-from fp8c.exchange import chunks
+from fp8c.ops.exchange import chunks
 from fp8c.prepare.expert_parallel import expert_mesh
 from fp8c.tools.compile_command import Request, parse_mesh, planned_mesh
 

@@ -216,7 +216,7 @@ def test_bf16_weights_of_a_tied_model_are_no_quantized_ones() -> None:
 
 def test_a_transposed_copy_is_made_of_the_kept_one() -> None:
     """Backward's transposed weight (fuse-casts) shares the forward's quantize instead of keeping a second copy."""
-    pytest.importorskip("fp8c.fused_ops")
+    pytest.importorskip("fp8c.ops.fused")
     from torch import fx
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
-from fp8c import decompositions, ops
+from fp8c import ops
 from fp8c.backends.reference.attention_check import EXP_ROUNDINGS, evaluate_attention
+from fp8c.ops import decompositions
 
 U = 2.0**-24  # FP32's unit roundoff
 

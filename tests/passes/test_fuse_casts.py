@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fp8c.backends.reference  # noqa: F401
-from fp8c import fused_ops
 from fp8c import graph as g
+from fp8c.ops import fused
 from fp8c.tools import opt
 from tests.passes.steps import STEPS
 
@@ -79,5 +79,5 @@ GEMMS = ("scaled_mm", "scaled_grouped_mm", "scaled_grouped_wgrad")
 
 
 def test_every_fused_operator_is_known_to_the_verifier() -> None:
-    known = {target._schema.name.removeprefix("fp8c::") for target in (*fused_ops.MAKES, *fused_ops.READS)}
-    assert set(fused_ops._PLAIN) <= known
+    known = {target._schema.name.removeprefix("fp8c::") for target in (*fused.MAKES, *fused.READS)}
+    assert set(fused._PLAIN) <= known

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fp8c.backends.reference  # noqa: F401
 from fp8c import graph as g
-from fp8c.gather_sum_op import GATHER_SUM
+from fp8c.ops.combine import GATHER_SUM
 from fp8c.tools import opt
 from tests.passes.steps import Function, data, random
 

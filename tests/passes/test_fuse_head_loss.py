@@ -14,8 +14,8 @@ import fp8c
 import fp8c.backends.reference  # noqa: F401
 from fp8c import driver, pipeline
 from fp8c import graph as g
-from fp8c.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.models import load_model
+from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.saved import saved_report
 from fp8c.tools import opt
 from tests.models.harness import count_executed

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fp8c.backends.reference  # noqa: F401
-from fp8c import fused_ops
 from fp8c import graph as g
+from fp8c.ops import fused
 from fp8c.tools import opt
 from tests.passes.steps import Function, data, random
 from tests.passes.test_fuse_casts import BEFORE, run
@@ -47,17 +47,17 @@ def captured(function: Callable[..., Tensor], dynamic: bool = False) -> opt.Join
     return opt.capture_joint(module, data(256, 256), dynamic=dynamic)
 
 
-def fused(step: opt.JointStep, **options: Any) -> tuple[opt.OptResult, int]:
+def rewritten(step: opt.JointStep, **options: Any) -> tuple[opt.OptResult, int]:
     result = opt.run_passes(step, "deepseek_v3", [*BEFORE, "fuse-casts"], **{"target": "h200", **options})
     assert result.halves is not None
-    return result, len(list(g.calls(result.halves.forward.graph, {fused_ops.RMS_NORM_QUANTIZE})))
+    return result, len(list(g.calls(result.halves.forward.graph, {fused.RMS_NORM_QUANTIZE})))
 
 
 @pytest.mark.parametrize("function", [two_readers, part_of_rows])
 def test_the_numbers_stay_the_same(function: Callable[..., Tensor]) -> None:
     """The plain form adds as PyTorch does, so it is bit for bit."""
     step = captured(function)
-    result, count = fused(step)
+    result, count = rewritten(step)
     assert count == 1
     assert result.halves is not None
     assert not any("rsqrt" in str(n.target) for n in result.halves.forward.graph.nodes)
@@ -67,13 +67,13 @@ def test_the_numbers_stay_the_same(function: Callable[..., Tensor]) -> None:
 
 
 def test_any_length() -> None:
-    assert fused(captured(two_readers, dynamic=True))[1] == 1
+    assert rewritten(captured(two_readers, dynamic=True))[1] == 1
 
 
 @pytest.mark.parametrize("function", [read_elsewhere, layer_norm])
 def test_others_stay(function: Callable[..., Tensor]) -> None:
-    assert fused(captured(function))[1] == 0
+    assert rewritten(captured(function))[1] == 0
 
 
 def test_a_target_without_the_kernel_keeps_the_norm() -> None:
-    assert fused(captured(two_readers), target="cpu")[1] == 0
+    assert rewritten(captured(two_readers), target="cpu")[1] == 0

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from fp8c.contention import Interference
-from fp8c.exchange import all_to_all
 from fp8c.graph_costs import WAIT, is_collective, node_operator, reads_on_host
+from fp8c.ops.exchange import all_to_all
 from fp8c.overlap import length_us, union
 
 

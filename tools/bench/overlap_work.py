@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from fp8c.exchange import all_to_all
 from fp8c.graph_costs import is_collective, is_control
+from fp8c.ops.exchange import all_to_all
 from fp8c.stage import Stage
 
 

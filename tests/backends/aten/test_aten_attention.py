@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
-from fp8c import decompositions, ops
+from fp8c import ops
 from fp8c.backends.aten.attention import Kernel, choose
 from fp8c.backends.reference.attention_check import evaluate_attention
 from fp8c.backends.reference.check import check_gemm
+from fp8c.ops import decompositions
 
 pytestmark = [
     pytest.mark.gpu,

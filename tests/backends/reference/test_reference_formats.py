@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fp8c import decompositions
 from fp8c.backends.reference import formats
 from fp8c.formats import MAX, Element, ScaleKind
-from fp8c.ops import DATA_DTYPE
+from fp8c.ops import DATA_DTYPE, decompositions
 
 ML_DTYPE = {Element.E4M3: ml_dtypes.float8_e4m3fn, Element.E5M2: ml_dtypes.float8_e5m2}
 EXPONENT_BITS = {Element.E4M3: 4, Element.E5M2: 5, Element.E5M6: 5}

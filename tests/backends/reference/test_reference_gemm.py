@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
-from fp8c import decompositions
 from fp8c.backends.reference import accumulator
 from fp8c.backends.reference.check import GEMMS, check_gemm
 from fp8c.backends.reference.gemm import Accumulator
 from fp8c.diagnostics import DiagnosticError
+from fp8c.ops import decompositions
 
 ACCUMULATORS: tuple[Accumulator, ...] = ("fp32", "hopper")
 ROW, COLUMN, BLOCK, TENSOR = (f"e4m3[{g}] fp32" for g in ("1x128", "128x1", "128x128", "tensor"))

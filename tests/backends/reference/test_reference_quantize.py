@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
-from fp8c import decompositions, ops
+from fp8c import ops
 from fp8c.backends.reference.formats import decode
 from fp8c.backends.reference.quantize import dequantize_f32
 from fp8c.diagnostics import DiagnosticError
 from fp8c.formats import MAX, Element, Format, ScaleKind
+from fp8c.ops import decompositions
 
 SCALE_KINDS = ("fp32", "pow2", "e8m0")
 GROUPS = ("1x128", "128x1", "128x128", "1x32", "tensor", "row", "col")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import fp8c.backends.reference  # noqa: F401  (the oracle)
-import fp8c.fused_ops  # noqa: F401
-from fp8c import head_loss
+import fp8c.ops.fused  # noqa: F401
 from fp8c.backends.triton import head_loss as head
 from fp8c.backends.triton import norm
+from fp8c.ops import head_loss
 
 Case = Callable[[str], None]
 ops = torch.ops.fp8c

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import fp8c.backends.reference  # noqa: F401  (the oracle)
-import fp8c.decompositions  # noqa: F401  (what a kernel passes on)
-import fp8c.fused_ops  # noqa: F401
-import fp8c.gather_sum_op  # noqa: F401
+import fp8c.ops.combine  # noqa: F401
+import fp8c.ops.decompositions  # noqa: F401  (what a kernel passes on)
+import fp8c.ops.fused  # noqa: F401
 from fp8c.backends.reference.formats import decode_e5m6, unpack_e5m6
 from fp8c.backends.reference.rounding_check import disagreement, strides
 from fp8c.backends.triton import gather_sum as combining

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
-from fp8c import decompositions, ops
+from fp8c import ops
 from fp8c.diagnostics import DiagnosticError
 from fp8c.formats import Format
+from fp8c.ops import decompositions
 
 ROW, COLUMN, BLOCK = "e4m3[1x128] pow2", "e4m3[128x1] pow2", "e4m3[128x128] fp32"
 CACHE = "e5m6[1x128] e8m0"
@@ -255,7 +256,7 @@ def test_an_operator_without_a_kernel_says_what_to_import() -> None:
             assert "error[E0420]: no kernel is registered for fp8c::quantize on device 'cpu'" in str(error)
         else:
             raise AssertionError("no error")
-        import fp8c.decompositions
+        import fp8c.ops.decompositions
         q, _ = ops.QUANTIZE(torch.ones(2, 2), "e4m3[1x128] fp32")
         assert (q.float() == 448).all()
     """

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8c import head_loss
 from fp8c.diagnostics import DiagnosticError
-from fp8c.head_loss import linear_cross_entropy
+from fp8c.ops import head_loss
+from fp8c.ops.head_loss import linear_cross_entropy
 
 #: (T, V, H): T below, near and above H; V that SLICES divides and not; T that is no multiple of 8; blocks of tokens.
 SHAPES = [(24, 320, 64), (64, 96, 64), (65, 97, 33), (120, 33, 64), (1, 5, 8), (300, 40, 64), (513, 7, 16)]

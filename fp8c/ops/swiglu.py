@@ -1,4 +1,4 @@
-"""SwiGLU joined with the quantizes around it: plain forms and fakes of the operators that `fused_ops` registers.
+"""SwiGLU joined with the quantizes around it: plain forms and fakes of the operators that `fused` registers.
 
 The plain forms are the model's own operators in its own types (silu and each product rounded to the type of its
 operands), so they agree with the unfused step bit for bit. A weight per row is the router's, moved in front of the

@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fp8c.backends.reference  # noqa: F401  registers the CPU kernels
-from fp8c import decompositions, ops
+from fp8c import ops
+from fp8c.ops import decompositions
 
 FORMATS = (
     "e4m3[1x128] fp32",

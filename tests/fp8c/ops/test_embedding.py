@@ -9,7 +9,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8c import embedding_op
+from fp8c.ops import embedding
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ def test_it_is_the_gradient_of_an_embedding(dtype: torch.dtype) -> None:
 def test_tables_in_16_bits_are_not_decomposed(dtype: torch.dtype, is_kept: bool) -> None:
     operator = aten.embedding_dense_backward.default
     table = dict(select_decomp_table())
-    table[operator] = embedding_op.decomposition(table[operator])
+    table[operator] = embedding.decomposition(table[operator])
     traced: fx.GraphModule = make_fx(
         lambda dy, indices: operator(dy, indices, 7, -1, False), decomposition_table=table
     )(*drawn(dtype))

@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8c import norm_ops, swiglu_ops
 from fp8c.diagnostics import fail
-from fp8c.ops import KERNEL_TAGS, check_quantize_input, empty_quantized, empty_scale, quantized_format, restarts
+from fp8c.ops import (
+    KERNEL_TAGS,
+    check_quantize_input,
+    empty_quantized,
+    empty_scale,
+    norm,
+    quantized_format,
+    restarts,
+    swiglu,
+)
 
 _SCHEMAS = {
     "quantize_both": "(Tensor x, str fmt, str fmt_t, Tensor? offs=None) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -26,8 +34,8 @@ _SCHEMAS = {
     "gather_requantized": (
         "(Tensor q, Tensor s, Tensor rows, str src, str dst, Tensor? offs=None) -> (Tensor, Tensor)"
     ),
-    **swiglu_ops.SCHEMAS,
-    **norm_ops.SCHEMAS,
+    **swiglu.SCHEMAS,
+    **norm.SCHEMAS,
 }
 
 _LIBRARY = torch.library.Library("fp8c", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -143,10 +151,10 @@ _PLAIN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "gather_quantize": (gather_quantize, _fake_gather_quantize),
     "gather_quantized": (gather_quantized, _fake_gather_quantized),
     "gather_requantized": (gather_requantized, _fake_gather_requantized),
-    "swiglu_quantize": (swiglu_ops.swiglu_quantize, swiglu_ops.fake_swiglu_quantize),
-    "swiglu_quantize_cached": (swiglu_ops.swiglu_quantize_cached, swiglu_ops.fake_swiglu_quantize_cached),
-    "swiglu_backward_quantize": (swiglu_ops.swiglu_backward_quantize, swiglu_ops.fake_swiglu_backward_quantize),
-    "rms_norm_quantize": (norm_ops.rms_norm_quantize, norm_ops.fake_rms_norm_quantize),
+    "swiglu_quantize": (swiglu.swiglu_quantize, swiglu.fake_swiglu_quantize),
+    "swiglu_quantize_cached": (swiglu.swiglu_quantize_cached, swiglu.fake_swiglu_quantize_cached),
+    "swiglu_backward_quantize": (swiglu.swiglu_backward_quantize, swiglu.fake_swiglu_backward_quantize),
+    "rms_norm_quantize": (norm.rms_norm_quantize, norm.fake_rms_norm_quantize),
 }
 for _name, (_plain, _fake) in _PLAIN.items():
     _LIBRARY.define(_name + _SCHEMAS[_name], tags=KERNEL_TAGS)  # type: ignore[no-untyped-call]

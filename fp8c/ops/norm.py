@@ -1,4 +1,4 @@
-"""RMSNorm joined with the quantize behind it: plain form and fake of the operator that `fused_ops` registers.
+"""RMSNorm joined with the quantize behind it: plain form and fake of the operator that `fused` registers.
 
 The plain form is transformers' RMSNorm, operator by operator. The mean of squares is an FP32 sum, and its order is the
 operator's own: a kernel may take another than PyTorch's. So the operator also returns the factor it found, and what comes
