@@ -54,18 +54,19 @@ class FuseHeadLoss:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, graph: fx.Graph, ctx: PassContext) -> PassResult:
-        count = 0
+        joined: list[fx.Node] = []
         for product in candidates(graph):
             found = match(product, ctx)
             if isinstance(found, str):
                 ctx.remark("R0845", f"the output head is not joined with its loss: {found}", product)
                 continue
             fuse(graph, found)
-            ctx.remark("R0844", "the output head is joined with its loss: no logits are kept", product)
-            count += 1
-        if count:
+            joined.append(product)
+        if joined:
+            losses = "its loss" if len(joined) == 1 else f"{len(joined)} losses"
+            ctx.remark("R0844", f"the output head is joined with {losses}: no logits are kept", joined[0])
             graph.eliminate_dead_code()
-        return PassResult(graph, count)
+        return PassResult(graph, len(joined))
 
 
 def candidates(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -247,3 +247,9 @@ def test_outputs_must_exist() -> None:
     step = fp8c.compile(torch.nn.Linear(8, 8), "bf16", outputs=("loss",))
     with pytest.raises(Exception, match="named fields"):
         step(torch.randn(4, 8))
+
+
+def test_a_head_with_two_losses_is_one_remark() -> None:
+    """As with multi-token prediction, where the head predicts two tokens."""
+    changed, remark = fused(captured(lambda x, y, w: plain(x, y, w) + 0.3 * plain(x * 2, y, w)))
+    assert (changed, remark) == (2, "the output head is joined with 2 losses: no logits are kept")
