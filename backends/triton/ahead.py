@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor, fx
+from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import get_cache_invalidating_env_vars, make_backend
@@ -42,6 +43,7 @@ _POINTERS = {
     torch.float8_e5m2: "*fp8e5",
 }
 _OPTIONS = ("num_warps", "num_stages")
+_BACKEND = type(make_backend(GPUTarget("cuda", 90, 32)))
 
 
 @dataclass(frozen=True)
@@ -161,21 +163,22 @@ def launch_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
     divisible = []
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
-        if name in declared or not isinstance(value, Tensor) and value == 1:
+        if name in declared:
             signature[name], constants[index] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             divisible.append(index)  # PyTorch's allocations are
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible += [index] if value % 16 == 0 else []
+            signature[name], attribute = native_specialize_impl(_BACKEND, value, False, True, True)
+            constants |= {index: value} if signature[name] == "constexpr" else {}
+            divisible += [index] if attribute == "D" else []
     return Launch(
         kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(sorted(options.items()))
     )
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    source = source_of(launch)
+    source = source_of(launch, capability)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     registers, spilled_bytes = resources(compiled.asm["cubin"])
     name = launch.kernel.fn.__name__
@@ -184,17 +187,19 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     return Compiled(launch.name, compiled.asm["ptx"], compiled.asm["cubin"], registers, spilled_bytes, metadata, launch)
 
 
-def source_of(launch: Launch) -> ASTSource:
-    return ASTSource(
-        fn=launch.kernel,
-        signature=dict(launch.signature),
-        constexprs={(index,): value for index, value in launch.constants},
-        attrs={  # as Triton's launcher states them, because they are part of its key
-            (index,): [["tt.divisibility", 16]] if index in launch.divisible else []
-            for index, (_, kind) in enumerate(launch.signature)
-            if kind != "constexpr"
-        },
+def source_of(launch: Launch, capability: int) -> ASTSource:
+    """As Triton's launcher states it: attributes are part of the key, and versions differ in how they state them."""
+    constants = dict(launch.constants)
+    bound = {name: constants.get(index) for index, (name, _) in enumerate(launch.signature)}
+    specialization = [
+        (kind, None if kind[0] not in "*iu" or kind == "u1" else "D" if index in launch.divisible else "")
+        for index, (_, kind) in enumerate(launch.signature)
+    ]
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    _, signature, constexprs, attrs = launch.kernel._pack_args(
+        backend, dict(launch.options), bound, specialization, None
     )
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
 
 
 def install(entry: Mapping[str, Any], cubin: bytes, metadata: str, capability: int) -> bool:
@@ -206,7 +211,7 @@ def install(entry: Mapping[str, Any], cubin: bytes, metadata: str, capability: i
     launch = launch_from(entry)
     if launch.kernel.cache_key != entry["source"]:
         return False
-    backend, source = make_backend(GPUTarget("cuda", capability, 32)), source_of(launch)
+    backend, source = make_backend(GPUTarget("cuda", capability, 32)), source_of(launch, capability)
     options = backend.parse_options(dict(launch.options) | source.parse_options())
     key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
     digest = hashlib.sha256(key.encode("utf-8")).hexdigest()

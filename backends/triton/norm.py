@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 """RMSNorm and the quantize behind it from one read (`fp8c/ops/norm.py` says what is computed).
 
-Legend: R rows, C columns, in tiles of 128; a row stays in registers between its sum of squares and its quantize.
+Legend: C columns of a row, in tiles of 128; a row stays in registers between its sum of squares and its quantize.
 """
 
 from __future__ import annotations
@@ -17,38 +17,34 @@ from fp8c.formats import Element
 from fp8c.ops import empty_quantized, quantized_format
 from fp8c.ops.fused import plain
 
-ROWS = 1  # of a program, one after the other: the weight is read once for them
 TILES_PER_WARP = 16
 LARGEST = 16384  # columns whose row fits into registers
 
 
 @triton.jit
 def norm_kernel(
-    x_ptr, w_ptr, q_ptr, s_ptr, factor_ptr, R, C, eps, x_row, q_row, s_row, s_col,
-    TILES: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,
+    x_ptr, w_ptr, q_ptr, s_ptr, factor_ptr, C, eps, x_row, q_row, s_row, s_col,
+    TILES: tl.constexpr, EVEN: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS whole rows, each a [TILES, 128] tile."""
+    """One program: a whole row, a [TILES, 128] tile."""
     dtype = x_ptr.dtype.element_ty
     tiles = tl.arange(0, TILES)
     cols = tiles[:, None] * 128 + tl.arange(0, 128)[None, :]
     tile_ok = tiles < tl.cdiv(C, 128)
     col_ok = tile_ok[:, None] if EVEN else cols < C
     weight = tl.load(w_ptr + cols, mask=col_ok, other=0.0)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for i in tl.static_range(ROWS):
-        row = first + i
-        row_ok = row < R
-        x = tl.load(x_ptr + row * x_row + cols, mask=col_ok & row_ok, other=0.0).to(tl.float32)
-        mean = tl.sum(tl.sum(x * x, 1), 0) / C
-        factor = tl.rsqrt(mean + eps)
-        normed = (x * factor).to(dtype).to(tl.float32)
-        y = (normed * weight.to(tl.float32)).to(dtype).to(tl.float32)
-        scale = scale_of(tl.max(magnitude_bits(y), 1), ELEMENT, KIND)
-        lift, lifted, inverse = reciprocal(scale, KIND)
-        codes = fp8_codes(quotient(y, lift[:, None], lifted[:, None], inverse[:, None], KIND, False), ELEMENT)
-        store_scale(s_ptr + row * s_row + tiles.to(tl.int64) * s_col, scale, tile_ok & row_ok, KIND)
-        tl.store(q_ptr + row * q_row + cols, codes, mask=col_ok & row_ok)
-        tl.store(factor_ptr + row, factor, mask=row_ok)
+    row = tl.program_id(0).to(tl.int64)
+    x = tl.load(x_ptr + row * x_row + cols, mask=col_ok, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(x * x, 1), 0) / C
+    factor = tl.rsqrt(mean + eps)
+    normed = (x * factor).to(dtype).to(tl.float32)
+    y = (normed * weight.to(tl.float32)).to(dtype).to(tl.float32)
+    scale = scale_of(tl.max(magnitude_bits(y), 1), ELEMENT, KIND)
+    lift, lifted, inverse = reciprocal(scale, KIND)
+    codes = fp8_codes(quotient(y, lift[:, None], lifted[:, None], inverse[:, None], KIND, False), ELEMENT)
+    store_scale(s_ptr + row * s_row + tiles.to(tl.int64) * s_col, scale, tile_ok, KIND)
+    tl.store(q_ptr + row * q_row + cols, codes, mask=col_ok)
+    tl.store(factor_ptr + row, factor)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,10 +58,10 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, fmt: str) -> tuple[
     q, s = empty_quantized(rows, rows.shape, parsed)
     factor = rows.new_empty((rows.shape[0], 1), dtype=torch.float32)
     tiles = triton.next_power_of_2(triton.cdiv(width, 128))
-    norm_kernel[(triton.cdiv(rows.shape[0], ROWS),)](
-        rows, weight.contiguous(), q.view(torch.uint8), scale_bytes(s), factor, rows.shape[0], width, eps,
+    norm_kernel[(rows.shape[0],)](
+        rows, weight.contiguous(), q.view(torch.uint8), scale_bytes(s), factor, width, eps,
         rows.stride(0), q.stride(0), s.stride(0), s.stride(1),
-        TILES=tiles, ROWS=ROWS, EVEN=width % 128 == 0, **codes_of(parsed),
+        TILES=tiles, EVEN=width % 128 == 0, **codes_of(parsed),
         num_warps=max(tiles // TILES_PER_WARP, 1),
     )  # fmt: skip
     return q, s, factor

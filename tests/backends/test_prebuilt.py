@@ -116,6 +116,24 @@ def test_accumulators_in_fp32_have_instances_of_their_own() -> None:
     assert kernels["scaled_mm_add_"] and not kernels["scaled_mm"] & kernels["scaled_mm_add_"]
 
 
+def test_numbers_are_specialised_as_triton_does(tmp_path: Path, launcher: Counter[bool]) -> None:
+    """RMSNorm's epsilon is a float, and no integer."""
+    x = torch.empty(64, 256, dtype=torch.bfloat16, device="meta")
+    arguments = (x, x.new_empty(256), 1e-6, "e4m3[1x128] fp32")
+    launches: dict[str, ahead.Launch] = {}
+    with ahead.recording(launches):
+        KERNELS["rms_norm_quantize"](*arguments)
+    (launch,) = launches.values()
+    assert dict(launch.signature)["eps"] == "fp32"
+    compiled = ahead.compile_launch(launch, 90)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        assert ahead.install(launch.to_json(), compiled.cubin, compiled.metadata, 90)
+        launcher.clear()
+        KERNELS["rms_norm_quantize"](*arguments)
+    assert launcher == {True: 1}
+
+
 @needs_compiler
 def test_a_machine_with_the_build_compiles_nothing_again(
     experts: tuple[Halves, dict[str, bytes]],

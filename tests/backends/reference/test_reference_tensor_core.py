@@ -141,7 +141,7 @@ def test_missing_compiler_warns_once_and_still_computes(tmp_path: Path) -> None:
 
 
 def test_library_is_built_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_core, "user_cache_path", lambda _: tmp_path)
+    monkeypatch.setenv("FP8C_CACHE_DIR", str(tmp_path))
     try:
         built = tensor_core._build()
     except (OSError, subprocess.CalledProcessError):
