@@ -204,21 +204,9 @@ def opt(
 ) -> None:
     """Run named passes on the captured step of MODEL and print the graph."""
     set_debugging(debug)
-    check_inputs_exist(spec, target)
-    from fp8c.models import parse_overrides
-    from fp8c.tools import compile_command, opt_command
+    request = model_request(model, spec, target, overrides, batch, seq, weights)
+    from fp8c.tools import opt_command
 
-    request = compile_command.Request(
-        model=model,
-        spec=spec,
-        target=target,
-        out=None,
-        overrides=parse_overrides(overrides),
-        batch=batch,
-        seq=seq,
-        weights=weights,
-        argv=command_line(),
-    )
     names = tuple(name.strip() for name in passes.split(",") if name.strip())
     sys.stdout.write(opt_command.rewritten_text(request, names))
 

@@ -53,7 +53,7 @@ EXPLANATIONS: dict[str, str] = {
     "stands in for any.",
     "E0408": "The .toml file is not a target record: a field is missing, unknown or of the wrong type.",
     "E0420": "An fp8c operator ran on a device for which nothing implements it. Kernels are registered when their "
-    "backend is imported: fp8c.backends.reference for the CPU, fp8c.decompositions for plain tensor operations on any "
+    "backend is imported: fp8c.backends.reference for the CPU, fp8c.ops.decompositions for plain tensor operations on any "
     "device.",
     "E0421": "The format cannot be produced by fp8c::quantize: it is not a quantized format, or it asks for stochastic "
     "rounding, which no kernel implements, or for delayed scales where there are none: they are for GEMM operands with one "

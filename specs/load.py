@@ -138,9 +138,6 @@ class Scope:
         """A selector of this file without names of sets."""
         return _Linker(self._unit, []).selector(selector)[0]
 
-    def set_selector(self, name: str) -> ast.Selector:
-        return self.selector(ast.SetRef(name, self.sets()[name].span))
-
 
 def loads(text: str, name: str = "<spec>", root: Path | None = None) -> Spec:
     """Load a spec from text; relative `use` paths start at `root`, and without one only `std:` files can be used."""

@@ -1,7 +1,7 @@
 """What PyTorch itself offers on CUDA: fused attention.
 
 Importing it registers `fp8c::attention` and its backward for CUDA. The other operators run in their plain-tensor form
-(`fp8c.decompositions`, imported here) until a backend with kernels registers its own.
+(`fp8c.ops.decompositions`, imported here) until a backend with kernels registers its own.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 All three take BF16 or FP16 (the last one FP32 too), keep scores and sums in FP32, round probabilities to the input's
 dtype before they meet v, and return the natural logarithm of the softmax sums; so forward and backward may use different
 ones. PyTorch's own checks (`torch.backends.cuda.can_use_*`) say which applies; where none does, the plain form in
-`fp8c.decompositions` runs.
+`fp8c.ops.decompositions` runs.
 
 B batch, H query heads, G key heads, Sq and Sk positions, D and Dv head dimensions.
 """
@@ -29,10 +29,10 @@ from fp8c.ops import check_attention, decompositions
 _ALIGNMENT = 8  # elements: the fused kernels read 16 bytes at a time
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel pads its softmax sums to this many queries
 _BIAS_ALIGNMENT = 16  # and wants rows of the bias to start at multiples of this
-#: PyTorch keeps cuDNN's backward plans by the sizes and strides of q, k and v and by the dropout (MHACacheKeyWrapper in
-#: ATen/native/cudnn/MHA.cpp, torch 2.11), but a plan also fixes the strides of `out` and `dout`. One made for attention
-#: run eagerly reads ours in its own layout: dq and dk are wrong without a word, and the other way round. The sign of
-#: this zero makes our plans a key of their own.
+#: PyTorch keeps cuDNN's backward plans by the sizes and strides of q, k and v and by the dropout, not by the strides of `out`
+#: and `dout`, which a plan fixes as well (MHACacheKeyWrapper in ATen/native/cudnn/MHA.cpp, torch 2.11, as its source reads).
+#: So that attention run eagerly in another layout can't lend us its plan, nor take ours, the sign of this zero makes ours a
+#: key of their own. Wrong dq and dk were seen beside eager attention once; that this was their cause is not confirmed.
 _NO_DROPOUT_KEY = -0.0
 
 

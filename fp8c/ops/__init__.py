@@ -2,7 +2,7 @@
 
 A quantized value is a pair (data, scale): x ~= data.float() * scale, one scale for each group of the format. Kernels
 live in `backends/`; importing one registers it (`backends.reference` for the CPU). A device without a kernel gets the
-plain-tensor form registered with `register_portable` (`fp8c.decompositions`), or error E0420.
+plain-tensor form registered with `register_portable` (`fp8c.ops.decompositions`), or error E0420.
 
 Legend of shapes: T tokens, M rows of the output, N outputs, K reduction, E experts, g0 x g1 the group; `offs` is int32
 [E], the cumulative end of each expert's rows, as `torch._grouped_mm` takes it.
@@ -87,7 +87,7 @@ def _portable_or_fail(name: str) -> Callable[..., Any]:
             raise fail(
                 "E0420",
                 f"no kernel is registered for fp8c::{name} on device '{device}'",
-                help="import fp8c.backends.reference (CPU) or fp8c.decompositions (any device)",
+                help="import fp8c.backends.reference (CPU) or fp8c.ops.decompositions (any device)",
             )
         return _PORTABLE[name](*args, **kwargs)
 

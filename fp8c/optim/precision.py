@@ -10,8 +10,7 @@
     precision.restore()
 
 Each combination is a compiled step of its own over the same parameters, compiled at its first call (or by `prepare`)
-and
-kept: going back and forth afterwards costs nothing. Inductor's caches hold what the combinations have in common.
+and kept: going back and forth afterwards costs nothing. Inductor's caches hold what the combinations have in common.
 """
 
 from __future__ import annotations

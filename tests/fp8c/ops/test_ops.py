@@ -247,6 +247,7 @@ def test_scale_rows_of_experts_are_bounded_and_distinct() -> None:
 
 def test_an_operator_without_a_kernel_says_what_to_import() -> None:
     script = """if True:
+        import importlib.util, re
         import torch
         from fp8c import ops
         from fp8c.diagnostics import DiagnosticError
@@ -254,6 +255,8 @@ def test_an_operator_without_a_kernel_says_what_to_import() -> None:
             ops.QUANTIZE(torch.ones(2, 2), "e4m3[1x128] fp32")
         except DiagnosticError as error:
             assert "error[E0420]: no kernel is registered for fp8c::quantize on device 'cpu'" in str(error)
+            named = re.findall(r"fp8c(?:[.][a-z_]+)+", error.diagnostics[0].help)
+            assert len(named) == 2 and all(importlib.util.find_spec(name) for name in named), named
         else:
             raise AssertionError("no error")
         import fp8c.ops.decompositions
