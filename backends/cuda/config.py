@@ -64,7 +64,8 @@ class GemmConfig:
     promote: bool = True
     unroll: bool = True
     flight: int = 1
-    staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
+    staging_bytes: int = 4096  # of one consumer warp: some chunks of the output; 0 where stages hold it
+    held_stages: int = 0  # whose memory takes the output of a tile at its end
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -135,8 +136,22 @@ class GemmConfig:
         }[self.scales]
         operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + self.scale_a_bytes + scale_b)  # multiples of 16
         tiles = TILE_SLOTS * (32 + 2 * 8)
-        barriers = 2 * stages * 8
+        barriers = 2 * stages * 8 + self.output_barriers * 8
         return operands + 4 * self.warpgroups * self.staging_bytes + tiles + barriers
+
+    @property
+    def output_barriers(self) -> int:
+        """One for each batch of chunks that is staged, one for each chunk whose stage takes another one once it is read."""
+        if self.held_stages == 0:
+            return 0
+        chunks = self.wave_n // self.chunk
+        batch = chunks if self.held_stages == 1 and chunks == 2 else self.held_stages
+        return math.ceil(chunks / batch) + max(0, chunks - batch)
+
+    @property
+    def out_box_rows(self) -> int:
+        """Rows of one store by TMA: a wave of all warpgroups, or a warp's part of it."""
+        return 64 * self.warpgroups if self.held_stages else 16
 
     def headers(self) -> dict[str, str]:
         """The two generated headers that gemm.cu includes."""
@@ -151,6 +166,8 @@ class GemmConfig:
             "UNROLL": max(self.stages - 1, 1) if self.unroll else 1,
             "BAND": self.band,
             "STAGING_BYTES": self.staging_bytes,
+            "HELD_STAGES": self.held_stages,
+            "OUTPUT_BARRIERS": self.output_barriers,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -176,8 +193,8 @@ def two_row_waves(
 ) -> GemmConfig:
     """256 x 128 tiles, each warpgroup two waves of 64 rows: the instance for large problems.
 
-    With PER_ROW scales a round of stages isn't unrolled, because then it takes more registers than there are; and one
-    staging buffer instead of two leaves room for a fourth stage.
+    With PER_ROW scales a round of stages isn't unrolled, because then it takes more registers than there are. Four stages
+    leave too little memory for the output, which therefore goes through stages that the tile has done with.
     """
     return GemmConfig(
         scales,
@@ -190,7 +207,8 @@ def two_row_waves(
         cluster=cluster,
         promote=promote,
         unroll=scales is not Scales.PER_ROW,
-        staging_bytes=2048,
+        staging_bytes=2048 if output is Output.BF16 else 0,
+        held_stages=1 if output is Output.BF16 else 3,
     )
 
 

@@ -32,11 +32,13 @@ constexpr bool A_IN_REGISTERS = WAVES_M == 1 && WAVE_N <= 128 && FLIGHT == 1;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.
-// Warps of the producer's warpgroup: one drives TMA, one walks the schedule, one fetches 128x128 scales, one those of few
-// rows. Several jobs for several warps, because each has few registers.
+// Warps of the producer's warpgroup: one loads by TMA, one walks the schedule, one fetches 128x128 scales, one stores the output
+// of large tiles or fetches A's scales of few rows. Several jobs for several warps, because each has few registers.
 constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0;
 constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, FEW_ROWS_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
-constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS;
+constexpr int STORE_WARP = FEW_ROWS_WARP;  // no kernel has both
+constexpr int STORE_WARPS = HELD_STAGES > 0 ? 1 : 0;
+constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS + STORE_WARPS;
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
@@ -67,7 +69,6 @@ constexpr int SCALE_B_BYTES = SCALES == PER_ROW ? TILE_N * 4 : 0;
 // TMA writes to multiples of 128 bytes.
 constexpr int SCALE_B_STRIDE =
     SCALES == PER_BLOCK ? (WAVES_N * SEGMENT_SLOTS * 4 + 15) / 16 * 16 : (SCALE_B_BYTES + 127) / 128 * 128;
-constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SCALE_A_BYTES + SCALE_B_BYTES;
 constexpr int OFFSET_B = STAGES * A_BYTES, OFFSET_STAGING = OFFSET_B + STAGES * B_BYTES;
 constexpr int OFFSET_SCALE_A = OFFSET_STAGING + CONSUMER_WARPS * STAGING_BYTES;
 constexpr int OFFSET_SCALE_B = OFFSET_SCALE_A + STAGES * SCALE_A_STRIDE;
@@ -75,7 +76,8 @@ constexpr int OFFSET_TILES = OFFSET_SCALE_B + STAGES * SCALE_B_STRIDE;
 constexpr int TILE_SLOTS = 4;  // consumer warpgroups may be some tiles apart when K is short
 constexpr int OFFSET_STAGE_BARRIERS = OFFSET_TILES + TILE_SLOTS * sizeof(Tile);
 constexpr int OFFSET_TILE_BARRIERS = OFFSET_STAGE_BARRIERS + 2 * STAGES * 8;
-constexpr int SHARED_BYTES = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;
+constexpr int OFFSET_OUTPUT_BARRIERS = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;
+constexpr int SHARED_BYTES = OFFSET_OUTPUT_BARRIERS + OUTPUT_BARRIERS * 8;
 static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "config.py and the kernel disagree about shared memory");
 
 struct Arguments {
@@ -111,10 +113,10 @@ using Schedule = ScheduleOf<GROUPING>::type;
 // nothing is masked.
 DEVICE int blocks_of(const Tile& tile) { return ceil_div(tile.k_length, BLOCK_K); }
 
-// Every tile takes whole rounds of stages, the last one with idle stages if need be: the consumers' loop over a round is
-// unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
+// Every tile takes whole rounds of stages, at least one, the last one with idle stages if need be: the consumers' loop over a
+// round is unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
 constexpr int ROUND = FLIGHT == 1 ? STAGES : FLIGHT;
-DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, ROUND) * ROUND; }
+DEVICE int whole_rounds(int blocks) { return ceil_div(max(blocks, 1), ROUND) * ROUND; }
 
 // With few rows all thread blocks would ask for the same few sectors of A's scales, k-block by k-block; then a warp
 // reads those of many k-blocks at a time instead of TMA.
@@ -346,11 +348,11 @@ constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
 constexpr int CHUNK_BYTES = 16 * CHUNK * OUT_BYTES, CHUNKS = WAVE_N / CHUNK;
 __device__ constexpr int staging_buffers() {
     int buffers = STAGING_BYTES / CHUNK_BYTES;
-    while (WAVES * CHUNKS % buffers != 0) --buffers;  // the next tile starts with the first buffer
+    while (buffers > 1 && WAVES * CHUNKS % buffers != 0) --buffers;  // the next tile starts with the first buffer
     return buffers;
 }
 constexpr int BUFFERS = staging_buffers();
-static_assert(CHUNK_BYTES <= STAGING_BYTES);
+static_assert(HELD_STAGES > 0 || CHUNK_BYTES <= STAGING_BYTES);
 static_assert(CHUNK == CHUNK_OF_HOST, "the host's output map has other boxes");
 
 DEVICE uint32 staged(uint32 buffer, int row, int byte) {
@@ -420,6 +422,16 @@ DEVICE void copy_chunk(const Arguments& args, uint32 buffer, const Tile& tile, i
 DEVICE constexpr int wave_row(int w) { return WAVES_M == 1 ? 0 : w * WARPGROUPS * 64; }
 DEVICE constexpr int wave_col(int w) { return WAVES_N == 1 ? 0 : w * WAVE_N; }
 
+// TMA clips at the tensor's last row, not at a group's.
+DEVICE bool is_stored_by_tma(const Arguments& args, const Tile& tile, int first_row, int rows) {
+    return args.out_aligned && (first_row + rows <= tile.row_end || tile.row_end == args.problem.m);
+}
+
+DEVICE void store_chunk(const TensorMap& map_out, uint32 source, const Tile& tile, int col, int row) {
+    if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, source, col, row, tile.group);
+    else store_tile(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+}
+
 // Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:
 // were this a loop that the compiler chose not to unroll, `acc` would be indexed at run time and move to local memory.
 // Each chunk is a group of stores, empty where TMA has nothing to write, so that chunks alternate between the buffers.
@@ -436,17 +448,130 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
             stage_chunk(buffer, acc[wave], chunk, lane);
             fence_async();
             __syncwarp();
-            // TMA clips at the tensor's last row, not at a group's.
-            if (!args.out_aligned || (tile.row_end - row < 16 && tile.row_end != args.problem.m)) {
-                copy_chunk(args, buffer, tile, row, col, lane);
-            } else if (elect_one()) {
-                if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, buffer, col, row, tile.group);
-                else store_tile(map_out, buffer, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
-            }
+            if (!is_stored_by_tma(args, tile, row, 16)) copy_chunk(args, buffer, tile, row, col, lane);
+            else if (elect_one()) store_chunk(map_out, buffer, tile, col, row);
         }
         commit_stores();
         write_chunks<index + 1>(args, map_out, staging, tile, acc, row0, lane);
     }
+}
+
+// Large tiles leave no memory to stage their output in. Their consumers keep the last HELD_STAGES stages of a tile and write the
+// output there, in pieces of a chunk of columns of one wave of all warpgroups. The store warp hands the pieces to TMA, waits
+// until they are read, and frees the stages for the next tile, whose first k-blocks lie in the others. So consumers don't
+// wait for the memory that the output goes to, unless pieces outnumber their places.
+//
+// BF16 holds one stage: a chunk where A was, the other one where B was and in staging memory. FP32 holds several: a chunk
+// where the A of each was, and the last ones where the first ones were.
+constexpr int BOX_ROWS = WARPGROUPS * 64, PIECE_BYTES = BOX_ROWS * 128;  // also TMA's boxes
+constexpr bool TAKES_B = HELD_STAGES == 1 && CHUNKS == 2;
+static_assert(!TAKES_B || (PIECE_BYTES <= B_BYTES && PIECE_BYTES <= CONSUMER_WARPS * STAGING_BYTES));
+
+// So many chunks are handed over at a time.
+constexpr int BATCH = HELD_STAGES == 0 || TAKES_B ? CHUNKS : HELD_STAGES;
+constexpr int BATCHES = (CHUNKS + BATCH - 1) / BATCH;
+static_assert(HELD_STAGES == 0 || OUTPUT_BARRIERS == BATCHES + (BATCH < CHUNKS ? CHUNKS - BATCH : 0), "config.py counts other barriers");
+
+// Stages are freed in the order in which the next tile wants them, so the ones used twice are the last.
+DEVICE constexpr uint32 stage_of_chunk(int chunk) { return TAKES_B ? STAGES - 1 : STAGES - 1 - (CHUNKS - 1 - chunk) % BATCH; }
+DEVICE constexpr bool is_reused(int chunk) { return chunk + BATCH < CHUNKS; }
+
+DEVICE constexpr uint32 offset_of_piece(int chunk, int wave) {
+    if (TAKES_B && chunk == 1) return wave == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES;
+    return stage_of_chunk(chunk) * A_BYTES + wave * PIECE_BYTES;
+}
+
+DEVICE uint32 staged_barrier(uint32 shared, int batch) { return shared + OFFSET_OUTPUT_BARRIERS + batch * 8; }
+DEVICE uint32 drained_barrier(uint32 shared, int chunk) { return shared + OFFSET_OUTPUT_BARRIERS + (BATCHES + chunk) * 8; }
+
+// One consumer warp: its part of the chunks from number `first` on. `row0` is the warp's first row in the tile, `phase` of the
+// barriers of the output.
+template <int first>
+DEVICE void stage_output(const Arguments& args, uint32 shared, const Tile& tile, const float (&acc)[WAVES][PART], int row0,
+                         int lane, uint32 phase) {
+    if constexpr (first < CHUNKS) {
+        constexpr int end = first + BATCH < CHUNKS ? first + BATCH : CHUNKS;
+#pragma unroll
+        for (int chunk = first; chunk < end; ++chunk) {
+            if (chunk >= BATCH) barrier_wait(drained_barrier(shared, chunk - BATCH), phase);
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w) {
+                if (TAKES_B && chunk == 1 && w == 1) consumers_sync<CONSUMER_WARPS * 32>();  // all have read B
+                stage_chunk(shared + offset_of_piece(chunk, w) + row0 * 128, acc[w], chunk, lane);
+            }
+        }
+        fence_async();
+        __syncwarp();
+#pragma unroll 1
+        for (int w = 0; w < WAVES; ++w) {
+            if (is_stored_by_tma(args, tile, tile.row + wave_row(w), BOX_ROWS)) continue;
+#pragma unroll 1
+            for (int chunk = first; chunk < end; ++chunk)
+                copy_chunk(args, shared + offset_of_piece(chunk, w) + row0 * 128, tile, tile.row + row0 + wave_row(w),
+                           tile.col + chunk * CHUNK, lane);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(staged_barrier(shared, first / BATCH));
+        stage_output<first + BATCH>(args, shared, tile, acc, row0, lane, phase);
+    }
+}
+
+// As if all consumer warps had.
+DEVICE void release_for_consumers(uint32 shared, uint32 s) {
+    const uint32 empty = shared + OFFSET_STAGE_BARRIERS + (STAGES + s) * 8;
+    if constexpr (CLUSTER == 1) barrier_arrive(empty, CONSUMER_WARPS);
+    else
+        for (int block = 0; block < CLUSTER; ++block) barrier_arrive_remote(empty, block, CONSUMER_WARPS);
+}
+
+// One thread of the store warp. Each chunk is a group of stores.
+template <int chunk>
+DEVICE void store_chunks(const Arguments& args, const TensorMap& map_out, uint32 shared, const Tile& tile, uint32 phase) {
+    if constexpr (chunk < CHUNKS) {
+        if constexpr (chunk % BATCH == 0) barrier_wait(staged_barrier(shared, chunk / BATCH), phase);
+        const int col = tile.col + chunk * CHUNK;
+#pragma unroll
+        for (int w = 0; w < WAVES; ++w) {
+            const int row = tile.row + wave_row(w);
+            if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, BOX_ROWS))
+                store_chunk(map_out, shared + offset_of_piece(chunk, w), tile, col, row);
+        }
+        commit_stores();
+        // The chunk before may be read while this one waits for its turn; the next batch must not wait for what waits for it.
+        if constexpr (chunk % BATCH > 0 && is_reused(chunk - 1)) {
+            wait_stores_read<1>();
+            barrier_arrive(drained_barrier(shared, chunk - 1));
+        }
+        if constexpr ((chunk + 1) % BATCH == 0 && is_reused(chunk)) {
+            wait_stores_read<0>();
+            barrier_arrive(drained_barrier(shared, chunk));
+        }
+        store_chunks<chunk + 1>(args, map_out, shared, tile, phase);
+    }
+}
+
+template <int chunk>
+DEVICE void free_stages(uint32 shared) {
+    if constexpr (chunk < CHUNKS) {
+        wait_stores_read<CHUNKS - 1 - chunk>();
+        if constexpr (!TAKES_B || chunk == CHUNKS - 1) release_for_consumers(shared, stage_of_chunk(chunk));
+        free_stages<chunk + 1>(shared);
+    }
+}
+
+// One thread.
+DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32 shared) {
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    for (uint32 phase = 0;; phase ^= 1) {
+        tiles.wait_full();
+        const Tile tile = read_tile(shared, tiles);
+        barrier_arrive(tiles.empty());
+        tiles.advance();
+        if (tile.is_end) break;
+        store_chunks<0>(args, map_out, shared, tile, phase);
+        free_stages<CHUNKS - (BATCH < CHUNKS ? BATCH : CHUNKS)>(shared);
+    }
+    wait_stores();
 }
 
 // Consumer -------------------------------------------------------------------------------------------------------
@@ -496,9 +621,9 @@ DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
 }
 
 // One k-block out of stage `s`, the first `waves` waves of it, and the fragment of A of the next one, if there is one, out
-// of stage `next`.
+// of stage `next`. In the last round of a tile, the stages that take its output are not freed.
 template <bool last_of_tile_possible, int waves>
-DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool accumulate) {
+DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool is_last_round, bool accumulate) {
     float part[PART];
     float2 b_columns[WAVE_N / 8];
     float a_scale[2];
@@ -534,7 +659,7 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
 
         if (w == waves - 1) {
             __syncwarp();
-            release_stage(c, s);  // nothing of it is read below
+            if (s < STAGES - HELD_STAGES || !is_last_round) release_stage(c, s);  // nothing of it is read below
             // Before the promotion, so that the loads' latency hides behind it.
             if (!last_of_tile_possible || has_next) {
                 barrier_wait(c.barriers + next * 8, next_phase);
@@ -558,20 +683,21 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
     }
     int block = 0;
     for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
+        const bool is_last = block + STAGES == blocks;
 #pragma unroll UNROLL
         for (int s = 0; s + 1 < STAGES; ++s)
-            multiply_block<false, waves>(c, s, s + 1, phase, true, !PROMOTE && block + s > 0);
-        multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, !PROMOTE);
+            multiply_block<false, waves>(c, s, s + 1, phase, true, is_last, !PROMOTE && block + s > 0);
+        multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last, !PROMOTE);
     }
-    if (block < blocks) {
+    if (block < max(blocks, 1)) {
 #pragma unroll 1
         for (int s = 0; block < blocks; ++s, ++block)
-            multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, !PROMOTE && block > 0);
+            multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
 #pragma unroll 1
         for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
             barrier_wait(c.barriers + s * 8, phase);
             __syncwarp();
-            release_stage(c, s);
+            if (s < STAGES - HELD_STAGES) release_stage(c, s);
         }
         phase ^= 1;
     }
@@ -660,6 +786,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     StageRing stages(c.barriers);  // FLIGHT > 1
     uint32 phase = 0;              // of the ring of stages, else
+    uint32 output_phase = 0;
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
@@ -686,8 +813,14 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             const Tile done = read_tile(shared, tiles);
             release_tile(tiles);
             const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
-            write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
-                            done.row + warp_again * 16, thread % 32);
+            if constexpr (HELD_STAGES > 0) {
+                warpgroup_sync(warp_again / 4);  // A of the last stages: wgmma of all four warps have read it
+                stage_output<0>(args, shared, done, c.acc, warp_again * 16, thread % 32, output_phase);
+                output_phase ^= 1;
+            } else {
+                write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
+                                done.row + warp_again * 16, thread % 32);
+            }
             __syncwarp();  // wgmma wants whole warps
         }
     }
@@ -707,6 +840,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const int writers = 1 + SCALE_WARPS + (few_rows ? 1 << few_rows_shift(args.problem) : 0);
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
         TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
+        for (int i = 0; i < OUTPUT_BARRIERS; ++i)
+            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, i < BATCHES ? CONSUMER_WARPS : 1);
         barrier_init_done();
         prefetch_map(map_a);
         prefetch_map(map_b);
@@ -724,6 +859,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (threadIdx.x % 32 == 0) schedule_tiles(args.problem, shared);
         } else if (SCALE_WARPS > 0 && warp == SCALE_WARP) {
             fetch_block_scales(args, shared);
+        } else if (STORE_WARPS > 0 && warp == STORE_WARP) {
+            if (elect_one()) store_output(args, map_out, shared);
         } else if (warp == FEW_ROWS_WARP && has_few_rows(args.problem)) {
             fetch_few_row_scales(args, shared);
         }
