@@ -109,7 +109,7 @@ def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
 
 def _small_block_clocks(config: GemmConfig, shape: Shape, tiles: float) -> float:
     """A k-block of a tile with several in flight, measured with M = 64 and 128: what its columns, its rows and L2 cost."""
-    columns = (0.2 if config.warpgroups == 1 else 2.7) * config.tile_n
+    columns = (0.2 if config.warpgroups == 1 else 2.7 if config.flight == 4 else 0.8) * config.tile_n
     segments = 6 * config.wave_n // math.gcd(config.wave_n, BLOCK_K)  # each has its scale of B to load and multiply
     latency = (380 if config.flight != 4 else 210 if config.warpgroups == 1 else 300) + columns + segments
     tensor = config.tile_m * config.tile_n / 32 / (0.6 if config.warpgroups == 1 else _utilisation(config))
