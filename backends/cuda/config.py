@@ -66,6 +66,11 @@ class GemmConfig:
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output; 0 where stages hold it
     held_stages: int = 0  # whose memory takes the output of a tile at its end
+    own: bool = False
+    lead: int = 0  # k-blocks that the first warpgroup is ahead
+    peel: bool = False
+    prefetch: bool = False
+    stagger: int = 0
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -136,7 +141,7 @@ class GemmConfig:
         }[self.scales]
         operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + self.scale_a_bytes + scale_b)  # multiples of 16
         tiles = TILE_SLOTS * (32 + 2 * 8)
-        barriers = 2 * stages * 8 + self.output_barriers * 8
+        barriers = 2 * stages * 8 + self.output_barriers * 8 + (8 if self.lead else 0)
         return operands + 4 * self.warpgroups * self.staging_bytes + tiles + barriers
 
     @property
@@ -144,6 +149,8 @@ class GemmConfig:
         """One for each batch of chunks that is staged, one for each chunk whose stage takes another one once it is read."""
         if self.held_stages == 0:
             return 0
+        if self.own:
+            return 3
         chunks = self.wave_n // self.chunk
         batch = chunks if self.held_stages == 1 and chunks == 2 else self.held_stages
         return math.ceil(chunks / batch) + max(0, chunks - batch)
@@ -151,7 +158,7 @@ class GemmConfig:
     @property
     def out_box_rows(self) -> int:
         """Rows of one store by TMA: a wave of all warpgroups, or a warp's part of it."""
-        return 64 * self.warpgroups if self.held_stages else 16
+        return (64 if self.own else 64 * self.warpgroups) if self.held_stages else 16
 
     def headers(self) -> dict[str, str]:
         """The two generated headers that gemm.cu includes."""
@@ -168,6 +175,11 @@ class GemmConfig:
             "STAGING_BYTES": self.staging_bytes,
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
+            "OWN": int(self.own),
+            "LEAD": self.lead,
+            "PEEL": int(self.peel),
+            "PREFETCH": int(self.prefetch),
+            "STAGGER": self.stagger,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,

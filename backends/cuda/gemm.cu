@@ -43,6 +43,7 @@ constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
 static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
+static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
 static_assert(WAVE_N % 8 == 0 && (WAVES + FLIGHT) * WAVE_N / 2 <= 192, "accumulators and what is in flight must fit into registers");
 
@@ -77,7 +78,8 @@ constexpr int TILE_SLOTS = 4;  // consumer warpgroups may be some tiles apart wh
 constexpr int OFFSET_STAGE_BARRIERS = OFFSET_TILES + TILE_SLOTS * sizeof(Tile);
 constexpr int OFFSET_TILE_BARRIERS = OFFSET_STAGE_BARRIERS + 2 * STAGES * 8;
 constexpr int OFFSET_OUTPUT_BARRIERS = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;
-constexpr int SHARED_BYTES = OFFSET_OUTPUT_BARRIERS + OUTPUT_BARRIERS * 8;
+constexpr int OFFSET_LEAD_BARRIER = OFFSET_OUTPUT_BARRIERS + OUTPUT_BARRIERS * 8;
+constexpr int SHARED_BYTES = OFFSET_LEAD_BARRIER + (LEAD > 0 ? 8 : 0);
 static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "config.py and the kernel disagree about shared memory");
 
 struct Arguments {
@@ -158,6 +160,11 @@ DEVICE void schedule_tiles(const Problem& p, uint32 shared) {
     Schedule schedule(p);
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     Tile tile;
+    if constexpr (STAGGER > 0) {
+        const long long start = clock64();
+        const int delay = stagger_of(p) * STAGGER;
+        while (clock64() - start < delay) {}
+    }
     while (schedule.next(tile)) send_tile(shared, tiles, tile);
     tile.is_end = 1;
     send_tile(shared, tiles, tile);
@@ -310,6 +317,14 @@ DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
 // of its warp's 16 rows.
 constexpr int PART = WAVE_N / 2;
 
+// The first product of a tile begins the sum: the accumulators need no zeros.
+template <bool is_first>
+DEVICE void add_product(float& acc, float scale, float part) {
+    if constexpr (is_first) acc = scale * part;
+    else acc += scale * part;
+}
+
+template <bool is_first>
 DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
                            const float (&b)[SEGMENT_SLOTS]) {
 #pragma unroll
@@ -317,22 +332,23 @@ DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const 
         const float s0 = a[0] * b[segment], s1 = a[1] * b[segment];
 #pragma unroll
         for (int i = segment * (SEGMENT / 8); i < (segment + 1) * (SEGMENT / 8); ++i) {
-            acc[4 * i] += s0 * part[4 * i];
-            acc[4 * i + 1] += s0 * part[4 * i + 1];
-            acc[4 * i + 2] += s1 * part[4 * i + 2];
-            acc[4 * i + 3] += s1 * part[4 * i + 3];
+            add_product<is_first>(acc[4 * i], s0, part[4 * i]);
+            add_product<is_first>(acc[4 * i + 1], s0, part[4 * i + 1]);
+            add_product<is_first>(acc[4 * i + 2], s1, part[4 * i + 2]);
+            add_product<is_first>(acc[4 * i + 3], s1, part[4 * i + 3]);
         }
     }
 }
 
+template <bool is_first>
 DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
                          const float2 (&b)[WAVE_N / 8]) {
 #pragma unroll
     for (int i = 0; i < WAVE_N / 8; ++i) {
-        acc[4 * i] += a[0] * b[i].x * part[4 * i];
-        acc[4 * i + 1] += a[0] * b[i].y * part[4 * i + 1];
-        acc[4 * i + 2] += a[1] * b[i].x * part[4 * i + 2];
-        acc[4 * i + 3] += a[1] * b[i].y * part[4 * i + 3];
+        add_product<is_first>(acc[4 * i], a[0] * b[i].x, part[4 * i]);
+        add_product<is_first>(acc[4 * i + 1], a[0] * b[i].y, part[4 * i + 1]);
+        add_product<is_first>(acc[4 * i + 2], a[1] * b[i].x, part[4 * i + 2]);
+        add_product<is_first>(acc[4 * i + 3], a[1] * b[i].y, part[4 * i + 3]);
     }
 }
 
@@ -463,14 +479,15 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
 //
 // BF16 holds one stage: a chunk where A was, the other one where B was and in staging memory. FP32 holds several: a chunk
 // where the A of each was, and the last ones where the first ones were.
-constexpr int BOX_ROWS = WARPGROUPS * 64, PIECE_BYTES = BOX_ROWS * 128;  // also TMA's boxes
+constexpr int BOX_ROWS = OWN ? 64 : WARPGROUPS * 64;  // of TMA
+constexpr int PIECE_BYTES = WARPGROUPS * 64 * 128;
 constexpr bool TAKES_B = HELD_STAGES == 1 && CHUNKS == 2;
 static_assert(!TAKES_B || (PIECE_BYTES <= B_BYTES && PIECE_BYTES <= CONSUMER_WARPS * STAGING_BYTES));
 
 // So many chunks are handed over at a time.
 constexpr int BATCH = HELD_STAGES == 0 || TAKES_B ? CHUNKS : HELD_STAGES;
 constexpr int BATCHES = (CHUNKS + BATCH - 1) / BATCH;
-static_assert(HELD_STAGES == 0 || OUTPUT_BARRIERS == BATCHES + (BATCH < CHUNKS ? CHUNKS - BATCH : 0), "config.py counts other barriers");
+static_assert(HELD_STAGES == 0 || OWN || OUTPUT_BARRIERS == BATCHES + (BATCH < CHUNKS ? CHUNKS - BATCH : 0), "config.py counts other barriers");
 
 // Stages are freed in the order in which the next tile wants them, so the ones used twice are the last.
 DEVICE constexpr uint32 stage_of_chunk(int chunk) { return TAKES_B ? STAGES - 1 : STAGES - 1 - (CHUNKS - 1 - chunk) % BATCH; }
@@ -514,6 +531,38 @@ DEVICE void stage_output(const Arguments& args, uint32 shared, const Tile& tile,
         if (lane == 0) barrier_arrive(staged_barrier(shared, first / BATCH));
         stage_output<first + BATCH>(args, shared, tile, acc, row0, lane, phase);
     }
+}
+
+// OWN: each warpgroup has memory of its own for all of its output, so it waits for nobody but the first one's reads of B.
+constexpr int OWN_PIECE = 64 * 128;
+static_assert(!OWN || (TAKES_B && WARPGROUPS == 2 && OUTPUT_BARRIERS == 3));
+DEVICE uint32 own_piece(int chunk, int wave, uint32 warpgroup) {
+    if (chunk == 0) return (STAGES - 1) * A_BYTES + wave * PIECE_BYTES + warpgroup * OWN_PIECE;
+    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + wave * OWN_PIECE;
+}
+
+DEVICE void stage_own_output(const Arguments& args, uint32 shared, const Tile& tile, const float (&acc)[WAVES][PART], uint32 warp,
+                             int lane, uint32 phase) {
+    const uint32 warpgroup = warp / 4, own_rows = warp % 4 * 16;
+    const uint32 has_read_b = shared + OFFSET_OUTPUT_BARRIERS + 2 * 8;
+    if (warpgroup == 0 && lane == 0) barrier_arrive(has_read_b);
+#pragma unroll
+    for (int w = 0; w < WAVES; ++w) stage_chunk(shared + own_piece(0, w, warpgroup) + own_rows * 128, acc[w], 0, lane);
+    if (warpgroup == 1) barrier_wait(has_read_b, phase);
+#pragma unroll
+    for (int w = 0; w < WAVES; ++w) stage_chunk(shared + own_piece(1, w, warpgroup) + own_rows * 128, acc[w], 1, lane);
+    fence_async();
+    __syncwarp();
+#pragma unroll 1
+    for (int w = 0; w < WAVES; ++w) {
+        const int row = tile.row + wave_row(w) + warpgroup * 64;
+        if (is_stored_by_tma(args, tile, row, BOX_ROWS)) continue;
+#pragma unroll 1
+        for (int chunk = 0; chunk < CHUNKS; ++chunk)
+            copy_chunk(args, shared + own_piece(chunk, w, warpgroup) + own_rows * 128, tile, row + own_rows, tile.col + chunk * CHUNK, lane);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(staged_barrier(shared, warpgroup));
 }
 
 // As if all consumer warps had.
@@ -568,6 +617,24 @@ DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32
         barrier_arrive(tiles.empty());
         tiles.advance();
         if (tile.is_end) break;
+        if constexpr (OWN) {
+#pragma unroll 1
+            for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+                barrier_wait(staged_barrier(shared, warpgroup), phase);
+#pragma unroll
+                for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+                    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                        const int row = tile.row + wave_row(w) + warpgroup * 64, col = tile.col + chunk * CHUNK;
+                        if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, BOX_ROWS))
+                            store_chunk(map_out, shared + own_piece(chunk, w, warpgroup), tile, col, row);
+                    }
+                commit_stores();
+            }
+            wait_stores_read<0>();
+            release_for_consumers(shared, STAGES - 1);
+            continue;
+        }
         store_chunks<0>(args, map_out, shared, tile, phase);
         free_stages<CHUNKS - (BATCH < CHUNKS ? BATCH : CHUNKS)>(shared);
     }
@@ -583,6 +650,7 @@ struct Consumer {
     uint32 scale_a, scale_b;
     uint32 barriers;  // of the stages
     int lane;
+    bool leads;  // the first warpgroup
     float acc[WAVES][PART];
     uint32 a[4][4];  // A_IN_REGISTERS: this warpgroup's rows of A in the current k-block
 };
@@ -622,7 +690,7 @@ DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
 
 // One k-block out of stage `s`, the first `waves` waves of it, and the fragment of A of the next one, if there is one, out
 // of stage `next`. In the last round of a tile, the stages that take its output are not freed.
-template <bool last_of_tile_possible, int waves>
+template <bool last_of_tile_possible, int waves, bool is_first = false>
 DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool is_last_round, bool accumulate) {
     float part[PART];
     float2 b_columns[WAVE_N / 8];
@@ -666,12 +734,18 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
                 if constexpr (A_IN_REGISTERS) load_a(c, next);
             }
         }
-        if constexpr (SCALES == PER_BLOCK) promote_blocks(c.acc[w], part, a_scale, b_scale);
-        else if constexpr (SCALES == PER_ROW) promote_rows(c.acc[w], part, a_scale, b_columns);
+        if constexpr (SCALES == PER_BLOCK) promote_blocks<is_first>(c.acc[w], part, a_scale, b_scale);
+        else if constexpr (SCALES == PER_ROW) promote_rows<is_first>(c.acc[w], part, a_scale, b_columns);
         else if constexpr (PROMOTE)
 #pragma unroll
-            for (int i = 0; i < PART; ++i) c.acc[w][i] += part[i];
+            for (int i = 0; i < PART; ++i) c.acc[w][i] = is_first ? part[i] : c.acc[w][i] + part[i];
     }
+}
+
+// The second warpgroup begins a tile when the first one has done LEAD k-blocks of it; so the two end tiles at different
+// times, and one multiplies while the other writes.
+DEVICE void let_follow(const Consumer& c) {
+    if (c.leads && c.lane == 0) barrier_arrive(c.barriers + OFFSET_LEAD_BARRIER - OFFSET_STAGE_BARRIERS);
 }
 
 // The k-blocks of one tile; `phase` is of the ring of stages, which the tile begins and ends at stage 0.
@@ -682,17 +756,25 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
         if constexpr (A_IN_REGISTERS) load_a(c, 0);
     }
     int block = 0;
+    if (PEEL && blocks >= STAGES) {
+        multiply_block<false, waves, true>(c, 0, 1, phase, true, blocks == STAGES, false);
+        if (LEAD == 1) let_follow(c);
+    }
     for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
         const bool is_last = block + STAGES == blocks;
 #pragma unroll UNROLL
-        for (int s = 0; s + 1 < STAGES; ++s)
+        for (int s = PEEL && UNROLL == 1 && block == 0; s + 1 < STAGES; ++s) {
+            if (PEEL && UNROLL > 1 && s == 0 && block == 0) continue;
             multiply_block<false, waves>(c, s, s + 1, phase, true, is_last, !PROMOTE && block + s > 0);
+            if ((LEAD > 1 || (!PEEL && LEAD == 1)) && s == LEAD - 1 && block == 0) let_follow(c);
+        }
         multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last, !PROMOTE);
     }
     if (block < max(blocks, 1)) {
 #pragma unroll 1
         for (int s = 0; block < blocks; ++s, ++block)
             multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
+        if (LEAD > 0 && blocks < STAGES) let_follow(c);
 #pragma unroll 1
         for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
             barrier_wait(c.barriers + s * 8, phase);
@@ -732,7 +814,7 @@ DEVICE void finish_block(Consumer& c, InFlight& x) {
     pin(x.part);
     __syncwarp();
     release_stage(c, x.stage);
-    promote_blocks(c.acc[0], x.part, x.a_scale, x.b_scale);
+    promote_blocks<false>(c.acc[0], x.part, x.a_scale, x.b_scale);
 }
 
 template <int index>
@@ -767,12 +849,24 @@ DEVICE void multiply_in_flight(Consumer& c, int blocks, StageRing& stages) {
     }
 }
 
+// What the sum will be added to comes from memory: into L2 while the tile is multiplied.
+DEVICE void prefetch_output(const Arguments& args, const Tile& tile) {
+    constexpr int LINES = TILE_N / 32;
+#pragma unroll 1
+    for (int i = thread_index_again(); i < TILE_M * LINES; i += 128 * WARPGROUPS) {
+        const int row = tile.row + i / LINES, col = tile.col + i % LINES * 32;
+        if (row < tile.row_end && col < args.problem.n)
+            prefetch_line(static_cast<const float*>(args.out) + tile.group * args.out_group + row * args.out_row + col);
+    }
+}
+
 DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_out) {
     const uint32 warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
     const int lane = threadIdx.x % 32, row0 = warpgroup * 64 + warp % 4 * 16;  // of this warp in the tile
 
     Consumer c;
     c.lane = lane;
+    c.leads = warpgroup == 0;
     c.barriers = shared + OFFSET_STAGE_BARRIERS;
     c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
     c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
@@ -786,17 +880,23 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     StageRing stages(c.barriers);  // FLIGHT > 1
     uint32 phase = 0;              // of the ring of stages, else
-    uint32 output_phase = 0;
+    uint32 output_phase = 0, lead_phase = 0;
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
         if (tile.is_end) break;
         const int blocks = blocks_of(tile);
         if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
+        if constexpr (PREFETCH && OUTPUT == FP32_ADD) prefetch_output(args, tile);
+        if (!PEEL || FLIGHT > 1 || blocks < STAGES)
 #pragma unroll
-        for (int w = 0; w < WAVES; ++w)
+            for (int w = 0; w < WAVES; ++w)
 #pragma unroll
-            for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+                for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+        if constexpr (LEAD > 0) {
+            if (!c.leads) barrier_wait(shared + OFFSET_LEAD_BARRIER, lead_phase);
+            lead_phase ^= 1;
+        }
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
         else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
@@ -815,7 +915,8 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
             if constexpr (HELD_STAGES > 0) {
                 warpgroup_sync(warp_again / 4);  // A of the last stages: wgmma of all four warps have read it
-                stage_output<0>(args, shared, done, c.acc, warp_again * 16, thread % 32, output_phase);
+                if constexpr (OWN) stage_own_output(args, shared, done, c.acc, warp_again, thread % 32, output_phase);
+                else stage_output<0>(args, shared, done, c.acc, warp_again * 16, thread % 32, output_phase);
                 output_phase ^= 1;
             } else {
                 write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
@@ -841,7 +942,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
         TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
         for (int i = 0; i < OUTPUT_BARRIERS; ++i)
-            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, i < BATCHES ? CONSUMER_WARPS : 1);
+            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, OWN ? 4 : i < BATCHES ? CONSUMER_WARPS : 1);
+        if (LEAD > 0) barrier_init(shared + OFFSET_LEAD_BARRIER, 4);
         barrier_init_done();
         prefetch_map(map_a);
         prefetch_map(map_b);
