@@ -66,6 +66,7 @@ class GemmConfig:
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output; 0 where stages hold it
     held_stages: int = 0  # whose memory takes the output of a tile at its end
+    direct: bool = False
     own: bool = False
     lead: int = 0  # k-blocks that the first warpgroup is ahead
     peel: bool = False
@@ -150,7 +151,7 @@ class GemmConfig:
         if self.held_stages == 0:
             return 0
         if self.own:
-            return 3
+            return 4 * (self.wave_n // self.chunk // (self.held_stages + 1)) - 1
         chunks = self.wave_n // self.chunk
         batch = chunks if self.held_stages == 1 and chunks == 2 else self.held_stages
         return math.ceil(chunks / batch) + max(0, chunks - batch)
@@ -175,6 +176,7 @@ class GemmConfig:
             "STAGING_BYTES": self.staging_bytes,
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
+            "DIRECT": int(self.direct),
             "OWN": int(self.own),
             "LEAD": self.lead,
             "PEEL": int(self.peel),

@@ -472,6 +472,29 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
     }
 }
 
+// Adds a warp's rows from registers, eight bytes of each column pair at a time: whole sectors, no staging, nothing to wait for.
+DEVICE void add_output(const Arguments& args, const Tile& tile, const float (&acc)[WAVES][PART], int row0, int lane) {
+#pragma unroll
+    for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = tile.row + row0 + wave_row(w) + lane / 4 + 8 * h;
+            float* out = static_cast<float*>(args.out) + tile.group * args.out_group + row * args.out_row;
+            const int col0 = tile.col + wave_col(w) + lane % 4 * 2;
+            if (row < tile.row_end)
+#pragma unroll
+                for (int i = 0; i < WAVE_N / 8; ++i) {
+                    const int col = col0 + i * 8;
+                    if (args.out_aligned && col + 1 < args.problem.n) {
+                        add_global2(out + col, acc[w][4 * i + 2 * h], acc[w][4 * i + 2 * h + 1]);
+                    } else if (col < args.problem.n) {
+                        add_global(out + col, acc[w][4 * i + 2 * h]);
+                        if (col + 1 < args.problem.n) add_global(out + col + 1, acc[w][4 * i + 2 * h + 1]);
+                    }
+                }
+        }
+}
+
 // Large tiles leave no memory to stage their output in. Their consumers keep the last HELD_STAGES stages of a tile and write the
 // output there, in pieces of a chunk of columns of one wave of all warpgroups. The store warp hands the pieces to TMA, waits
 // until they are read, and frees the stages for the next tile, whose first k-blocks lie in the others. So consumers don't
@@ -533,36 +556,53 @@ DEVICE void stage_output(const Arguments& args, uint32 shared, const Tile& tile,
     }
 }
 
-// OWN: each warpgroup has memory of its own for all of its output, so it waits for nobody but the first one's reads of B.
+// OWN: each warpgroup has memory of its own for its output, where its rows of A were in each held stage and in one place more, so
+// it waits for nobody but the first one's reads of B. FP32 may take more rounds than one.
 constexpr int OWN_PIECE = 64 * 128;
-static_assert(!OWN || (TAKES_B && WARPGROUPS == 2 && OUTPUT_BARRIERS == 3));
+constexpr int CHUNKS_OF_ROUND = HELD_STAGES + 1, OUTPUT_ROUNDS = CHUNKS / CHUNKS_OF_ROUND;
+static_assert(!OWN || (CHUNKS % CHUNKS_OF_ROUND == 0 && WARPGROUPS == 2 && WAVES == 2 && OUTPUT_BARRIERS == 4 * OUTPUT_ROUNDS - 1));
 DEVICE uint32 own_piece(int chunk, int wave, uint32 warpgroup) {
-    if (chunk == 0) return (STAGES - 1) * A_BYTES + wave * PIECE_BYTES + warpgroup * OWN_PIECE;
+    const int place = chunk % CHUNKS_OF_ROUND;
+    if (place < HELD_STAGES) return (STAGES - HELD_STAGES + place) * A_BYTES + wave * PIECE_BYTES + warpgroup * OWN_PIECE;
     return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + wave * OWN_PIECE;
 }
+DEVICE uint32 own_staged(uint32 shared, uint32 warpgroup, int round) {
+    return shared + OFFSET_OUTPUT_BARRIERS + (warpgroup * OUTPUT_ROUNDS + round) * 8;
+}
+DEVICE uint32 own_drained(uint32 shared, uint32 warpgroup, int round) {  // rounds but the last
+    return shared + OFFSET_OUTPUT_BARRIERS + (2 * OUTPUT_ROUNDS + 1 + warpgroup * (OUTPUT_ROUNDS - 1) + round) * 8;
+}
 
+template <int round>
 DEVICE void stage_own_output(const Arguments& args, uint32 shared, const Tile& tile, const float (&acc)[WAVES][PART], uint32 warp,
                              int lane, uint32 phase) {
-    const uint32 warpgroup = warp / 4, own_rows = warp % 4 * 16;
-    const uint32 has_read_b = shared + OFFSET_OUTPUT_BARRIERS + 2 * 8;
-    if (warpgroup == 0 && lane == 0) barrier_arrive(has_read_b);
+    if constexpr (round < OUTPUT_ROUNDS) {
+        constexpr int first = round * CHUNKS_OF_ROUND, end = first + CHUNKS_OF_ROUND;
+        const uint32 warpgroup = warp / 4, own_rows = warp % 4 * 16;
+        const uint32 has_read_b = shared + OFFSET_OUTPUT_BARRIERS + 2 * OUTPUT_ROUNDS * 8;
+        if (round == 0 && warpgroup == 0 && lane == 0) barrier_arrive(has_read_b);
+        if constexpr (round > 0) barrier_wait(own_drained(shared, warpgroup, round - 1), phase);
 #pragma unroll
-    for (int w = 0; w < WAVES; ++w) stage_chunk(shared + own_piece(0, w, warpgroup) + own_rows * 128, acc[w], 0, lane);
-    if (warpgroup == 1) barrier_wait(has_read_b, phase);
+        for (int chunk = first; chunk < end; ++chunk) {
+            if (round == 0 && chunk == end - 1 && warpgroup == 1) barrier_wait(has_read_b, phase);
 #pragma unroll
-    for (int w = 0; w < WAVES; ++w) stage_chunk(shared + own_piece(1, w, warpgroup) + own_rows * 128, acc[w], 1, lane);
-    fence_async();
-    __syncwarp();
+            for (int w = 0; w < WAVES; ++w) stage_chunk(shared + own_piece(chunk, w, warpgroup) + own_rows * 128, acc[w], chunk, lane);
+        }
+        fence_async();
+        __syncwarp();
 #pragma unroll 1
-    for (int w = 0; w < WAVES; ++w) {
-        const int row = tile.row + wave_row(w) + warpgroup * 64;
-        if (is_stored_by_tma(args, tile, row, BOX_ROWS)) continue;
+        for (int w = 0; w < WAVES; ++w) {
+            const int row = tile.row + wave_row(w) + warpgroup * 64;
+            if (is_stored_by_tma(args, tile, row, BOX_ROWS)) continue;
 #pragma unroll 1
-        for (int chunk = 0; chunk < CHUNKS; ++chunk)
-            copy_chunk(args, shared + own_piece(chunk, w, warpgroup) + own_rows * 128, tile, row + own_rows, tile.col + chunk * CHUNK, lane);
+            for (int chunk = first; chunk < end; ++chunk)
+                copy_chunk(args, shared + own_piece(chunk, w, warpgroup) + own_rows * 128, tile, row + own_rows,
+                           tile.col + chunk * CHUNK, lane);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(own_staged(shared, warpgroup, round));
+        stage_own_output<round + 1>(args, shared, tile, acc, warp, lane, phase);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(staged_barrier(shared, warpgroup));
 }
 
 // As if all consumer warps had.
@@ -619,20 +659,26 @@ DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32
         if (tile.is_end) break;
         if constexpr (OWN) {
 #pragma unroll 1
-            for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-                barrier_wait(staged_barrier(shared, warpgroup), phase);
-#pragma unroll
-                for (int w = 0; w < WAVES; ++w)
-#pragma unroll
-                    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                        const int row = tile.row + wave_row(w) + warpgroup * 64, col = tile.col + chunk * CHUNK;
-                        if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, BOX_ROWS))
-                            store_chunk(map_out, shared + own_piece(chunk, w, warpgroup), tile, col, row);
+            for (int warpgroup = 0; warpgroup < 2; ++warpgroup)
+#pragma unroll 1
+                for (int round = 0; round < OUTPUT_ROUNDS; ++round) {
+                    barrier_wait(own_staged(shared, warpgroup, round), phase);
+#pragma unroll 1
+                    for (int w = 0; w < WAVES; ++w)
+#pragma unroll 1
+                        for (int chunk = round * CHUNKS_OF_ROUND; chunk < (round + 1) * CHUNKS_OF_ROUND; ++chunk) {
+                            const int row = tile.row + wave_row(w) + warpgroup * 64, col = tile.col + chunk * CHUNK;
+                            if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, BOX_ROWS))
+                                store_chunk(map_out, shared + own_piece(chunk, w, warpgroup), tile, col, row);
+                        }
+                    commit_stores();
+                    if (round + 1 < OUTPUT_ROUNDS) {
+                        wait_stores_read<0>();
+                        barrier_arrive(own_drained(shared, warpgroup, round));
                     }
-                commit_stores();
-            }
+                }
             wait_stores_read<0>();
-            release_for_consumers(shared, STAGES - 1);
+            for (int s = STAGES - HELD_STAGES; s < STAGES; ++s) release_for_consumers(shared, s);
             continue;
         }
         store_chunks<0>(args, map_out, shared, tile, phase);
@@ -913,9 +959,11 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             const Tile done = read_tile(shared, tiles);
             release_tile(tiles);
             const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
-            if constexpr (HELD_STAGES > 0) {
+            if constexpr (DIRECT) {
+                add_output(args, done, c.acc, warp_again * 16, thread % 32);
+            } else if constexpr (HELD_STAGES > 0) {
                 warpgroup_sync(warp_again / 4);  // A of the last stages: wgmma of all four warps have read it
-                if constexpr (OWN) stage_own_output(args, shared, done, c.acc, warp_again, thread % 32, output_phase);
+                if constexpr (OWN) stage_own_output<0>(args, shared, done, c.acc, warp_again, thread % 32, output_phase);
                 else stage_output<0>(args, shared, done, c.acc, warp_again * 16, thread % 32, output_phase);
                 output_phase ^= 1;
             } else {
@@ -942,7 +990,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
         TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
         for (int i = 0; i < OUTPUT_BARRIERS; ++i)
-            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, OWN ? 4 : i < BATCHES ? CONSUMER_WARPS : 1);
+            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, OWN ? (i <= 2 * OUTPUT_ROUNDS ? 4 : 1) : i < BATCHES ? CONSUMER_WARPS : 1);
         if (LEAD > 0) barrier_init(shared + OFFSET_LEAD_BARRIER, 4);
         barrier_init_done();
         prefetch_map(map_a);

@@ -180,6 +180,9 @@ DEVICE void prefetch_line(const void* address) { asm volatile("prefetch.global.L
 DEVICE void add_global(float* address, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
+DEVICE void add_global2(float* address, float x, float y) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
+}
 
 // Tensor core ----------------------------------------------------------------------------------------------------
 
