@@ -64,14 +64,10 @@ class GemmConfig:
     promote: bool = True
     unroll: bool = True
     flight: int = 1
-    staging_bytes: int = 4096  # of one consumer warp: some chunks of the output; 0 where stages hold it
-    held_stages: int = 0  # whose memory takes the output of a tile at its end
-    direct: bool = False
-    own: bool = False
-    lead: int = 0  # k-blocks that the first warpgroup is ahead
+    staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
+    held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
+    lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     peel: bool = False
-    prefetch: bool = False
-    stagger: int = 0
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -147,19 +143,13 @@ class GemmConfig:
 
     @property
     def output_barriers(self) -> int:
-        """One for each batch of chunks that is staged, one for each chunk whose stage takes another one once it is read."""
-        if self.held_stages == 0:
-            return 0
-        if self.own:
-            return 4 * (self.wave_n // self.chunk // (self.held_stages + 1)) - 1
-        chunks = self.wave_n // self.chunk
-        batch = chunks if self.held_stages == 1 and chunks == 2 else self.held_stages
-        return math.ceil(chunks / batch) + max(0, chunks - batch)
+        """Of a held stage: each warpgroup has written its part, the first one has read B."""
+        return 3 if self.held_stages else 0
 
     @property
     def out_box_rows(self) -> int:
-        """Rows of one store by TMA: a wave of all warpgroups, or a warp's part of it."""
-        return (64 if self.own else 64 * self.warpgroups) if self.held_stages else 16
+        """Rows of one store by TMA: a wave's, or a warp's part of it."""
+        return 64 if self.held_stages else 16
 
     def headers(self) -> dict[str, str]:
         """The two generated headers that gemm.cu includes."""
@@ -176,12 +166,8 @@ class GemmConfig:
             "STAGING_BYTES": self.staging_bytes,
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
-            "DIRECT": int(self.direct),
-            "OWN": int(self.own),
             "LEAD": self.lead,
             "PEEL": int(self.peel),
-            "PREFETCH": int(self.prefetch),
-            "STAGGER": self.stagger,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -208,7 +194,7 @@ def two_row_waves(
     """256 x 128 tiles, each warpgroup two waves of 64 rows: the instance for large problems.
 
     With PER_ROW scales a round of stages isn't unrolled, because then it takes more registers than there are. Four stages
-    leave too little memory for the output, which therefore goes through stages that the tile has done with.
+    leave too little memory for the output: a warp has one staging buffer, and of BF16 the rest goes through the last stage.
     """
     return GemmConfig(
         scales,
@@ -221,8 +207,8 @@ def two_row_waves(
         cluster=cluster,
         promote=promote,
         unroll=scales is not Scales.PER_ROW,
-        staging_bytes=2048 if output is Output.BF16 else 0,
-        held_stages=1 if output is Output.BF16 else 3,
+        staging_bytes=2048,
+        held_stages=1 if output is Output.BF16 else 0,
     )
 
 

@@ -160,11 +160,6 @@ DEVICE void schedule_tiles(const Problem& p, uint32 shared) {
     Schedule schedule(p);
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     Tile tile;
-    if constexpr (STAGGER > 0) {
-        const long long start = clock64();
-        const int delay = stagger_of(p) * STAGGER;
-        while (clock64() - start < delay) {}
-    }
     while (schedule.next(tile)) send_tile(shared, tiles, tile);
     tile.is_end = 1;
     send_tile(shared, tiles, tile);
@@ -472,183 +467,50 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
     }
 }
 
-// Adds a warp's rows from registers, eight bytes of each column pair at a time: whole sectors, no staging, nothing to wait for.
-DEVICE void add_output(const Arguments& args, const Tile& tile, const float (&acc)[WAVES][PART], int row0, int lane) {
-#pragma unroll
-    for (int w = 0; w < WAVES; ++w)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = tile.row + row0 + wave_row(w) + lane / 4 + 8 * h;
-            float* out = static_cast<float*>(args.out) + tile.group * args.out_group + row * args.out_row;
-            const int col0 = tile.col + wave_col(w) + lane % 4 * 2;
-            if (row < tile.row_end)
-#pragma unroll
-                for (int i = 0; i < WAVE_N / 8; ++i) {
-                    const int col = col0 + i * 8;
-                    if (args.out_aligned && col + 1 < args.problem.n) {
-                        add_global2(out + col, acc[w][4 * i + 2 * h], acc[w][4 * i + 2 * h + 1]);
-                    } else if (col < args.problem.n) {
-                        add_global(out + col, acc[w][4 * i + 2 * h]);
-                        if (col + 1 < args.problem.n) add_global(out + col + 1, acc[w][4 * i + 2 * h + 1]);
-                    }
-                }
-        }
+// The output of large BF16 tiles goes through memory that their end leaves free: of the last stage, which consumers keep, the rows
+// of A that a warpgroup has read itself; and for the other half of the columns, staging memory (first warpgroup) or where B was
+// (second). So a warpgroup writes all it has at once and begins the next tile, whose first k-blocks lie in the other stages; the
+// store warp hands the pieces to TMA and frees the stage when they are read.
+constexpr int HALF_PIECE = 64 * 128, PIECE_BYTES = WARPGROUPS * HALF_PIECE;  // a wave of one warpgroup, or of both, a chunk wide
+static_assert(HELD_STAGES == 0 || (HELD_STAGES == 1 && WARPGROUPS == 2 && WAVES_M == 2 && CHUNKS == 2 && CHUNK * OUT_BYTES == 128));
+static_assert(HELD_STAGES == 0 || (2 * HALF_PIECE <= B_BYTES && 2 * HALF_PIECE <= CONSUMER_WARPS * STAGING_BYTES));
+static_assert(OUTPUT_BARRIERS == (HELD_STAGES > 0 ? 3 : 0));
+
+DEVICE uint32 piece(uint32 warpgroup, int chunk, int wave) {
+    if (chunk == 0) return (STAGES - 1) * A_BYTES + wave * PIECE_BYTES + warpgroup * HALF_PIECE;
+    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + wave * HALF_PIECE;
 }
 
-// Large tiles leave no memory to stage their output in. Their consumers keep the last HELD_STAGES stages of a tile and write the
-// output there, in pieces of a chunk of columns of one wave of all warpgroups. The store warp hands the pieces to TMA, waits
-// until they are read, and frees the stages for the next tile, whose first k-blocks lie in the others. So consumers don't
-// wait for the memory that the output goes to, unless pieces outnumber their places.
-//
-// BF16 holds one stage: a chunk where A was, the other one where B was and in staging memory. FP32 holds several: a chunk
-// where the A of each was, and the last ones where the first ones were.
-constexpr int BOX_ROWS = OWN ? 64 : WARPGROUPS * 64;  // of TMA
-constexpr int PIECE_BYTES = WARPGROUPS * 64 * 128;
-constexpr bool TAKES_B = HELD_STAGES == 1 && CHUNKS == 2;
-static_assert(!TAKES_B || (PIECE_BYTES <= B_BYTES && PIECE_BYTES <= CONSUMER_WARPS * STAGING_BYTES));
+DEVICE uint32 staged_barrier(uint32 shared, uint32 warpgroup) { return shared + OFFSET_OUTPUT_BARRIERS + warpgroup * 8; }
+DEVICE uint32 b_read_barrier(uint32 shared) { return shared + OFFSET_OUTPUT_BARRIERS + 2 * 8; }  // by the first warpgroup
 
-// So many chunks are handed over at a time.
-constexpr int BATCH = HELD_STAGES == 0 || TAKES_B ? CHUNKS : HELD_STAGES;
-constexpr int BATCHES = (CHUNKS + BATCH - 1) / BATCH;
-static_assert(HELD_STAGES == 0 || OWN || OUTPUT_BARRIERS == BATCHES + (BATCH < CHUNKS ? CHUNKS - BATCH : 0), "config.py counts other barriers");
-
-// Stages are freed in the order in which the next tile wants them, so the ones used twice are the last.
-DEVICE constexpr uint32 stage_of_chunk(int chunk) { return TAKES_B ? STAGES - 1 : STAGES - 1 - (CHUNKS - 1 - chunk) % BATCH; }
-DEVICE constexpr bool is_reused(int chunk) { return chunk + BATCH < CHUNKS; }
-
-DEVICE constexpr uint32 offset_of_piece(int chunk, int wave) {
-    if (TAKES_B && chunk == 1) return wave == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES;
-    return stage_of_chunk(chunk) * A_BYTES + wave * PIECE_BYTES;
-}
-
-DEVICE uint32 staged_barrier(uint32 shared, int batch) { return shared + OFFSET_OUTPUT_BARRIERS + batch * 8; }
-DEVICE uint32 drained_barrier(uint32 shared, int chunk) { return shared + OFFSET_OUTPUT_BARRIERS + (BATCHES + chunk) * 8; }
-
-// One consumer warp: its part of the chunks from number `first` on. `row0` is the warp's first row in the tile, `phase` of the
-// barriers of the output.
-template <int first>
-DEVICE void stage_output(const Arguments& args, uint32 shared, const Tile& tile, const float (&acc)[WAVES][PART], int row0,
-                         int lane, uint32 phase) {
-    if constexpr (first < CHUNKS) {
-        constexpr int end = first + BATCH < CHUNKS ? first + BATCH : CHUNKS;
+// One consumer warp. `phase` is of the output's barriers.
+DEVICE void stage_output(const Arguments& args, uint32 shared, const Tile& tile, const float (&acc)[WAVES][PART], uint32 warp, int lane,
+                         uint32 phase) {
+    const uint32 warpgroup = warp / 4, own_rows = warp % 4 * 16;
+    warpgroup_sync(warpgroup);  // wgmma of all four warps have read A
+    if (warpgroup == 0 && lane == 0) barrier_arrive(b_read_barrier(shared));
 #pragma unroll
-        for (int chunk = first; chunk < end; ++chunk) {
-            if (chunk >= BATCH) barrier_wait(drained_barrier(shared, chunk - BATCH), phase);
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        if (chunk == 1 && warpgroup == 1) barrier_wait(b_read_barrier(shared), phase);
 #pragma unroll
-            for (int w = 0; w < WAVES; ++w) {
-                if (TAKES_B && chunk == 1 && w == 1) consumers_sync<CONSUMER_WARPS * 32>();  // all have read B
-                stage_chunk(shared + offset_of_piece(chunk, w) + row0 * 128, acc[w], chunk, lane);
-            }
-        }
-        fence_async();
-        __syncwarp();
-#pragma unroll 1
-        for (int w = 0; w < WAVES; ++w) {
-            if (is_stored_by_tma(args, tile, tile.row + wave_row(w), BOX_ROWS)) continue;
-#pragma unroll 1
-            for (int chunk = first; chunk < end; ++chunk)
-                copy_chunk(args, shared + offset_of_piece(chunk, w) + row0 * 128, tile, tile.row + row0 + wave_row(w),
-                           tile.col + chunk * CHUNK, lane);
-        }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(staged_barrier(shared, first / BATCH));
-        stage_output<first + BATCH>(args, shared, tile, acc, row0, lane, phase);
+        for (int w = 0; w < WAVES; ++w) stage_chunk(shared + piece(warpgroup, chunk, w) + own_rows * 128, acc[w], chunk, lane);
     }
-}
-
-// OWN: each warpgroup has memory of its own for its output, where its rows of A were in each held stage and in one place more, so
-// it waits for nobody but the first one's reads of B. FP32 may take more rounds than one.
-constexpr int OWN_PIECE = 64 * 128;
-constexpr int CHUNKS_OF_ROUND = HELD_STAGES + 1, OUTPUT_ROUNDS = CHUNKS / CHUNKS_OF_ROUND;
-static_assert(!OWN || (CHUNKS % CHUNKS_OF_ROUND == 0 && WARPGROUPS == 2 && WAVES == 2 && OUTPUT_BARRIERS == 4 * OUTPUT_ROUNDS - 1));
-DEVICE uint32 own_piece(int chunk, int wave, uint32 warpgroup) {
-    const int place = chunk % CHUNKS_OF_ROUND;
-    if (place < HELD_STAGES) return (STAGES - HELD_STAGES + place) * A_BYTES + wave * PIECE_BYTES + warpgroup * OWN_PIECE;
-    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + wave * OWN_PIECE;
-}
-DEVICE uint32 own_staged(uint32 shared, uint32 warpgroup, int round) {
-    return shared + OFFSET_OUTPUT_BARRIERS + (warpgroup * OUTPUT_ROUNDS + round) * 8;
-}
-DEVICE uint32 own_drained(uint32 shared, uint32 warpgroup, int round) {  // rounds but the last
-    return shared + OFFSET_OUTPUT_BARRIERS + (2 * OUTPUT_ROUNDS + 1 + warpgroup * (OUTPUT_ROUNDS - 1) + round) * 8;
-}
-
-template <int round>
-DEVICE void stage_own_output(const Arguments& args, uint32 shared, const Tile& tile, const float (&acc)[WAVES][PART], uint32 warp,
-                             int lane, uint32 phase) {
-    if constexpr (round < OUTPUT_ROUNDS) {
-        constexpr int first = round * CHUNKS_OF_ROUND, end = first + CHUNKS_OF_ROUND;
-        const uint32 warpgroup = warp / 4, own_rows = warp % 4 * 16;
-        const uint32 has_read_b = shared + OFFSET_OUTPUT_BARRIERS + 2 * OUTPUT_ROUNDS * 8;
-        if (round == 0 && warpgroup == 0 && lane == 0) barrier_arrive(has_read_b);
-        if constexpr (round > 0) barrier_wait(own_drained(shared, warpgroup, round - 1), phase);
-#pragma unroll
-        for (int chunk = first; chunk < end; ++chunk) {
-            if (round == 0 && chunk == end - 1 && warpgroup == 1) barrier_wait(has_read_b, phase);
-#pragma unroll
-            for (int w = 0; w < WAVES; ++w) stage_chunk(shared + own_piece(chunk, w, warpgroup) + own_rows * 128, acc[w], chunk, lane);
-        }
-        fence_async();
-        __syncwarp();
+    fence_async();
+    __syncwarp();
 #pragma unroll 1
-        for (int w = 0; w < WAVES; ++w) {
-            const int row = tile.row + wave_row(w) + warpgroup * 64;
-            if (is_stored_by_tma(args, tile, row, BOX_ROWS)) continue;
+    for (int w = 0; w < WAVES; ++w) {
+        const int row = tile.row + wave_row(w) + warpgroup * 64;
+        if (is_stored_by_tma(args, tile, row, 64)) continue;
 #pragma unroll 1
-            for (int chunk = first; chunk < end; ++chunk)
-                copy_chunk(args, shared + own_piece(chunk, w, warpgroup) + own_rows * 128, tile, row + own_rows,
-                           tile.col + chunk * CHUNK, lane);
-        }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(own_staged(shared, warpgroup, round));
-        stage_own_output<round + 1>(args, shared, tile, acc, warp, lane, phase);
+        for (int chunk = 0; chunk < CHUNKS; ++chunk)
+            copy_chunk(args, shared + piece(warpgroup, chunk, w) + own_rows * 128, tile, row + own_rows, tile.col + chunk * CHUNK, lane);
     }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(staged_barrier(shared, warpgroup));
 }
 
-// As if all consumer warps had.
-DEVICE void release_for_consumers(uint32 shared, uint32 s) {
-    const uint32 empty = shared + OFFSET_STAGE_BARRIERS + (STAGES + s) * 8;
-    if constexpr (CLUSTER == 1) barrier_arrive(empty, CONSUMER_WARPS);
-    else
-        for (int block = 0; block < CLUSTER; ++block) barrier_arrive_remote(empty, block, CONSUMER_WARPS);
-}
-
-// One thread of the store warp. Each chunk is a group of stores.
-template <int chunk>
-DEVICE void store_chunks(const Arguments& args, const TensorMap& map_out, uint32 shared, const Tile& tile, uint32 phase) {
-    if constexpr (chunk < CHUNKS) {
-        if constexpr (chunk % BATCH == 0) barrier_wait(staged_barrier(shared, chunk / BATCH), phase);
-        const int col = tile.col + chunk * CHUNK;
-#pragma unroll
-        for (int w = 0; w < WAVES; ++w) {
-            const int row = tile.row + wave_row(w);
-            if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, BOX_ROWS))
-                store_chunk(map_out, shared + offset_of_piece(chunk, w), tile, col, row);
-        }
-        commit_stores();
-        // The chunk before may be read while this one waits for its turn; the next batch must not wait for what waits for it.
-        if constexpr (chunk % BATCH > 0 && is_reused(chunk - 1)) {
-            wait_stores_read<1>();
-            barrier_arrive(drained_barrier(shared, chunk - 1));
-        }
-        if constexpr ((chunk + 1) % BATCH == 0 && is_reused(chunk)) {
-            wait_stores_read<0>();
-            barrier_arrive(drained_barrier(shared, chunk));
-        }
-        store_chunks<chunk + 1>(args, map_out, shared, tile, phase);
-    }
-}
-
-template <int chunk>
-DEVICE void free_stages(uint32 shared) {
-    if constexpr (chunk < CHUNKS) {
-        wait_stores_read<CHUNKS - 1 - chunk>();
-        if constexpr (!TAKES_B || chunk == CHUNKS - 1) release_for_consumers(shared, stage_of_chunk(chunk));
-        free_stages<chunk + 1>(shared);
-    }
-}
-
-// One thread.
+// One thread of the store warp.
 DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32 shared) {
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     for (uint32 phase = 0;; phase ^= 1) {
@@ -657,32 +519,24 @@ DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32
         barrier_arrive(tiles.empty());
         tiles.advance();
         if (tile.is_end) break;
-        if constexpr (OWN) {
 #pragma unroll 1
-            for (int warpgroup = 0; warpgroup < 2; ++warpgroup)
-#pragma unroll 1
-                for (int round = 0; round < OUTPUT_ROUNDS; ++round) {
-                    barrier_wait(own_staged(shared, warpgroup, round), phase);
-#pragma unroll 1
-                    for (int w = 0; w < WAVES; ++w)
-#pragma unroll 1
-                        for (int chunk = round * CHUNKS_OF_ROUND; chunk < (round + 1) * CHUNKS_OF_ROUND; ++chunk) {
-                            const int row = tile.row + wave_row(w) + warpgroup * 64, col = tile.col + chunk * CHUNK;
-                            if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, BOX_ROWS))
-                                store_chunk(map_out, shared + own_piece(chunk, w, warpgroup), tile, col, row);
-                        }
-                    commit_stores();
-                    if (round + 1 < OUTPUT_ROUNDS) {
-                        wait_stores_read<0>();
-                        barrier_arrive(own_drained(shared, warpgroup, round));
-                    }
+        for (uint32 warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
+            barrier_wait(staged_barrier(shared, warpgroup), phase);
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                    const int row = tile.row + wave_row(w) + warpgroup * 64, col = tile.col + chunk * CHUNK;
+                    if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, 64))
+                        store_chunk(map_out, shared + piece(warpgroup, chunk, w), tile, col, row);
                 }
-            wait_stores_read<0>();
-            for (int s = STAGES - HELD_STAGES; s < STAGES; ++s) release_for_consumers(shared, s);
-            continue;
+            commit_stores();
         }
-        store_chunks<0>(args, map_out, shared, tile, phase);
-        free_stages<CHUNKS - (BATCH < CHUNKS ? BATCH : CHUNKS)>(shared);
+        wait_stores_read<0>();
+        const uint32 empty = shared + OFFSET_STAGE_BARRIERS + (STAGES + STAGES - 1) * 8;  // as if all consumer warps had freed it
+        if constexpr (CLUSTER == 1) barrier_arrive(empty, CONSUMER_WARPS);
+        else
+            for (int block = 0; block < CLUSTER; ++block) barrier_arrive_remote(empty, block, CONSUMER_WARPS);
     }
     wait_stores();
 }
@@ -820,13 +674,13 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
 #pragma unroll 1
         for (int s = 0; block < blocks; ++s, ++block)
             multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
-        if (LEAD > 0 && blocks < STAGES) let_follow(c);
 #pragma unroll 1
         for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
             barrier_wait(c.barriers + s * 8, phase);
             __syncwarp();
             if (s < STAGES - HELD_STAGES) release_stage(c, s);
         }
+        if (LEAD > 0 && blocks < STAGES) let_follow(c);  // not before: the other one has begun the tile before this one
         phase ^= 1;
     }
 }
@@ -895,17 +749,6 @@ DEVICE void multiply_in_flight(Consumer& c, int blocks, StageRing& stages) {
     }
 }
 
-// What the sum will be added to comes from memory: into L2 while the tile is multiplied.
-DEVICE void prefetch_output(const Arguments& args, const Tile& tile) {
-    constexpr int LINES = TILE_N / 32;
-#pragma unroll 1
-    for (int i = thread_index_again(); i < TILE_M * LINES; i += 128 * WARPGROUPS) {
-        const int row = tile.row + i / LINES, col = tile.col + i % LINES * 32;
-        if (row < tile.row_end && col < args.problem.n)
-            prefetch_line(static_cast<const float*>(args.out) + tile.group * args.out_group + row * args.out_row + col);
-    }
-}
-
 DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_out) {
     const uint32 warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
     const int lane = threadIdx.x % 32, row0 = warpgroup * 64 + warp % 4 * 16;  // of this warp in the tile
@@ -926,23 +769,19 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     StageRing stages(c.barriers);  // FLIGHT > 1
     uint32 phase = 0;              // of the ring of stages, else
-    uint32 output_phase = 0, lead_phase = 0;
+    uint32 tile_phase = 0;  // of barriers that everybody passes once a tile
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
         if (tile.is_end) break;
         const int blocks = blocks_of(tile);
         if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
-        if constexpr (PREFETCH && OUTPUT == FP32_ADD) prefetch_output(args, tile);
         if (!PEEL || FLIGHT > 1 || blocks < STAGES)
 #pragma unroll
             for (int w = 0; w < WAVES; ++w)
 #pragma unroll
                 for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
-        if constexpr (LEAD > 0) {
-            if (!c.leads) barrier_wait(shared + OFFSET_LEAD_BARRIER, lead_phase);
-            lead_phase ^= 1;
-        }
+        if (LEAD > 0 && !c.leads) barrier_wait(shared + OFFSET_LEAD_BARRIER, tile_phase);
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
         else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
@@ -959,18 +798,14 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             const Tile done = read_tile(shared, tiles);
             release_tile(tiles);
             const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
-            if constexpr (DIRECT) {
-                add_output(args, done, c.acc, warp_again * 16, thread % 32);
-            } else if constexpr (HELD_STAGES > 0) {
-                warpgroup_sync(warp_again / 4);  // A of the last stages: wgmma of all four warps have read it
-                if constexpr (OWN) stage_own_output<0>(args, shared, done, c.acc, warp_again, thread % 32, output_phase);
-                else stage_output<0>(args, shared, done, c.acc, warp_again * 16, thread % 32, output_phase);
-                output_phase ^= 1;
+            if constexpr (HELD_STAGES > 0) {
+                stage_output(args, shared, done, c.acc, warp_again, thread % 32, tile_phase);
             } else {
                 write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
                                 done.row + warp_again * 16, thread % 32);
             }
             __syncwarp();  // wgmma wants whole warps
+            tile_phase ^= 1;
         }
     }
     wait_stores();
@@ -990,7 +825,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
         TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
         for (int i = 0; i < OUTPUT_BARRIERS; ++i)
-            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, OWN ? (i <= 2 * OUTPUT_ROUNDS ? 4 : 1) : i < BATCHES ? CONSUMER_WARPS : 1);
+            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, 4);
         if (LEAD > 0) barrier_init(shared + OFFSET_LEAD_BARRIER, 4);
         barrier_init_done();
         prefetch_map(map_a);

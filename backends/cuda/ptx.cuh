@@ -79,10 +79,6 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
 }
 // All warps of one warpgroup; hardware barrier 0 is __syncthreads's.
 DEVICE void warpgroup_sync(uint32 warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
-template <int threads>
-DEVICE void consumers_sync() {
-    asm volatile("bar.sync 15, %0;" ::"n"(threads) : "memory");
-}
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor core.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -176,12 +172,8 @@ DEVICE uint32 pack_bf16(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
 }
-DEVICE void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory"); }
 DEVICE void add_global(float* address, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
-}
-DEVICE void add_global2(float* address, float x, float y) {
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
 }
 
 // Tensor core ----------------------------------------------------------------------------------------------------

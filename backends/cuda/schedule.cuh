@@ -91,12 +91,6 @@ class DenseSchedule {
     }
 };
 
-// Blocks that have a tile fewer than others begin later, each at another time: in 1 / 256 of a k-block.
-DEVICE int stagger_of(const Problem& p) {
-    const int tiles = ceil_div(p.m, TILE_M) * column_groups(p.n), step = index_step(), last = tiles % step, index = first_index();
-    return index < last ? 0 : static_cast<int>(static_cast<long long>(index - last) * ceil_div(p.k, 128) / (step - last));
-}
-
 // Rows [ends[e-1], ends[e]) of A meet expert e's matrix B. Rows past the last end form one more group whose reduction
 // is empty: their output is zero.
 class RowGroupSchedule {
