@@ -38,7 +38,9 @@ constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0;
 constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, FEW_ROWS_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
 constexpr int STORE_WARP = FEW_ROWS_WARP;  // no kernel has both
 constexpr int STORE_WARPS = HELD_STAGES > 0 ? 1 : 0;
-constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS + STORE_WARPS;
+// Kernels for few rows have a tile or two a block: waiting for the schedule warp would delay their first loads.
+constexpr bool WALKS_SCHEDULE = FLIGHT > 1 && GROUPING == DENSE;
+constexpr int TILE_READERS = CONSUMER_WARPS + STORE_WARPS + (WALKS_SCHEDULE ? 0 : 1 + SCALE_WARPS);
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
@@ -155,6 +157,29 @@ DEVICE void release_tile(TileRing& tiles) {
     tiles.advance();
 }
 
+// The tiles of a warp that loads, or of its one thread that does.
+template <bool one_thread>
+class TilesToLoad {
+    Schedule schedule;  // WALKS_SCHEDULE
+    TileRing ring;      // else
+    uint32 shared;
+
+  public:
+    DEVICE TilesToLoad(const Problem& p, uint32 shared) : schedule(p), ring(shared + OFFSET_TILE_BARRIERS), shared(shared) {}
+    DEVICE bool next(Tile& tile) {
+        if constexpr (WALKS_SCHEDULE) return schedule.next(tile);
+        ring.wait_full();
+        tile = read_tile(shared, ring);
+        if constexpr (one_thread) {
+            barrier_arrive(ring.empty());
+            ring.advance();
+        } else {
+            release_tile(ring);
+        }
+        return !tile.is_end;
+    }
+};
+
 // One thread.
 DEVICE void schedule_tiles(const Problem& p, uint32 shared) {
     Schedule schedule(p);
@@ -169,13 +194,9 @@ DEVICE void schedule_tiles(const Problem& p, uint32 shared) {
 DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_a, const TensorMap& map_b,
                           const TensorMap& map_scale_a, const TensorMap& map_scale_b) {
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        barrier_arrive(tiles.empty());
-        tiles.advance();
-        if (tile.is_end) return;
+    TilesToLoad<true> tiles(p, shared);
+    Tile tile;
+    while (tiles.next(tile)) {
         const int k_end = tile.k_begin + tile.k_length, k_stop = tile.k_begin + whole_rounds(blocks_of(tile)) * BLOCK_K;
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
         // With halves, A comes in two boxes, of which a tile without lower rows takes one.
@@ -226,12 +247,9 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
     const Problem& p = args.problem;
     const int lane = threadIdx.x % 32, last_row = ceil_div(p.n, 128) - 1;
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        release_tile(tiles);
-        if (tile.is_end) return;
+    TilesToLoad<false> tiles(args.problem, shared);
+    Tile tile;
+    while (tiles.next(tile)) {
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* scales = args.scale_b + (tile.k_begin >> 7) * args.scale_b_col;
         if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
@@ -277,12 +295,9 @@ DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
     const int lane = threadIdx.x % 32, shift = few_rows_shift(args.problem), at_once = 32 >> shift;
     const int row = lane & ((1 << shift) - 1), own = lane >> shift, step = min(at_once, ROUND);
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        release_tile(tiles);
-        if (tile.is_end) return;
+    TilesToLoad<false> tiles(args.problem, shared);
+    Tile tile;
+    while (tiles.next(tile)) {
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* source = args.scale_a + row + own * args.scale_a_col;
         for (int first = 0; first < padded; first += LOADS * at_once) {
@@ -512,13 +527,9 @@ DEVICE void stage_output(const Arguments& args, uint32 shared, const Tile& tile,
 
 // One thread of the store warp.
 DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32 shared) {
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    for (uint32 phase = 0;; phase ^= 1) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        barrier_arrive(tiles.empty());
-        tiles.advance();
-        if (tile.is_end) break;
+    TilesToLoad<true> tiles(args.problem, shared);
+    Tile tile;
+    for (uint32 phase = 0; tiles.next(tile); phase ^= 1) {
 #pragma unroll 1
         for (uint32 warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
             barrier_wait(staged_barrier(shared, warpgroup), phase);
@@ -538,7 +549,6 @@ DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32
         else
             for (int block = 0; block < CLUSTER; ++block) barrier_arrive_remote(empty, block, CONSUMER_WARPS);
     }
-    wait_stores();
 }
 
 // Consumer -------------------------------------------------------------------------------------------------------
@@ -808,7 +818,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             tile_phase ^= 1;
         }
     }
-    wait_stores();
+    wait_stores_read<0>();  // what was written is visible when the grid ends; shared memory must be there until it is read
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
@@ -823,7 +833,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const int few_rows = has_few_rows(args.problem);
         const int writers = 1 + SCALE_WARPS + (few_rows ? 1 << few_rows_shift(args.problem) : 0);
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
-        TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
+        TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS);
         for (int i = 0; i < OUTPUT_BARRIERS; ++i)
             barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, 4);
         if (LEAD > 0) barrier_init(shared + OFFSET_LEAD_BARRIER, 4);

@@ -113,7 +113,6 @@ template <int pending>
 DEVICE void wait_stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
-DEVICE void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Clusters -------------------------------------------------------------------------------------------------------
 
