@@ -68,6 +68,7 @@ class GemmConfig:
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     peel: bool = False
+    streamed: bool = False  # the output leaves L2 first
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -168,6 +169,7 @@ class GemmConfig:
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
             "PEEL": int(self.peel),
+            "STREAMED": int(self.streamed),
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
