@@ -10,8 +10,9 @@
 A save goes to a folder of another name, is flushed to disk, and is renamed when every rank is done: when a rank dies in
 between, the folder keeps its other name, and the newest checkpoint is the old one. Tensors are DTensors where they are
 sharded, so another number of ranks, FSDP2, ZeRO-1 or one process load each other's checkpoints; only with the same
-number of ranks do sums come out in the same order, which is said (W1131). torch.distributed.checkpoint keeps its index
-in a pickle: load checkpoints of your own only.
+number of ranks do sums come out in the same order, which is said (W1131). Of schedulers, loaders and generators another
+number of ranks gets what was the same on all of them. torch.distributed.checkpoint keeps its index in a pickle: load
+checkpoints of your own only.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def save(
 
     keep:   the newest so many stay, older ones are removed once this one is in place; 0 keeps all
     others: objects with `state_dict`/`load_state_dict` (schedulers, loaders) or a torch.Generator; each rank keeps its
-            own
+            own, and another number of ranks goes on with those that were the same on all
     Raises: DiagnosticError E1130 when the folder cannot be written
     """
     folder = Path(folder)
@@ -132,17 +133,40 @@ def load(
     with _single_process_is_meant(world):
         load_tensors(tensors, checkpoint_id=path, no_dist=world == 1)
     apply_record(record, optimizer, ema)
+    kept = own_states(path, record, rank, world)
+    apart = sorted(name for name in others if name in kept.apart)
+    for name, thing in others.items():
+        if name in kept.others:
+            _restore(thing, unpack(kept.others[name]))
+    if kept.random is not None:
+        restore_random_state(kept.random)
     if world != record["world"]:
         text = f"the checkpoint is of {record['world']} ranks, this run has {world}: it goes on, but not bit for bit"
+        if apart:
+            text += f"; each rank had its own {', '.join(apart)}, which begin anew"
         remarks.append(Diagnostic("W1131", text, severity=Severity.WARNING))
-    file = path / f"rank-{rank}.json"
-    if file.exists() and world == record["world"]:
-        mine = json.loads(file.read_text(encoding="utf-8"))
-        for name, thing in others.items():
-            if name in mine["others"]:
-                _restore(thing, unpack(mine["others"][name]))
-        restore_random_state(mine["random"])
     return Loaded(int(record["number"]), path, tuple(remarks))
+
+
+@dataclass(frozen=True)
+class OwnStates:
+    """What a rank finds of the states each rank keeps: packed, by name; `apart`: those that no single state stands
+    for."""
+
+    others: dict[str, Any]
+    apart: frozenset[str] = frozenset()
+    random: dict[str, Any] | None = None
+
+
+def own_states(path: Path, record: Mapping[str, Any], rank: int, world: int) -> OwnStates:
+    """This rank's states. On another number of ranks: what was the same on all of them, as schedulers are."""
+    ranks = range(record["world"]) if world != record["world"] else [rank]
+    found = [json.loads((path / f"rank-{r}.json").read_text(encoding="utf-8")) for r in ranks]
+    if world == record["world"]:
+        return OwnStates(found[0]["others"], random=found[0]["random"])
+    first: dict[str, Any] = found[0]["others"]
+    apart = frozenset(name for name in first if any(f["others"].get(name) != first[name] for f in found))
+    return OwnStates({name: state for name, state in first.items() if name not in apart}, apart)
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
