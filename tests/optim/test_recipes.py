@@ -56,6 +56,40 @@ def test_the_plain_loop_trains_logs_and_goes_on_where_it_left_off(tmp_path: Path
     assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in whole[2:]]
 
 
+def torchrun(folder: Path, ranks: int, *arguments: str) -> list[float]:
+    """Losses of examples/train.py on gloo ranks, FP8 layers and two micro-batches."""
+    small = "--batch 8 --micro-batches 2 --length 128 --dim 128 --layers 1 --experts 2 --steps 4 --log-every 1".split()
+    script = [str(ROOT / "examples" / "train.py"), *small, "--device", "cpu", "--out", str(folder), *arguments]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    run = subprocess.run(
+        [sys.executable, *launch, *script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return torchrun(tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("parallel", ["fsdp", "zero1"])
+def test_sharded_fp8_training_is_the_training_of_one_process(
+    parallel: str, ranks: int, alone: list[float], tmp_path: Path
+) -> None:
+    found = torchrun(tmp_path, ranks, "--parallel", parallel)
+    assert found[-1] < found[0]
+    # The ranks sum other tokens' gradients and cut other groups along the tokens: a rounding of BF16 (2^-9) or two.
+    assert all(abs(a / b - 1) < 2.0**-8 for a, b in zip(found, alone, strict=True)), (found, alone)
+
+
 @pytest.mark.slow
 def test_hugging_faces_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
