@@ -217,8 +217,9 @@ class Trainer:
         self.batches = Batches(self.corpus, setup, self.seed)
         prepare(self.model, self.batches.at(0))  # the same grouped experts on all sides
         self.step = compiled_call(self.model, setup, self.variant)
+        self.compiled = self.step if isinstance(self.step, torch.nn.Module) else self.model
         self.optimizer = AdamW(
-            self.step if isinstance(self.step, torch.nn.Module) else self.model,
+            self.compiled,
             lr=setup.lr,
             weight_decay=0.1,
             max_norm=1.0,
