@@ -25,7 +25,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,10 @@ def load(
     if optimizer is not None:
         optimizer.init_state()
     tensors, own = state_of(module, optimizer, ema)
-    check_fits(path, record, own, tensors, other_spec)
+    unused = check_fits(path, record, own, tensors, other_spec)
+    if unused:
+        text = f"the checkpoint has states of {listed(unused)} as well, which this run does not train"
+        remarks.append(Diagnostic("W1132", text, severity=Severity.WARNING))
     with _single_process_is_meant(world):
         load_tensors(tensors, checkpoint_id=path, no_dist=world == 1)
     apply_record(record, optimizer, ema)
@@ -208,7 +211,10 @@ def names_of(module: nn.Module, optimizer: AdamW) -> dict[Tensor, str]:
 
 def check_fits(
     path: Path, record: Mapping[str, Any], own: Mapping[str, Any], tensors: Mapping[str, Any], other_spec: bool
-) -> None:
+) -> list[str]:
+    """Raises E1132 and E1133 (see `load`). Returns the parameters whose states in the checkpoint nobody takes: those
+    that are frozen now.
+    """
     was, now = record["spec"], own["spec"]
     if was is not None and now is not None and was != now and not other_spec:
         same_name = was["name"] == now["name"]
@@ -222,23 +228,28 @@ def check_fits(
     metadata = stored(path)
     wanted = {f"{part}.{name}": tensor for part, group in tensors.items() for name, tensor in group.items()}
     missing = sorted(wanted.keys() - metadata.keys())
-    shapes = [
+    unknown = sorted(name for name in metadata.keys() - wanted.keys() if name.startswith("model."))
+    misfits = [f"the checkpoint lacks {listed(missing)}"] if missing else []
+    misfits += [f"the model has no {listed([name.removeprefix('model.') for name in unknown])}"] if unknown else []
+    misfits += [
         f"{name} is {list(metadata[name].size)} there and {list(tensor.shape)} here"
         for name, tensor in wanted.items()
         if name in metadata and metadata[name].size != tensor.shape
-    ]
-    if missing or shapes:
-        lacks = (
-            [f"the checkpoint lacks {', '.join(missing[:4])}" + (", ..." if len(missing) > 4 else "")]
-            if missing
-            else []
-        )
+    ][:4]
+    if misfits:
         raise fail(
             "E1133",
-            f"{path} does not fit: " + "; ".join(lacks + shapes[:4]),
+            f"{path} does not fit: " + "; ".join(misfits),
             help="build model, optimizer and moving average as the run that saved it did",
             exit_code=ExitCode.MODEL,
         )
+    prefixes = [f"{part}." for part in tensors if part != "model"]
+    unused = metadata.keys() - wanted.keys()
+    return sorted({name.removeprefix(start) for start in prefixes for name in unused if name.startswith(start)})
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def stored(path: Path) -> dict[str, TensorStorageMetadata]:
