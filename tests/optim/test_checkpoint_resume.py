@@ -156,6 +156,5 @@ def test_a_folder_that_cannot_be_written_and_a_state_that_cannot_be_saved(tmp_pa
 def test_pack_and_unpack_are_inverse() -> None:
     value = {"a": [1, 2.5, None, (True, "x")], 3: torch.randn(2, 3), "empty": torch.empty(0, dtype=torch.bfloat16)}
     found = checkpoint.unpack(json.loads(json.dumps(checkpoint.pack(value))))
-    pairs: list[tuple[Any, Any]] = list(zip(model.parameters(), saved[0].parameters()))
-    assert all(torch.equal(p, q) for p, q in pairs)
+    assert found["a"] == value["a"] and torch.equal(found[3], torch.as_tensor(value[3]))
     assert found["empty"].dtype == torch.bfloat16 and found["empty"].shape == (0,)
