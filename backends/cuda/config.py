@@ -67,8 +67,6 @@ class GemmConfig:
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
-    peel: bool = False
-    streamed: bool = False  # the output leaves L2 first
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -168,8 +166,6 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
-            "PEEL": int(self.peel),
-            "STREAMED": int(self.streamed),
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -196,8 +192,12 @@ def two_row_waves(
     """256 x 128 tiles, each warpgroup two waves of 64 rows: the instance for large problems.
 
     With PER_ROW scales a round of stages isn't unrolled, because then it takes more registers than there are. Four stages
-    leave too little memory for the output: a warp has one staging buffer, and of BF16 the rest goes through the last stage.
+    leave too little memory for the output: a warp has one staging buffer. BF16 outputs of forward GEMMs also go
+    through the last stage, and their warpgroups end a tile at different times.
     """
+    is_forward = (
+        scales is Scales.PER_BLOCK and output is Output.BF16
+    )  # FP32 outputs fill more memory, others lack registers
     return GemmConfig(
         scales,
         grouping,
@@ -210,7 +210,8 @@ def two_row_waves(
         promote=promote,
         unroll=scales is not Scales.PER_ROW,
         staging_bytes=2048,
-        held_stages=1 if output is Output.BF16 else 0,
+        held_stages=int(is_forward),
+        lead=int(is_forward),
     )
 
 

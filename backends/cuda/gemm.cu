@@ -327,14 +327,6 @@ DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
 // of its warp's 16 rows.
 constexpr int PART = WAVE_N / 2;
 
-// The first product of a tile begins the sum: the accumulators need no zeros.
-template <bool is_first>
-DEVICE void add_product(float& acc, float scale, float part) {
-    if constexpr (is_first) acc = scale * part;
-    else acc += scale * part;
-}
-
-template <bool is_first>
 DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
                            const float (&b)[SEGMENT_SLOTS]) {
 #pragma unroll
@@ -342,23 +334,22 @@ DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const 
         const float s0 = a[0] * b[segment], s1 = a[1] * b[segment];
 #pragma unroll
         for (int i = segment * (SEGMENT / 8); i < (segment + 1) * (SEGMENT / 8); ++i) {
-            add_product<is_first>(acc[4 * i], s0, part[4 * i]);
-            add_product<is_first>(acc[4 * i + 1], s0, part[4 * i + 1]);
-            add_product<is_first>(acc[4 * i + 2], s1, part[4 * i + 2]);
-            add_product<is_first>(acc[4 * i + 3], s1, part[4 * i + 3]);
+            acc[4 * i] += s0 * part[4 * i];
+            acc[4 * i + 1] += s0 * part[4 * i + 1];
+            acc[4 * i + 2] += s1 * part[4 * i + 2];
+            acc[4 * i + 3] += s1 * part[4 * i + 3];
         }
     }
 }
 
-template <bool is_first>
 DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
                          const float2 (&b)[WAVE_N / 8]) {
 #pragma unroll
     for (int i = 0; i < WAVE_N / 8; ++i) {
-        add_product<is_first>(acc[4 * i], a[0] * b[i].x, part[4 * i]);
-        add_product<is_first>(acc[4 * i + 1], a[0] * b[i].y, part[4 * i + 1]);
-        add_product<is_first>(acc[4 * i + 2], a[1] * b[i].x, part[4 * i + 2]);
-        add_product<is_first>(acc[4 * i + 3], a[1] * b[i].y, part[4 * i + 3]);
+        acc[4 * i] += a[0] * b[i].x * part[4 * i];
+        acc[4 * i + 1] += a[0] * b[i].y * part[4 * i + 1];
+        acc[4 * i + 2] += a[1] * b[i].x * part[4 * i + 2];
+        acc[4 * i + 3] += a[1] * b[i].y * part[4 * i + 3];
     }
 }
 
@@ -454,8 +445,8 @@ DEVICE bool is_stored_by_tma(const Arguments& args, const Tile& tile, int first_
 }
 
 DEVICE void store_chunk(const TensorMap& map_out, uint32 source, const Tile& tile, int col, int row) {
-    if constexpr (OUTPUT == FP32_ADD) add_tile<STREAMED>(map_out, source, col, row, tile.group);
-    else store_tile<STREAMED>(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+    if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, source, col, row, tile.group);
+    else store_tile(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
 }
 
 // Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:
@@ -600,7 +591,7 @@ DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
 
 // One k-block out of stage `s`, the first `waves` waves of it, and the fragment of A of the next one, if there is one, out
 // of stage `next`. In the last round of a tile, the stages that take its output are not freed.
-template <bool last_of_tile_possible, int waves, bool is_first = false>
+template <bool last_of_tile_possible, int waves>
 DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool is_last_round, bool accumulate) {
     float part[PART];
     float2 b_columns[WAVE_N / 8];
@@ -644,11 +635,11 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
                 if constexpr (A_IN_REGISTERS) load_a(c, next);
             }
         }
-        if constexpr (SCALES == PER_BLOCK) promote_blocks<is_first>(c.acc[w], part, a_scale, b_scale);
-        else if constexpr (SCALES == PER_ROW) promote_rows<is_first>(c.acc[w], part, a_scale, b_columns);
+        if constexpr (SCALES == PER_BLOCK) promote_blocks(c.acc[w], part, a_scale, b_scale);
+        else if constexpr (SCALES == PER_ROW) promote_rows(c.acc[w], part, a_scale, b_columns);
         else if constexpr (PROMOTE)
 #pragma unroll
-            for (int i = 0; i < PART; ++i) c.acc[w][i] = is_first ? part[i] : c.acc[w][i] + part[i];
+            for (int i = 0; i < PART; ++i) c.acc[w][i] += part[i];
     }
 }
 
@@ -666,17 +657,12 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
         if constexpr (A_IN_REGISTERS) load_a(c, 0);
     }
     int block = 0;
-    if (PEEL && blocks >= STAGES) {
-        multiply_block<false, waves, true>(c, 0, 1, phase, true, blocks == STAGES, false);
-        if (LEAD == 1) let_follow(c);
-    }
     for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
         const bool is_last = block + STAGES == blocks;
 #pragma unroll UNROLL
-        for (int s = PEEL && UNROLL == 1 && block == 0; s + 1 < STAGES; ++s) {
-            if (PEEL && UNROLL > 1 && s == 0 && block == 0) continue;
+        for (int s = 0; s + 1 < STAGES; ++s) {
             multiply_block<false, waves>(c, s, s + 1, phase, true, is_last, !PROMOTE && block + s > 0);
-            if ((LEAD > 1 || (!PEEL && LEAD == 1)) && s == LEAD - 1 && block == 0) let_follow(c);
+            if (LEAD > 0 && s == LEAD - 1 && block == 0) let_follow(c);
         }
         multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last, !PROMOTE);
     }
@@ -724,7 +710,7 @@ DEVICE void finish_block(Consumer& c, InFlight& x) {
     pin(x.part);
     __syncwarp();
     release_stage(c, x.stage);
-    promote_blocks<false>(c.acc[0], x.part, x.a_scale, x.b_scale);
+    promote_blocks(c.acc[0], x.part, x.a_scale, x.b_scale);
 }
 
 template <int index>
@@ -786,11 +772,10 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
         if (tile.is_end) break;
         const int blocks = blocks_of(tile);
         if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
-        if (!PEEL || FLIGHT > 1 || blocks < STAGES)
 #pragma unroll
-            for (int w = 0; w < WAVES; ++w)
+        for (int w = 0; w < WAVES; ++w)
 #pragma unroll
-                for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+            for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
         if (LEAD > 0 && !c.leads) barrier_wait(shared + OFFSET_LEAD_BARRIER, tile_phase);
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);

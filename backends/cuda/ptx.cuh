@@ -99,25 +99,13 @@ DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 b
         "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
         "h"(static_cast<uint16>(3)) : "memory");
 }
-// `streamed`: the first that L2 gives up, so that operands stay (the policy word is what createpolicy makes of evict_first).
-constexpr uint64 EVICT_FIRST = 0x12f0000000000000;
-template <bool streamed>
 DEVICE void store_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
-    if constexpr (streamed)
-        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(&map),
-                     "r"(source), "r"(x), "r"(y), "r"(z), "l"(EVICT_FIRST) : "memory");
-    else
-        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-                     "r"(source), "r"(x), "r"(y), "r"(z) : "memory");
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(x), "r"(y), "r"(z) : "memory");
 }
-template <bool streamed>
 DEVICE void add_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
-    if constexpr (streamed)
-        asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(
-                         &map), "r"(source), "r"(x), "r"(y), "r"(z), "l"(EVICT_FIRST) : "memory");
-    else
-        asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-                     "r"(source), "r"(x), "r"(y), "r"(z) : "memory");
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(x), "r"(y), "r"(z) : "memory");
 }
 DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most `pending` of this thread's store groups still read shared memory.

@@ -17,7 +17,8 @@ _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one aft
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
 _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
-_CLUSTER_BELOW_K = 1024  # dense fprop and dgrad with a longer K run better alone when the card is at its power limit
+_CLUSTER_FROM_K = 4096  # fprop and dgrad with a shorter K run better alone
+_WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
 _WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -143,9 +144,11 @@ def _utilisation(config: GemmConfig) -> float:
 
 
 def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
-    row_tiles, col_tiles, _ = _tiles(config, shape)
+    row_tiles, col_tiles, k = _tiles(config, shape)
+    if config.lead:
+        config = replace(config, band=16 if k <= _WIDE_BAND_TO_K else config.band)
     is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
-    is_light = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE and shape.k >= _CLUSTER_BELOW_K
-    if is_light or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
+    is_short = config.lead > 0 and k < _CLUSTER_FROM_K
+    if is_short or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
         return config
     return replace(config, cluster=2)
