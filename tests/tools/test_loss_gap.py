@@ -103,7 +103,7 @@ def test_the_figure_holds_every_variant_and_is_well_formed(tmp_path: Path) -> No
 def test_runs_in_parallel_end_in_one_file(tmp_path: Path) -> None:
     setup = Setup(steps=2, batch=2, length=128, dim=128, n_layers=1, n_experts=2)
     out = tmp_path / "runs.jsonl"
-    loss_gap.run_parallel(setup, [("bf16", 0), ("bf16", 1)], 2, out, 600.0)
+    loss_gap.run_parallel(setup, [("bf16", 0), ("bf16", 1)], 2, out, 600.0, tmp_path / "starts")
     runs = read_runs(out, setup)
     assert sorted(runs) == [("bf16", 0), ("bf16", 1)] and all(len(losses) == 2 for losses in runs.values())
     assert asdict(setup)["steps"] == 2
@@ -119,3 +119,18 @@ def test_the_figure_compares_the_seeds_that_have_come_far_enough(tmp_path: Path)
     text = loss_figure.draw(runs)
     assert "BF16, 3 seeds" in text and "fprop alone in FP8, 1 seed<" in text
     assert text.count("<polyline") == 4  # two curves, two gaps
+
+
+@pytest.mark.slow
+def test_variants_branch_off_one_run(tmp_path: Path) -> None:
+    setup = Setup(steps=4, shared=2, batch=2, length=128, dim=128, n_layers=1, n_experts=2)
+
+    def run(variant: str) -> Run:
+        torch._dynamo.reset()
+        return loss_run.train(setup, variant, 0, print, starts=tmp_path)
+
+    bf16, again, spec = run("bf16"), run("bf16-again"), run("spec")
+    assert len(bf16.losses) == len(spec.losses) == 4
+    assert again.losses == bf16.losses, "a CPU repeats its sums: moments, masters and schedule have come over"
+    assert spec.losses[:2] == bf16.losses[:2] and spec.losses[2] != bf16.losses[2]
+    assert all(abs(a / b - 1) < 2.0**-8 for a, b in zip(spec.losses, bf16.losses))
