@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ import torch
 
 from fp8c.optim.checkpoint import newest
 from fp8c.tools.loss_run import SPECS, Run, Setup, train
+from fp8c.tools.rounded_gemms import Errors, text_of
 from fp8c.tools.train_compare import Gap, final_loss
 
 VARIANTS = ("bf16", "spec", "bf16-reversed")
@@ -58,12 +60,30 @@ def gap(runs: Runs, variant: str, base: str = "bf16") -> tuple[Gap, int]:
     return Gap(tuple(last[variant, s] / last[base, s] - 1 for s in seeds)), steps
 
 
+def read_records(path: Path, setup: Setup) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
+    return [record for record in records if {**asdict(Setup()), **record["setup"]} == asdict(setup)]
+
+
 def read_runs(path: Path, setup: Setup) -> Runs:
     """The runs of a setup in a file, those that were stopped early included."""
-    if not path.exists():
-        return {}
-    lines = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
-    return {(r["variant"], r["seed"]): r["losses"] for r in lines if {**asdict(Setup()), **r["setup"]} == asdict(setup)}
+    return {(r["variant"], r["seed"]): r["losses"] for r in read_records(path, setup)}
+
+
+def gradient_report(records: Iterable[dict[str, Any]]) -> str:
+    """What groups of either shape do to the activation gradients of the finished BF16 runs, mean over seeds."""
+    found = [record["gradients"] for record in records if record["variant"] == "bf16" and record.get("gradients")]
+    if not found:
+        return ""
+    means: dict[str, dict[str, Errors]] = {}
+    for kind, groups in found[0].items():
+        for group, first in groups.items():
+            columns = {name: [run[kind][group][name] for run in found] for name in first}
+            mean = {name: None if None in values else statistics.fmean(values) for name, values in columns.items()}
+            means.setdefault(kind, {})[group] = Errors(**mean)
+    return f"activation gradients in groups, {len(found)} finished BF16 runs\n{text_of(means)}"
 
 
 def report(runs: Runs) -> str:
@@ -200,6 +220,8 @@ def main(argv: Iterable[str] | None = None) -> None:
             with args.out.open("a") as file:
                 file.write(json.dumps(record_of(setup, variant, seed, run)) + "\n")
     print(report(read_runs(args.out, setup)))
+    if text := gradient_report(read_records(args.out, setup)):
+        print(text)
 
 
 if __name__ == "__main__":

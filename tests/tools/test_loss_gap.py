@@ -7,14 +7,16 @@ import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fp8c.specs.load import load
 from fp8c.tools import loss_figure, loss_gap, loss_run
-from fp8c.tools.loss_gap import Runs, gap, read_runs, record_of, report
+from fp8c.tools.loss_gap import Runs, gap, gradient_report, read_runs, record_of, report
 from fp8c.tools.loss_run import Run, Setup
+from fp8c.tools.rounded_gemms import Errors
 from fp8c.tools.train_compare import Gap
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,18 @@ def test_the_report_says_what_can_be_told_apart() -> None:
     text = report(runs)
     assert "spec against BF16" in text and "not distinguishable from 0" in text and "50 steps" in text
     assert "128x128 gradients against 1x128" in text
+
+
+def test_the_gradients_of_finished_runs_are_averaged_over_seeds() -> None:
+    def record(variant: str, seed: int, dy: float) -> dict[str, Any]:
+        errors = {"linears": {"1x128": Errors(dy, 0.02, 0.0, 0.03, 0.04)}, "experts": {}}
+        errors["experts"]["1x128"] = Errors(dy, 0.02, 0.0, None, None)
+        return record_of(Setup(), variant, seed, Run([1.0], gradients=errors))
+
+    records = [record("bf16", 0, 0.01), record("bf16", 1, 0.02), record("spec", 0, 0.5)]
+    text = gradient_report(json.loads(json.dumps(records)))
+    assert "2 finished BF16 runs" in text and text.count("1.500%") == 2 and "4.000%" in text
+    assert gradient_report([]) == ""
 
 
 def test_the_results_in_the_repository_are_those_the_page_states() -> None:
