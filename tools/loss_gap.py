@@ -81,7 +81,9 @@ def gradient_report(records: Iterable[dict[str, Any]]) -> str:
     for kind, groups in found[0].items():
         for group, first in groups.items():
             columns = {name: [run[kind][group][name] for run in found] for name in first}
-            mean = {name: None if None in values else statistics.fmean(values) for name, values in columns.items()}
+            mean: dict[str, Any] = {
+                name: None if None in values else statistics.fmean(values) for name, values in columns.items()
+            }
             means.setdefault(kind, {})[group] = Errors(**mean)
     return f"activation gradients in groups, {len(found)} finished BF16 runs\n{text_of(means)}"
 
