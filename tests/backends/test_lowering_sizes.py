@@ -20,7 +20,7 @@ def test_strides_of_scales_can_be_sorted_whatever_the_rows() -> None:
         scale = torch.empty_strided((rows, 2), (1, (rows + 3) // 4 * 4), dtype=torch.float32)
     graph = fx.Graph()
     graph.placeholder("scale").meta["val"] = scale
-    stride = scale.stride(1).node.expr
+    stride = scale.stride(1).node.expr  # type: ignore[attr-defined]
     with pytest.raises(GuardOnDataDependentSymNode):
         environment.evaluate_expr(stride < 2, size_oblivious=True)
     mark_row_counts(graph)
