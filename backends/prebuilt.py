@@ -1,8 +1,9 @@
 """The kernels of a step, compiled for a GPU that is not present, as files of a build; and back into the caches of a machine.
 
-    kernels/index.json          {"schema", "architecture", "triton", "kernels": [...], "cuda": [...], "gemms": [...]}
+    kernels/index.json          {"schema", "architecture", "triton", "kernels": [...], "cuda": [...], "columns": [...],
+                                "gemms": [...]}
     kernels/NAME.ptx, .cubin    Triton's; NAME.json is what its loader reads
-    kernels/gemm-KEY.cubin      the CUDA GEMMs, for Hopper
+    kernels/NAME-KEY.cubin      the CUDA kernels, for Hopper: GEMMs ("cuda") and quantizers ("columns")
 
 `gemms` says of each GEMM which implementation serves it by default (`backends.gemms.candidates.DEFAULT`).
 """
@@ -18,6 +19,7 @@ from torch import fx
 
 from fp8c import graph as g
 from fp8c.backends.cuda import ahead as cuda
+from fp8c.backends.cuda import columns
 from fp8c.backends.cuda.config import GemmConfig
 from fp8c.backends.gemms.candidates import OPERATORS, PORTABLE
 from fp8c.backends.gemms.unsupported import Unsupported
@@ -52,7 +54,10 @@ def kernel_files(halves: tuple[fx.GraphModule, fx.GraphModule], target: TargetRe
 
     graphs = list(graphs_that_run(halves))
     served = serve_gemms(graphs, target)
-    compiled = ahead.compile_step(graphs, target.architecture, [n for n, who in served.items() if who == "triton"])
+    with columns.recording() as quantizers:
+        compiled = ahead.compile_step(graphs, target.architecture, [n for n, who in served.items() if who == "triton"])
+    if target.architecture != _HOPPER:
+        quantizers.clear()
     files: dict[str, bytes] = {}
     kernels = []
     for kernel in compiled:
@@ -63,23 +68,30 @@ def kernel_files(halves: tuple[fx.GraphModule, fx.GraphModule], target: TargetRe
         kernels.append({"name": kernel.name, **resources, "launch": kernel.launch.to_json()})
     instances = cuda.compile_instances(who for who in served.values() if isinstance(who, GemmConfig))
     names = {gemm.config: gemm.name for gemm in instances}
-    gemms = []
-    for gemm in instances:
-        files[f"kernels/{gemm.name}.cubin"] = gemm.cubin
-        registers, spilled_bytes = ahead.resources(gemm.cubin)
-        entry = {"name": gemm.name, "key": gemm.key, "registers": registers, "spilled_bytes": spilled_bytes}
-        gemms.append(entry | {"tile": f"{gemm.config.tile_m}x{gemm.config.tile_n}"})
+    gemms = [
+        described_instance(gemm, files) | {"tile": f"{gemm.config.tile_m}x{gemm.config.tile_n}"} for gemm in instances
+    ]
     index = {
         "schema": SCHEMA,
         "architecture": target.architecture,
         "triton": triton.__version__,
         "kernels": kernels,
         "cuda": gemms,
+        "columns": [described_instance(i, files) for i in cuda.compile_instances(quantizers)],
         "gemms": list(dict.fromkeys(json.dumps(described(node, who, names)) for node, who in served.items())),
     }
     index["gemms"] = [json.loads(text) for text in index["gemms"]]
     files[INDEX] = (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()
     return files
+
+
+def described_instance(instance: cuda.CompiledInstance[Any], files: dict[str, bytes]) -> dict[str, Any]:
+    """What the index says of it; its machine code goes to `files`."""
+    from fp8c.backends.triton import ahead
+
+    files[f"kernels/{instance.name}.cubin"] = instance.cubin
+    registers, spilled_bytes = ahead.resources(instance.cubin)
+    return {"name": instance.name, "key": instance.key, "registers": registers, "spilled_bytes": spilled_bytes}
 
 
 def graphs_that_run(halves: tuple[fx.GraphModule, fx.GraphModule]) -> Iterator[fx.Graph]:
@@ -130,8 +142,8 @@ def install(read: Callable[[str], bytes], architecture: str) -> list[Diagnostic]
     if index["architecture"] != architecture:
         message = f"the build's kernels are for {index['architecture']}, this GPU is {architecture}"
         return [Diagnostic("R0438", message, severity=Severity.REMARK)]
-    for gemm in index["cuda"]:
-        build.install(gemm["key"], read(f"kernels/{gemm['name']}.cubin"))
+    for instance in (*index["cuda"], *index.get("columns", ())):
+        build.install(instance["key"], read(f"kernels/{instance['name']}.cubin"))
     stale = stale_triton(index, read, architecture)
     if not stale:
         return []

@@ -1,14 +1,15 @@
-"""The CUDA GEMMs of a step, compiled for a Hopper GPU that is not present. Needs NVRTC or nvcc, no driver."""
+"""The CUDA kernels of a step, compiled for a Hopper GPU that is not present. Needs NVRTC or nvcc, no driver."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from fp8c.backends.cuda import build
+from fp8c.backends.cuda.columns import ColumnsConfig
 from fp8c.backends.cuda.config import GemmConfig, Grouping, Output
 from fp8c.backends.cuda.gemm import OUTPUTS, plan_of
 from fp8c.backends.gemms.unsupported import Unsupported
@@ -22,17 +23,20 @@ _GROUPINGS = {
 }
 
 
+Config = TypeVar("Config", GemmConfig, ColumnsConfig)
+
+
 @dataclass(frozen=True)
-class CompiledGemm:
+class CompiledInstance(Generic[Config]):
     """`key` names the instance in a kernel cache (`build.source_key`)."""
 
     key: str
-    config: GemmConfig
+    config: Config
     cubin: bytes
 
     @property
     def name(self) -> str:
-        return f"gemm-{self.key[:8]}"
+        return f"{self.config.label}-{self.key[:8]}"
 
 
 def instance(op: str, arguments: tuple[Any, ...], multiprocessors: int) -> GemmConfig:
@@ -47,6 +51,6 @@ def instance(op: str, arguments: tuple[Any, ...], multiprocessors: int) -> GemmC
     return plan.instance(a, b, output, offs, multiprocessors)
 
 
-def compile_instances(configs: Iterable[GemmConfig]) -> list[CompiledGemm]:
+def compile_instances(configs: Iterable[Config]) -> list[CompiledInstance[Config]]:
     """Machine code of each, from the kernel cache where it has it. Raises: E0430, E0431."""
-    return [CompiledGemm(build.source_key(c), c, build.cubin(c)) for c in dict.fromkeys(configs)]
+    return [CompiledInstance(build.source_key(c), c, build.cubin(c)) for c in dict.fromkeys(configs)]

@@ -7,7 +7,7 @@
 // turned. Columns come in slabs, slab by slab over all rows: rows that are read several times are then found in the L2.
 //
 // columns_config.cuh, from `columns.py`: ROWS_TOO (also 1x128 groups of the same tile), GATHERS (0, or the bits of an
-// index), KIND_IN, KIND_ROW, KIND, the kinds of the scales (0 FP32, 1 powers of two, 2 E8M0).
+// index), KIND_IN, KIND_ROW, KIND, the kinds of the scales (0 FP32, 1 powers of two, 2 E8M0); THREADS of a block.
 // Columns: a multiple of 128. Rows: a multiple of 16, or groups that restart.
 #pragma once
 
@@ -37,6 +37,7 @@ struct Columns {
     uint32 data_row, scale_in_row, scale_in_col, out_col, scale_row, row_out_row, row_scale_row, row_scale_col;
     int rows, columns, groups, experts, slab;
 };
+static_assert(sizeof(Columns) == BYTES_OF_COLUMNS, "the host passes the same structure");
 
 // Numbers ---------------------------------------------------------------------------------------------------------
 

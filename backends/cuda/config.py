@@ -10,6 +10,7 @@ import enum
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from fp8c.backends.cuda.wgmma import wgmma_header
 
@@ -51,6 +52,9 @@ class GemmConfig:
     `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A;
     `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
+
+    label: ClassVar[str] = "gemm"
+    sources: ClassVar[tuple[str, ...]] = ("gemm.cu", "ptx.cuh", "schedule.cuh")
 
     scales: Scales
     grouping: Grouping

@@ -1,7 +1,7 @@
 // 128x1 groups of BF16, with or without 1x128 groups of the same tile: see columns.cuh.
 #include "columns.cuh"
 
-constexpr int THREADS = 256;
+static_assert(THREADS == 256, "so many patches a tile has");
 
 DEVICE float low_bf16(uint32 x) { return float_of(x << 16); }
 DEVICE float high_bf16(uint32 x) { return float_of(x & 0xffff0000u); }

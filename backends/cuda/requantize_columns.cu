@@ -5,7 +5,7 @@
 // 2^-24, FP16's smallest number. Other tiles are computed in FP32.
 #include "columns.cuh"
 
-constexpr int THREADS = 128;
+static_assert(THREADS == 128, "so many patches a tile has");
 constexpr bool IN_FP16 = KIND_IN != 0 && KIND != 0;
 constexpr int LARGEST_SHIFT = 15;
 
