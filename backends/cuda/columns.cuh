@@ -7,7 +7,8 @@
 // turned. Columns come in slabs, slab by slab over all rows: rows that are read several times are then found in the L2.
 //
 // columns_config.cuh, from `columns.py`: ROWS_TOO (also 1x128 groups of the same tile), GATHERS (0, or the bits of an
-// index), KIND_IN, KIND_ROW, KIND, the kinds of the scales (0 FP32, 1 powers of two, 2 E8M0); THREADS of a block.
+// index), KIND_IN, KIND_ROW, KIND, the kinds of the scales (0 FP32, 1 powers of two, 2 E8M0); THREADS of a
+// block; TILES that it makes one after the other, where `slab` is a multiple of them.
 // Columns: a multiple of 128. Rows: a multiple of 16, or groups that restart.
 #pragma once
 
@@ -162,63 +163,69 @@ DEVICE float load_scale(const uint8* address) {
 
 // Memory ----------------------------------------------------------------------------------------------------------
 
-#ifndef LOAD_HINT
-#define LOAD_HINT "ld.global.nc.v4.u32"
-#endif
-#ifndef STORE_HINT
-#define STORE_HINT "st.global.v4.u32"
-#endif
-#ifndef STORE2_HINT
-#define STORE2_HINT "st.global.v2.u32"
-#endif
-
 // Stride times index, both 32 bits wide: one instruction with the addition.
-DEVICE int64 bytes(uint32 stride, int index) { return static_cast<int64>(static_cast<unsigned long long>(stride) * static_cast<uint32>(index)); }
+DEVICE int64 bytes(uint32 stride, int index) {
+    return static_cast<int64>(static_cast<unsigned long long>(stride) * static_cast<uint32>(index));
+}
 
 // Zeros where `is_there` is false.
 DEVICE void load_global4(uint32 (&v)[4], const uint8* p, bool is_there) {
     v[0] = v[1] = v[2] = v[3] = 0;
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t@p " LOAD_HINT " {%0, %1, %2, %3}, [%4];\n\t}"
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
                  : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3]) : "l"(p), "r"(static_cast<uint32>(is_there)));
 }
+DEVICE void copy_global4(uint4* shared, const uint8* p, bool is_there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32>(__cvta_generic_to_shared(shared))), "l"(p), "r"(is_there ? 16 : 0) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `pending` groups of copies are under way.
+template <int pending>
+DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
 DEVICE void store_global4(uint8* p, uint4 v) {
-    asm volatile(STORE_HINT " [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 DEVICE void store_global2(uint8* p, uint2 v, bool is_there) {
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\t@p " STORE2_HINT " [%0], {%1, %2};\n\t}"
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\t@p st.global.v2.u32 [%0], {%1, %2};\n\t}"
                  ::"l"(p), "r"(v.x), "r"(v.y), "r"(static_cast<uint32>(is_there)) : "memory");
 }
 
 // Where a block works ---------------------------------------------------------------------------------------------
 
 struct Place {
-    int tile, group;       // along the columns, along the rows of the output
-    int begin, end, last;  // rows that the group has; where the last expert ends
+    int tile, tiles;       // along the columns: the first, and how many follow one another
+    int group;             // along the rows of the output
+    int begin, end;        // rows that the group has
 };
 
 DEVICE Place place_of(const Columns& p) {
-    int tiles = p.columns / 128, block = blockIdx.x;
-    int slab = block / (p.groups * p.slab), within = block - slab * p.groups * p.slab;
-    int width = min(p.slab, tiles - slab * p.slab);
-    int group = within / width;
-    Place place{slab * p.slab + within - group * width, group, 0, 0, p.rows};
+    int tiles = p.columns / 128, block = blockIdx.x, slab_blocks = p.groups * (p.slab / TILES);
+    int slab = block / slab_blocks, within = block - slab * slab_blocks;
+    int end = min((slab + 1) * p.slab, tiles), blocks = (end - slab * p.slab + TILES - 1) / TILES;
+    int group = within / blocks, tile = slab * p.slab + (within - group * blocks) * TILES;
+    Place place{tile, min(TILES, end - tile), group, 0, 0};
     if (p.experts == 0) {
         place.begin = group * GROUP;
         place.end = min(place.begin + GROUP, p.rows);
         return place;
     }
-    // Expert e has scale rows from start_e / 128 + e on: fp8c.ops.scale_shape.
-    int owned = 0;
-    for (int first = 0; first < p.experts; first += blockDim.x) {
-        int e = first + threadIdx.x;
-        bool is_before = e < p.experts && (e == 0 ? 0 : p.ends[e - 1]) / GROUP + e <= group;
-        owned += __syncthreads_count(is_before);
+    // Expert e has scale rows from start_e / 128 + e on: fp8c.ops.scale_shape. Every warp looks for itself.
+    int lane = threadIdx.x % 32, before = 0, start = 0, stop = 0, index = 0;
+    for (int first = 0; first < p.experts; first += 32) {
+        int e = first + lane;
+        int own_end = e < p.experts ? __ldg(p.ends + e) : 0;
+        int own_start = __shfl_up_sync(~0u, own_end, 1);
+        if (lane == 0) own_start = before;
+        uint32 candidates = __ballot_sync(~0u, e < p.experts && own_start / GROUP + e <= group);
+        if (candidates == 0) break;
+        int last = 31 - __clz(candidates);
+        start = __shfl_sync(~0u, own_start, last), stop = __shfl_sync(~0u, own_end, last), index = first + last;
+        before = __shfl_sync(~0u, own_end, 31);
     }
-    int owner = owned - 1;
-    int start = owner == 0 ? 0 : p.ends[owner - 1];
-    place.begin = start + (group - (start / GROUP + owner)) * GROUP;
-    place.end = min(place.begin + GROUP, p.ends[owner]);
-    place.last = p.ends[p.experts - 1];
+    place.begin = start + (group - (start / GROUP + index)) * GROUP;
+    place.end = min(place.begin + GROUP, stop);
     return place;
 }
 

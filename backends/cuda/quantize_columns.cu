@@ -1,7 +1,7 @@
 // 128x1 groups of BF16, with or without 1x128 groups of the same tile: see columns.cuh.
 #include "columns.cuh"
 
-static_assert(THREADS == 256, "so many patches a tile has");
+static_assert(THREADS == 256 && TILES == 1);
 
 DEVICE float low_bf16(uint32 x) { return float_of(x << 16); }
 DEVICE float high_bf16(uint32 x) { return float_of(x & 0xffff0000u); }
@@ -45,8 +45,9 @@ DEVICE void turn(const uint32 (&x)[8][4], const float2* reciprocals, uint8* turn
 
 // 1x128 groups of rows that no expert owns, shared out among the groups; half a warp takes a row.
 DEVICE void quantize_tail(const Columns& p, const Place& place) {
-    int share = (p.rows - place.last + p.groups - 1) / p.groups;
-    int begin = place.last + place.group * share, end = min(begin + share, p.rows);
+    int last = __ldg(p.ends + p.experts - 1);
+    int share = (p.rows - last + p.groups - 1) / p.groups;
+    int begin = last + place.group * share, end = min(begin + share, p.rows);
     for (int first = begin; first < end; first += THREADS / 16) {
         int row = first + threadIdx.x / 16, column = place.tile * 128 + threadIdx.x % 16 * 8;
         bool is_row = row < end;
@@ -63,9 +64,6 @@ DEVICE void quantize_tail(const Columns& p, const Place& place) {
     }
 }
 
-#ifndef BLOCKS
-#define BLOCKS 3
-#endif
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_columns(const __grid_constant__ Columns p) {
     __shared__ alignas(128) uint8 turned[GROUP * 128];
     __shared__ alignas(16) uint16 column_amax[THREADS / 32][128];

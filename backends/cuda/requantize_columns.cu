@@ -4,8 +4,11 @@
 // numbers at a time, which is exact: E4M3 numbers are multiples of 2^-9 below 512, so times 2^-15 they are multiples of
 // 2^-24, FP16's smallest number. Other tiles are computed in FP32.
 #include "columns.cuh"
+#ifndef KEEP
+#define KEEP 1
+#endif
 
-static_assert(THREADS == 128, "so many patches a tile has");
+static_assert(THREADS == 128);
 constexpr bool IN_FP16 = KIND_IN != 0 && KIND != 0;
 constexpr int LARGEST_SHIFT = 15;
 
@@ -17,24 +20,28 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
                                 uint32 top, uint32 (&amaxima)[THREADS / 32][128], uint16* factors, uint8* turned,
                                 int patch_row, int patch_col) {
     int t = threadIdx.x, warp = t / 32, lane = t % 32;
-    uint32 shifted[8][8], columns[8];
+    uint32 columns[8], shifts[8];
+#if KEEP
+    uint32 kept[8][8];
+#endif
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
         // 2^(exponent - top) twice in FP16; a multiple of 2^-15, which is subnormal there.
         uint32 exponent = bits_of(scales[r]) >> 23;
         int shift = static_cast<int>(exponent) - static_cast<int>(top);
         uint32 factor = exponent == 0 ? 0u : shift >= -14 ? static_cast<uint32>(shift + 15) << 10 : 0x200u;
-        factor |= factor << 16;
+        shifts[r] = factor | factor << 16;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            halves_of(x[r][j], shifted[r][2 * j], shifted[r][2 * j + 1]);
-            shifted[r][2 * j] = times_halves(shifted[r][2 * j], factor);
-            shifted[r][2 * j + 1] = times_halves(shifted[r][2 * j + 1], factor);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            uint32 magnitude = shifted[r][j] & 0x7fff7fffu;
-            columns[j] = r == 0 ? magnitude : max_u16x2(columns[j], magnitude);
+            uint32 low, high;
+            halves_of(x[r][j], low, high);
+            low = times_halves(low, shifts[r]), high = times_halves(high, shifts[r]);
+#if KEEP
+            kept[r][2 * j] = low, kept[r][2 * j + 1] = high;
+#endif
+            low &= 0x7fff7fffu, high &= 0x7fff7fffu;
+            columns[2 * j] = r == 0 ? low : max_u16x2(columns[2 * j], low);
+            columns[2 * j + 1] = r == 0 ? high : max_u16x2(columns[2 * j + 1], high);
         }
     }
     // Lanes l, l ^ 8, l ^ 16, l ^ 24 have the same columns: each ends up with two words of four.
@@ -49,10 +56,10 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
     for (int j = 0; j < 2; ++j)
         part[j] = max_u16x2(second ? part[2 + j] : part[j],
                             __shfl_xor_sync(~0u, second ? part[j] : part[2 + j], 16));
-    // Words of column pairs: patch_col * 8 + upper * 4 + second * 2.
     *reinterpret_cast<uint2*>(&amaxima[warp][patch_col * 8 + (upper ? 4 : 0) + (second ? 2 : 0)]) =
         make_uint2(part[0], part[1]);
     __syncthreads();
+
     uint32 amax = 0;
 #pragma unroll
     for (int w = 0; w < THREADS / 32; ++w)
@@ -70,24 +77,38 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
     }
     factors[t] = static_cast<uint16>(factor);
     if (__syncthreads_or(shift > LARGEST_SHIFT)) return false;
-        store_scale<KIND>(scale_address(p, place, t), scale);
+    store_scale<KIND>(scale_address(p, place, t), scale);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            uint32 pair = *reinterpret_cast<const uint32*>(&factors[patch_col * 16 + 2 * j]);
+    for (int word = 0; word < 4; ++word) {
+        uint32 shifted[8][2];
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+#if KEEP
+            shifted[r][0] = kept[r][2 * word], shifted[r][1] = kept[r][2 * word + 1];
+#else
+            halves_of(again(x[r][word]), shifted[r][0], shifted[r][1]);
+            shifted[r][0] = times_halves(shifted[r][0], shifts[r]);
+            shifted[r][1] = times_halves(shifted[r][1], shifts[r]);
+#endif
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int column = patch_col * 16 + word * 4 + half * 2;
+            uint32 pair = *reinterpret_cast<const uint32*>(&factors[column]);
             uint32 codes[4];  // rows 2i, 2i + 1 of both columns
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                codes[i] = codes_of_halves(times_halves(shifted[2 * i][j], pair),
-                                           times_halves(shifted[2 * i + 1][j], pair));
+                codes[i] = codes_of_halves(times_halves(shifted[2 * i][half], pair),
+                                           times_halves(shifted[2 * i + 1][half], pair));
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 uint32 order = side == 0 ? 0x6420 : 0x7531;
-                uint2 word = make_uint2(__byte_perm(codes[0], codes[1], order), __byte_perm(codes[2], codes[3], order));
-                int column = patch_col * 16 + 2 * j + side;
-                *reinterpret_cast<uint2*>(turned + chunk_at<16>(column, patch_row / 2) + patch_row % 2 * 8) = word;
+                *reinterpret_cast<uint2*>(turned + chunk_at<16>(column + side, patch_row / 2) + patch_row % 2 * 8) =
+                    make_uint2(__byte_perm(codes[0], codes[1], order), __byte_perm(codes[2], codes[3], order));
             }
         }
-        __syncthreads();
+    }
+    __syncthreads();
     store_turned<16, THREADS>(p, place, turned);
     return true;
 }
@@ -194,12 +215,9 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, const Words
     store_turned<16, THREADS>(p, place, turned);
 }
 
-#ifndef BLOCKS
-#define BLOCKS 5
-#endif
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     requantize_columns(const __grid_constant__ Columns p) {
-    __shared__ alignas(128) uint8 turned[GROUP * 128];
+    __shared__ alignas(128) uint4 read[2][8 * THREADS];  // as it was read; then, in place, turned
     __shared__ alignas(16) uint32 amaxima[THREADS / 32][128];
     __shared__ int sources[GROUP];
     __shared__ float scales_in[GROUP];
@@ -215,45 +233,73 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // Thread t looks after row t, and later after column t.
     bool is_row = place.begin + t < place.end;
     int source = is_row ? source_of(p, place.begin + t) : 0;
-    float scale_in = 0.0f;
-    if (is_row)
-        scale_in = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, source) + bytes(p.scale_in_col, place.tile));
-    uint32 x[8][4];
+    const uint8* scale_address = p.scale_in + bytes(p.scale_in_row, source);
     int first = place.begin + patch_row * 8;
-    const uint8* data = p.data + place.tile * 128 + patch_col * 16;
+    const uint8* data = p.data + patch_col * 16;
     if (GATHERS != 0) {
         sources[t] = source;
         __syncthreads();
     } else {
         data += bytes(p.data_row, first);
     }
+    // Copies to shared memory go on while the tile before is made. A thread reads what it copied, and no other's.
+    float next_scale = 0.0f;
+    auto copy = [&](int tile, uint4* place_of_tile) {
+        if (is_row) next_scale = load_scale<KIND_IN>(scale_address + bytes(p.scale_in_col, tile));
 #pragma unroll
-    for (int r = 0; r < 8; ++r)
-        load_global4(x[r], data + bytes(p.data_row, GATHERS != 0 ? sources[patch_row * 8 + r] : r),
-                     first + r < place.end);
+        for (int r = 0; r < 8; ++r)
+            copy_global4(place_of_tile + r * THREADS + t,
+                         data + tile * 128 + bytes(p.data_row, GATHERS != 0 ? sources[patch_row * 8 + r] : r),
+                         first + r < place.end);
+        commit_copies();
+    };
+    copy(place.tile, read[0]);
 
-    scales_in[t] = scale_in;
-    bool is_exact = false;
-    uint32 top = 0;
-    if (IN_FP16) {
-        uint32 exponent = bits_of(scale_in) >> 23;
-        uint32 low = __reduce_min_sync(~0u, is_row ? exponent : 255), high = __reduce_max_sync(~0u, is_row ? exponent : 0);
-        if (lane == 0) exponents[warp] = make_uint2(low, high);
-    }
-    __syncthreads();
-    if (IN_FP16) {
-        uint32 bottom = 255;
+    int last = place.tile + place.tiles - 1;
+    for (int parity = 0;; parity ^= 1, ++place.tile) {
+        float scale_in = next_scale;
+        if (place.tile < last) {
+            copy(place.tile + 1, read[parity ^ 1]);
+            wait_copies<1>();
+        } else {
+            wait_copies<0>();
+        }
+        uint32 x[8][4];
 #pragma unroll
-        for (int w = 0; w < THREADS / 32; ++w) bottom = min(bottom, exponents[w].x), top = max(top, exponents[w].y);
-        is_exact = bottom >= LOWEST_EXPONENT && top <= HIGHEST_EXPONENT && top - bottom <= LARGEST_SHIFT;
-    }
-    float scales[8];
-#pragma unroll
-    for (int r = 0; r < 8; ++r) scales[r] = scales_in[patch_row * 8 + r];
+        for (int r = 0; r < 8; ++r) {
+            uint4 v = read[parity][r * THREADS + t];
+            x[r][0] = v.x, x[r][1] = v.y, x[r][2] = v.z, x[r][3] = v.w;
+        }
+        uint8* turned = reinterpret_cast<uint8*>(read[parity]);  // once all have read theirs
 
-    // The same for all threads.
-    if (IN_FP16 && is_exact && requantized_in_fp16(p, place, x, scales, top, amaxima, factors, turned, patch_row, patch_col))
-        return;
-    Words<IN_FP16> words{x, data, p.data_row, sources + patch_row * 8, place.end - first};
-    requantize_in_fp32(p, place, words, scales, amaxima, divisors, lifts_of, turned, patch_row, patch_col);
+        scales_in[t] = scale_in;
+        bool is_exact = false;
+        uint32 top = 0;
+        if (IN_FP16) {
+            uint32 exponent = bits_of(scale_in) >> 23;
+            uint32 low = __reduce_min_sync(~0u, is_row ? exponent : 255);
+            uint32 high = __reduce_max_sync(~0u, is_row ? exponent : 0);
+            if (lane == 0) exponents[warp] = make_uint2(low, high);
+        }
+        __syncthreads();
+        if (IN_FP16) {
+            uint32 bottom = 255;
+#pragma unroll
+            for (int w = 0; w < THREADS / 32; ++w) bottom = min(bottom, exponents[w].x), top = max(top, exponents[w].y);
+            is_exact = bottom >= LOWEST_EXPONENT && top <= HIGHEST_EXPONENT && top - bottom <= LARGEST_SHIFT;
+        }
+        float scales[8];
+#pragma unroll
+        for (int r = 0; r < 8; ++r) scales[r] = scales_in[patch_row * 8 + r];
+
+        // The same for all threads.
+        bool is_done = IN_FP16 && is_exact &&
+                       requantized_in_fp16(p, place, x, scales, top, amaxima, factors, turned, patch_row, patch_col);
+        if (!is_done) {
+            Words<IN_FP16> words{x, data + place.tile * 128, p.data_row, sources + patch_row * 8, place.end - first};
+            requantize_in_fp32(p, place, words, scales, amaxima, divisors, lifts_of, turned, patch_row, patch_col);
+        }
+        if (place.tile == last) break;
+        __syncthreads();
+    }
 }
