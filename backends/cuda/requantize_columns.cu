@@ -15,8 +15,64 @@ constexpr int LARGEST_SHIFT = 15;
 // Exponents of scales that are far enough from FP32's smallest and largest.
 constexpr int LOWEST_EXPONENT = 127 - 60, HIGHEST_EXPONENT = 127 + 60;
 
+constexpr float SMALL = 0x1p-64f, LIFT = 0x1p64f;
+
+DEVICE uint32 bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(uint32 x) { return __uint_as_float(x); }
+
+// Four codes as two FP16 pairs; exact.
+DEVICE void halves_of(uint32 codes, uint32& low, uint32& high) {
+    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, l;\n\tcvt.rn.f16x2.e4m3x2 %1, h;\n\t}"
+        : "=r"(low), "=r"(high) : "r"(codes));
+}
+DEVICE uint32 times_halves(uint32 a, uint32 b) {
+    uint32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+// Two FP16 pairs as E4M3 codes.
+DEVICE uint32 codes_of_halves(uint32 a, uint32 b) {
+    uint32 packed;
+    asm("{\n\t.reg .b16 low, high;\n\tcvt.rn.satfinite.e4m3x2.f16x2 low, %1;\n\t"
+        "cvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n\tmov.b32 %0, {low, high};\n\t}"
+        : "=r"(packed) : "r"(a), "r"(b));
+    return packed;
+}
+DEVICE float low_half(uint32 x) {
+    float f;
+    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %1;\n\tcvt.f32.f16 %0, l;\n\t}" : "=f"(f) : "r"(x));
+    return f;
+}
+// The value itself; but what is computed from it is computed again, not held in a register from before.
+DEVICE uint32 again(uint32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// What divides any x: (lifted scale, its reciprocal); `is_small` where x has to be lifted as well.
+template <int KIND>
+DEVICE float2 wide_divisor_of(float scale, bool& is_small) {
+    is_small = false;
+    if (KIND != FP32) return make_float2(reciprocal<KIND>(scale).high, 0.0f);
+    is_small = scale < SMALL;
+    float lifted = is_small ? __fmul_rn(scale, LIFT) : scale;
+    float inverse = reciprocal_approximate(lifted);
+    inverse = __fmaf_rn(__fmaf_rn(-inverse, lifted, 1.0f), inverse, inverse);
+    if ((bits_of(lifted) & 0x007fffffu) == 0x007fffffu) inverse = float_of(bits_of(inverse) + 1);
+    return make_float2(lifted, inverse);
+}
+template <int KIND, bool LIFTS>
+DEVICE float wide_quotient(float x, float2 divisor, float lift) {
+    if (KIND != FP32) return __fmul_rn(x, divisor.x);
+    if (LIFTS) x = __fmul_rn(x, lift);
+    float q = __fmul_rn(x, divisor.y);
+    // The signs keep a negative zero: see numerics.py.
+    q = __fmaf_rn(__fmaf_rn(q, divisor.x, -x), -divisor.y, q);
+    return __fmaf_rn(__fmaf_rn(q, divisor.x, -x), -divisor.y, q);
+}
+
 // The tile in FP16, relative to the largest scale, 2^(top - 127); false where a column's numbers are too small for that.
-DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint32 (&x)[8][4], const float (&scales)[8],
+DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint4 (&x)[8], const float (&scales)[8],
                                 uint32 top, uint32 (&amaxima)[THREADS / 32][128], uint16* factors, uint8* turned,
                                 int patch_row, int patch_col) {
     int t = threadIdx.x, warp = t / 32, lane = t % 32;
@@ -34,28 +90,23 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             uint32 low, high;
-            halves_of(x[r][j], low, high);
+            halves_of(word_of(x[r], j), low, high);
             low = times_halves(low, shifts[r]), high = times_halves(high, shifts[r]);
 #if KEEP
             kept[r][2 * j] = low, kept[r][2 * j + 1] = high;
 #endif
             low &= 0x7fff7fffu, high &= 0x7fff7fffu;
-            columns[2 * j] = r == 0 ? low : max_u16x2(columns[2 * j], low);
-            columns[2 * j + 1] = r == 0 ? high : max_u16x2(columns[2 * j + 1], high);
+            columns[2 * j] = r == 0 ? low : larger_bits(columns[2 * j], low);
+            columns[2 * j + 1] = r == 0 ? high : larger_bits(columns[2 * j + 1], high);
         }
     }
     // Lanes l, l ^ 8, l ^ 16, l ^ 24 have the same columns: each ends up with two words of four.
-    bool upper = lane & 8;
+    bool upper = lane & 8, second = lane & 16;
     uint32 part[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-        part[j] = max_u16x2(upper ? columns[4 + j] : columns[j],
-                            __shfl_xor_sync(~0u, upper ? columns[j] : columns[4 + j], 8));
-    bool second = lane & 16;
+    for (int j = 0; j < 4; ++j) part[j] = exchange_larger(columns[j], columns[4 + j], 8, upper);
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-        part[j] = max_u16x2(second ? part[2 + j] : part[j],
-                            __shfl_xor_sync(~0u, second ? part[j] : part[2 + j], 16));
+    for (int j = 0; j < 2; ++j) part[j] = exchange_larger(part[j], part[2 + j], 16, second);
     *reinterpret_cast<uint2*>(&amaxima[warp][patch_col * 8 + (upper ? 4 : 0) + (second ? 2 : 0)]) =
         make_uint2(part[0], part[1]);
     __syncthreads();
@@ -71,13 +122,13 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
         scale = float_of(NAN_BITS);
         factor = 0x7fffu;
     } else if (amax != 0) {
-        scale = scale_of<KIND>(bits_of(__fmul_rn(low_half(amax), float_of(top << 23))));
+        scale = scale_of<E4M3, KIND>(__fmul_rn(low_half(amax), float_of(top << 23)));
         shift = static_cast<int>(top) - static_cast<int>(bits_of(scale) >> 23);
         factor = static_cast<uint32>(shift + 15) << 10;
     }
     factors[t] = static_cast<uint16>(factor);
     if (__syncthreads_or(shift > LARGEST_SHIFT)) return false;
-    store_scale<KIND>(scale_address(p, place, t), scale);
+    store_column_scale(p, place, t, scale);
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
         uint32 shifted[8][2];
@@ -86,7 +137,7 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
 #if KEEP
             shifted[r][0] = kept[r][2 * word], shifted[r][1] = kept[r][2 * word + 1];
 #else
-            halves_of(again(x[r][word]), shifted[r][0], shifted[r][1]);
+            halves_of(again(word_of(x[r], word)), shifted[r][0], shifted[r][1]);
             shifted[r][0] = times_halves(shifted[r][0], shifts[r]);
             shifted[r][1] = times_halves(shifted[r][1], shifts[r]);
 #endif
@@ -113,26 +164,18 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
     return true;
 }
 
-// The j-th of four codes.
-DEVICE float number(uint32 codes, int j) {
-    uint32 low, high;
-    halves_of(codes, low, high);
-    uint32 pair = j < 2 ? low : high;
-    return j % 2 == 0 ? low_half(pair) : high_half(pair);
-}
-
 // The patch's codes in 4-byte words: as they were read, or read again. Tiles whose FP16 form did not fit are few, and
 // keeping what they need would cost all the others registers.
-template <bool rereads>
+template <bool REREADS>
 struct Words {
-    const uint32 (&x)[8][4];
+    const uint4 (&x)[8];
     const uint8* data;
     uint32 stride;
     const int* sources;
     int rows;
 
     DEVICE uint32 at(int r, int word) const {
-        if (!rereads) return again(x[r][word]);
+        if (!REREADS) return again(word_of(x[r], word));
         uint32 codes = 0;
         if (r < rows)
             codes = *reinterpret_cast<const uint32*>(data + bytes(stride, GATHERS != 0 ? sources[r] : r) + word * 4);
@@ -140,23 +183,23 @@ struct Words {
     }
 };
 
-template <bool rereads>
-DEVICE void amaxima_of(const Words<rereads>& words, const float (&scales)[8], uint32* amaxima, int patch_col) {
-    constexpr int unroll = rereads ? 1 : 4;
-#pragma unroll unroll
+template <bool REREADS>
+DEVICE void amaxima_of(const Words<REREADS>& words, const float (&scales)[8], uint32* amaxima, int patch_col) {
+#pragma unroll REREADS ? 1 : 4
     for (int word = 0; word < 4; ++word) {
         uint32 amax[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
-            uint32 codes = words.at(r, word);
+            float numbers[4];
+            decode<E4M3>(words.at(r, word), numbers);
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                amax[j] = max(amax[j], bits_of(__fmul_rn(number(codes, j), scales[r])) & 0x7fffffffu);
+                amax[j] = max(amax[j], bits_of(__fmul_rn(numbers[j], scales[r])) & 0x7fffffffu);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            amax[j] = max(amax[j], __shfl_xor_sync(~0u, amax[j], 8));
-            amax[j] = max(amax[j], __shfl_xor_sync(~0u, amax[j], 16));
+            amax[j] = max(amax[j], __shfl_xor_sync(ALL_LANES, amax[j], 8));
+            amax[j] = max(amax[j], __shfl_xor_sync(ALL_LANES, amax[j], 16));
         }
         if (threadIdx.x % 32 < 8)
             *reinterpret_cast<uint4*>(amaxima + patch_col * 16 + word * 4) =
@@ -164,36 +207,36 @@ DEVICE void amaxima_of(const Words<rereads>& words, const float (&scales)[8], ui
     }
 }
 
-template <bool rereads, bool lifts>
-DEVICE void turn(const Words<rereads>& words, const float (&scales)[8], const float2* divisors, const float* lifts_of,
+template <bool REREADS, bool LIFTS>
+DEVICE void turn(const Words<REREADS>& words, const float (&scales)[8], const float2* divisors, const float* lifts_of,
                  uint8* turned, int patch_row, int patch_col) {
-    constexpr int unroll = rereads ? 1 : 4;
-#pragma unroll unroll
+#pragma unroll REREADS ? 1 : 4
     for (int word = 0; word < 4; ++word) {
         float q[4][8];
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
-            uint32 codes = words.at(r, word);
+            float numbers[4];
+            decode<E4M3>(words.at(r, word), numbers);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 int column = patch_col * 16 + word * 4 + j;
-                q[j][r] = wide_quotient<KIND, lifts>(__fmul_rn(number(codes, j), scales[r]), divisors[column],
-                                                     lifts ? lifts_of[column] : 1.0f);
+                q[j][r] = wide_quotient<KIND, LIFTS>(__fmul_rn(numbers[j], scales[r]), divisors[column],
+                                                     LIFTS ? lifts_of[column] : 1.0f);
             }
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             int column = patch_col * 16 + word * 4 + j;
-            uint2 codes = make_uint2(codes_of(q[j][0], q[j][1], q[j][2], q[j][3]),
-                                     codes_of(q[j][4], q[j][5], q[j][6], q[j][7]));
+            uint2 codes = make_uint2(encode<E4M3>(q[j][0], q[j][1], q[j][2], q[j][3]),
+                                     encode<E4M3>(q[j][4], q[j][5], q[j][6], q[j][7]));
             *reinterpret_cast<uint2*>(turned + chunk_at<16>(column, patch_row / 2) + patch_row % 2 * 8) = codes;
         }
     }
 }
 
 // The tile in FP32.
-template <bool rereads>
-DEVICE void requantize_in_fp32(const Columns& p, const Place& place, const Words<rereads>& words, const float (&scales)[8],
+template <bool REREADS>
+DEVICE void requantize_in_fp32(const Columns& p, const Place& place, const Words<REREADS>& words, const float (&scales)[8],
                                uint32 (&amaxima)[THREADS / 32][128], float2* divisors, float* lifts_of, uint8* turned,
                                int patch_row, int patch_col) {
     int t = threadIdx.x;
@@ -202,21 +245,21 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, const Words
     uint32 amax = 0;
 #pragma unroll
     for (int w = 0; w < THREADS / 32; ++w) amax = max(amax, amaxima[w][t]);
-    float scale = scale_of<KIND>(amax);
+    float scale = scale_of<E4M3, KIND>(float_of(amax));
     bool is_small;
     divisors[t] = wide_divisor_of<KIND>(scale, is_small);
-    store_scale<KIND>(scale_address(p, place, t), scale);
+    store_column_scale(p, place, t, scale);
     lifts_of[t] = is_small ? LIFT : 1.0f;
     if (__syncthreads_or(is_small))
-        turn<rereads, true>(words, scales, divisors, lifts_of, turned, patch_row, patch_col);
+        turn<REREADS, true>(words, scales, divisors, lifts_of, turned, patch_row, patch_col);
     else
-        turn<rereads, false>(words, scales, divisors, lifts_of, turned, patch_row, patch_col);
+        turn<REREADS, false>(words, scales, divisors, lifts_of, turned, patch_row, patch_col);
     __syncthreads();
     store_turned<16, THREADS>(p, place, turned);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    requantize_columns(const __grid_constant__ Columns p) {
+    fp8c_requantize_columns(const __grid_constant__ Columns p) {
     __shared__ alignas(128) uint4 read[2][8 * THREADS];  // as it was read; then, in place, turned
     __shared__ alignas(16) uint32 amaxima[THREADS / 32][128];
     __shared__ int sources[GROUP];
@@ -244,14 +287,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     // Copies to shared memory go on while the tile before is made. A thread reads what it copied, and no other's.
     float next_scale = 0.0f;
-    auto copy = [&](int tile, uint4* place_of_tile) {
-        if (is_row) next_scale = load_scale<KIND_IN>(scale_address + bytes(p.scale_in_col, tile));
+    auto copy = [&](int tile, uint4* to) {
+        if (is_row) next_scale = load_scale<KIND_IN>(scale_address + bytes(p.scale_in_col, tile), 0);
 #pragma unroll
         for (int r = 0; r < 8; ++r)
-            copy_global4(place_of_tile + r * THREADS + t,
-                         data + tile * 128 + bytes(p.data_row, GATHERS != 0 ? sources[patch_row * 8 + r] : r),
-                         first + r < place.end);
-        commit_copies();
+            copy_async<16>(to + r * THREADS + t,
+                           data + tile * 128 + bytes(p.data_row, GATHERS != 0 ? sources[patch_row * 8 + r] : r),
+                           first + r < place.end);
+        close_copies();
     };
     copy(place.tile, read[0]);
 
@@ -260,16 +303,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float scale_in = next_scale;
         if (place.tile < last) {
             copy(place.tile + 1, read[parity ^ 1]);
-            wait_copies<1>();
+            wait_for_copies_but<1>();
         } else {
-            wait_copies<0>();
+            wait_for_copies_but<0>();
         }
-        uint32 x[8][4];
+        uint4 x[8];
 #pragma unroll
-        for (int r = 0; r < 8; ++r) {
-            uint4 v = read[parity][r * THREADS + t];
-            x[r][0] = v.x, x[r][1] = v.y, x[r][2] = v.z, x[r][3] = v.w;
-        }
+        for (int r = 0; r < 8; ++r) x[r] = read[parity][r * THREADS + t];
         uint8* turned = reinterpret_cast<uint8*>(read[parity]);  // once all have read theirs
 
         scales_in[t] = scale_in;
@@ -277,8 +317,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         uint32 top = 0;
         if (IN_FP16) {
             uint32 exponent = bits_of(scale_in) >> 23;
-            uint32 low = __reduce_min_sync(~0u, is_row ? exponent : 255);
-            uint32 high = __reduce_max_sync(~0u, is_row ? exponent : 0);
+            uint32 low = __reduce_min_sync(ALL_LANES, is_row ? exponent : 255);
+            uint32 high = __reduce_max_sync(ALL_LANES, is_row ? exponent : 0);
             if (lane == 0) exponents[warp] = make_uint2(low, high);
         }
         __syncthreads();
