@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from fp8c.backends.cuda import build
-from fp8c.backends.cuda.columns import ColumnsConfig
 from fp8c.backends.cuda.config import GemmConfig, Grouping, Output
+from fp8c.backends.cuda.fused import FusedConfig
 from fp8c.backends.cuda.gemm import OUTPUTS, plan_of
+from fp8c.backends.cuda.operators import CONFIGS
 from fp8c.backends.gemms.unsupported import Unsupported
 
 _GROUPINGS = {
@@ -23,20 +24,17 @@ _GROUPINGS = {
 }
 
 
-Config = TypeVar("Config", GemmConfig, ColumnsConfig)
-
-
 @dataclass(frozen=True)
-class CompiledInstance(Generic[Config]):
+class CompiledInstance:
     """`key` names the instance in a kernel cache (`build.source_key`)."""
 
     key: str
-    config: Config
+    config: GemmConfig | FusedConfig
     cubin: bytes
 
     @property
     def name(self) -> str:
-        return f"{self.config.label}-{self.key[:8]}"
+        return f"{self.config.kernel.removeprefix('fp8c_')}-{self.key[:8]}"
 
 
 def instance(op: str, arguments: tuple[Any, ...], multiprocessors: int) -> GemmConfig:
@@ -51,6 +49,15 @@ def instance(op: str, arguments: tuple[Any, ...], multiprocessors: int) -> GemmC
     return plan.instance(a, b, output, offs, multiprocessors)
 
 
-def compile_instances(configs: Iterable[Config]) -> list[CompiledInstance[Config]]:
+def fused_instance(op: str, arguments: tuple[Any, ...]) -> FusedConfig | None:
+    """The instance that serves a fused operator's call, whose tensors have no data; None where Triton serves it."""
+    try:
+        config: FusedConfig = CONFIGS[op](*arguments)
+    except (KeyError, Unsupported):
+        return None
+    return config
+
+
+def compile_instances(configs: Iterable[GemmConfig | FusedConfig]) -> list[CompiledInstance]:
     """Machine code of each, from the kernel cache where it has it. Raises: E0430, E0431."""
     return [CompiledInstance(build.source_key(c), c, build.cubin(c)) for c in dict.fromkeys(configs)]

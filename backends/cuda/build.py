@@ -1,4 +1,4 @@
-"""From an instance of a kernel (a `GemmConfig`) to machine code: NVRTC (or nvcc) behind a cache on disk. Needs no GPU.
+"""From an instance of a kernel (`GemmConfig`, `FusedConfig`) to machine code: NVRTC (or nvcc) behind a cache on disk. Needs no GPU.
 
 The cache is a folder of files named by a hash of everything that went into them: sources, options, compiler version,
 architecture. A file is a SHA-256 digest followed by the cubin; it is written beside and renamed into place under a lock,
@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib import metadata
@@ -24,28 +24,38 @@ from typing import Protocol
 
 from filelock import FileLock
 
-from fp8c.backends.cuda.config import GemmConfig
 from fp8c.cache import cache_folder
 from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail, render
 
 _LOG = logging.getLogger(__name__)
 ARCHITECTURE = "sm_90a"
-KERNEL_NAME = b"fp8c_gemm"
-SOURCES = GemmConfig.sources
+SOURCES = ("gemm.cu", "ptx.cuh", "schedule.cuh")
 
-# register-usage-level 10: ptxas may use registers up to the limit instead of saving them for occupancy.
+# Those of the GEMM. register-usage-level 10: ptxas may use registers up to the limit instead of saving them for occupancy.
 OPTIONS = ("-std=c++17", "--ptxas-options=--register-usage-level=10")
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class Instance(Hashable, Protocol):
-    """What machine code is made from: files of this folder, the one to compile first, and generated headers."""
+class Instance(Protocol):
+    """What is compiled: files of this folder, the first of them including the others and the generated headers."""
 
     @property
     def sources(self) -> tuple[str, ...]: ...
 
+    @property
+    def kernel(self) -> str:
+        """The name of the function."""
+
+    @property
+    def options(self) -> tuple[str, ...]: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
     def headers(self) -> dict[str, str]: ...
+
+    def __hash__(self) -> int: ...
 
 
 def cubin(config: Instance, folder: Path | None = None) -> bytes:
@@ -107,15 +117,15 @@ def _compiler() -> tuple[str, str] | None:
 
 
 @cache
-def _source_texts(names: tuple[str, ...] = SOURCES) -> dict[str, str]:
+def _source_texts(names: tuple[str, ...]) -> dict[str, str]:
     here = Path(__file__).parent
     return {name: (here / name).read_text() for name in names}
 
 
 @cache
 def source_digest() -> str:
-    """Of the GEMM kernel's sources and options: what a measured time of it belongs to."""
-    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts().items()))]
+    """Of the GEMM's sources and options: what a measured time of it belongs to."""
+    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts(SOURCES).items()))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -125,7 +135,7 @@ def source_key(config: Instance) -> str:
 
 
 def _key(config: Instance, compiler: str = "") -> str:
-    parts = [compiler or str(_compiler()), ARCHITECTURE, *OPTIONS]
+    parts = [compiler or str(_compiler()), ARCHITECTURE, *config.options]
     for name, text in sorted({**_source_texts(config.sources), **config.headers()}.items()):
         parts += [name, text]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -161,13 +171,14 @@ def _write_checked(path: Path, code: bytes) -> None:
 
 def compile_cubin(config: Instance) -> bytes:
     """Compile without the cache. Raises as `cubin` does."""
-    texts = _source_texts(config.sources)
-    main = config.sources[0]
+    texts, main = _source_texts(config.sources), config.sources[0]
     headers = {name: text for name, text in texts.items() if name != main} | config.headers()
-    return compile_source(texts[main], headers, main)
+    return compile_source(texts[main], headers, main, config.options)
 
 
-def compile_source(source: str, headers: dict[str, str], name: str = "gemm.cu") -> bytes:
+def compile_source(
+    source: str, headers: dict[str, str], name: str = "kernel.cu", options: tuple[str, ...] = OPTIONS
+) -> bytes:
     """Compile one CUDA source with the headers it includes. Raises as `cubin` does."""
     compiler = _compiler()
     if compiler is None:
@@ -178,28 +189,28 @@ def compile_source(source: str, headers: dict[str, str], name: str = "gemm.cu") 
             "where a compiler is",
             exit_code=ExitCode.TARGET,
         )
-    compiled = _compile_nvrtc if compiler[0] == "nvrtc" else _compile_nvcc
-    return compiled(source, headers, name)
+    compile_with = _compile_nvrtc if compiler[0] == "nvrtc" else _compile_nvcc
+    return compile_with(source, headers, name, options)
 
 
-def _rejected(log: str, name: str = "gemm.cu") -> Exception:
+def _rejected(name: str, log: str) -> Exception:
     return fail("E0431", f"the CUDA compiler rejected {name}: {log.strip()}", exit_code=ExitCode.BUG)
 
 
-def _compile_nvrtc(source: str, headers: dict[str, str], name: str) -> bytes:
+def _compile_nvrtc(source: str, headers: dict[str, str], name: str, options: tuple[str, ...]) -> bytes:
     from cuda.bindings import nvrtc
 
-    names = [header.encode() for header in headers]
+    names = [name.encode() for name in headers]
     texts = [text.encode() for text in headers.values()]
     error, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(names), texts, names)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, error
-    options = [o.encode() for o in (f"--gpu-architecture={ARCHITECTURE}", *OPTIONS)]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    flags = [o.encode() for o in (f"--gpu-architecture={ARCHITECTURE}", *options)]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         log = b" " * size
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise _rejected(log.decode(errors="replace"), name)
+        raise _rejected(name, log.decode(errors="replace"))
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * size
     nvrtc.nvrtcGetCUBIN(program, code)  # fills the bytes in place
@@ -207,14 +218,14 @@ def _compile_nvrtc(source: str, headers: dict[str, str], name: str) -> bytes:
     return bytes(code)
 
 
-def _compile_nvcc(source: str, headers: dict[str, str], name: str) -> bytes:
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for header, text in {**headers, name: source}.items():
-            (folder / header).write_text(text)
+def _compile_nvcc(source: str, headers: dict[str, str], name: str, options: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for file, text in {**headers, name: source}.items():
+            (folder / file).write_text(text)
         target = f"-gencode=arch=compute_{ARCHITECTURE[3:]},code={ARCHITECTURE}"
-        command = ["nvcc", *OPTIONS, target, "-cubin", "-o", "kernel.cubin", name]
+        command = ["nvcc", *options, target, "-cubin", "-o", "kernel.cubin", name]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if result.returncode != 0:
-            raise _rejected(result.stderr, name)
+            raise _rejected(name, result.stderr)
         return (folder / "kernel.cubin").read_bytes()

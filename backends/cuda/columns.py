@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fp8c.backends.cuda.fused import ACCESS_BYTES, FusedConfig, address, kind_of, start
+from fp8c.backends.cuda.fused import ACCESS_BYTES, FusedConfig, address, kind_of, start_blocks
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.formats import Element, Format, ScaleKind
 from fp8c.ops import empty_quantized, quantized_format, restarts
@@ -62,17 +62,13 @@ def gather_quantize(x: Tensor, rows: Tensor, fmt: str, offs: Tensor | None = Non
     return _launch(gather_quantize_config(x, rows, fmt, offs), x, None, rows, offs, fmt)[0]
 
 
-def requantize(
-    q: Tensor, s: Tensor, src: str, dst: str, offs: Tensor | None = None, cols: int | None = None
-) -> Pair:
+def requantize(q: Tensor, s: Tensor, src: str, dst: str, offs: Tensor | None = None, cols: int | None = None) -> Pair:
     """`fp8c::requantize`."""
     config = requantize_config(q, s, src, dst, offs, cols)
     return _launch(config, q, s, None, restarts(quantized_format(dst), offs), dst)[0]
 
 
-def gather_requantized(
-    q: Tensor, s: Tensor, rows: Tensor, src: str, dst: str, offs: Tensor | None = None
-) -> Pair:
+def gather_requantized(q: Tensor, s: Tensor, rows: Tensor, src: str, dst: str, offs: Tensor | None = None) -> Pair:
     """`fp8c::gather_requantized`."""
     config = gather_requantized_config(q, s, rows, src, dst, offs)
     return _launch(config, q, s, rows, restarts(quantized_format(dst), offs), dst)[0]
@@ -180,7 +176,7 @@ def _launch(
         _stride(row_data, 0), _stride(row_scale, 0), _stride(row_scale, 1),
         height, width, groups, 0 if ends is None else ends.shape[0], slab,
     )  # fmt: skip
-    start(config, groups * tiles, arguments, data.device)
+    start_blocks(config, groups * tiles, arguments, data.device)
     return out, row_out
 
 

@@ -1,8 +1,7 @@
 """Quantizers in Triton: 1xG rows, Gx1 columns (stored transposed), both from one read, 128x128 blocks both ways.
 
 What a kernel can't take (other groups, E5M6 in columns, empty tensors) goes to the plain form. Inputs are read in
-place when their last axis is contiguous, else copied. On Hopper, `backends.cuda.columns` takes 128x1 groups of E4M3 where
-sizes are even.
+place when their last axis is contiguous, else copied.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -14,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8c.backends.cuda import columns as cuda
 from fp8c.backends.triton.numerics import fp8_codes, magnitude_bits, quotient, reciprocal, scale_of, store_scale
 from fp8c.backends.triton.tiles import group_rows, load_tile, store_column_groups, store_row_groups
 from fp8c.formats import Element, Format, ScaleKind
@@ -195,15 +193,12 @@ def quantize_both(x: Tensor, fmt: str, fmt_t: str, offs: Tensor | None = None) -
         return plain("quantize_both")(x, fmt, fmt_t, offs)  # type: ignore[no-any-return]
     x = readable(x)
     (q, s), (qt, st) = empty_quantized(x, x.shape, rows), empty_quantized(x, x.shape, columns, offs)
-    ends = None if offs is None else as_ends(offs)
-    if cuda.fill(x, None, None, ends, (qt, st), (q, s), None, columns, rows):
-        return q, s, qt, st
     height, width = x.shape
-    experts = 0 if ends is None else ends.shape[0]
+    experts = 0 if offs is None else offs.shape[0]
     groups = st.shape[0]
     words = as_words(q, rows)
     both_kernel[(groups * triton.cdiv(width, 128),)](
-        x, words, scale_bytes(s), qt.view(torch.uint8), scale_bytes(st), x if ends is None else ends,
+        x, words, scale_bytes(s), qt.view(torch.uint8), scale_bytes(st), x if offs is None else as_ends(offs),
         height, width, experts, x.stride(0), words.stride(0), s.stride(0), s.stride(1),
         qt.stride(1), st.stride(0), st.stride(1),
         E_PAD=padded(experts), EVEN=width % 128 == 0, **codes_of(rows), WIDE=is_wide(x),
@@ -265,12 +260,9 @@ def _columns(x: Tensor, fmt: Format, offs: Tensor | None, rows: Tensor | None = 
     x = readable(x)
     height, width = x.shape if rows is None else (rows.shape[0], x.shape[1])
     q, s = empty_quantized(x, (height, width), fmt, offs)
-    ends = None if offs is None else as_ends(offs)
-    if cuda.fill(x, None, rows, ends, (q, s), None, None, fmt):
-        return q, s
-    experts = 0 if ends is None else ends.shape[0]
+    experts = 0 if offs is None else offs.shape[0]
     column_kernel[(s.shape[0] * triton.cdiv(width, COLUMN_TILE),)](
-        x, x if rows is None else rows, q.view(torch.uint8), scale_bytes(s), x if ends is None else ends,
+        x, x if rows is None else rows, q.view(torch.uint8), scale_bytes(s), x if offs is None else as_ends(offs),
         height, width, experts, x.stride(0), q.stride(1), s.stride(0), s.stride(1),
         COLS=COLUMN_TILE, VEC=COLUMN_VECTOR, G=fmt.group[0], E_PAD=padded(experts), GATHER=rows is not None, EVEN=width % 128 == 0,
         **codes_of(fmt), WIDE=is_wide(x), num_warps=COLUMN_WARPS,

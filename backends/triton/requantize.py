@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8c.backends.cuda import columns as cuda
 from fp8c.backends.triton.quantize import ELEMENTS, KINDS, as_ends, as_words, padded, scale_bytes
 from fp8c.backends.triton.tiles import (
     group_rows,
@@ -210,16 +209,13 @@ def _to_columns(
         height = rows.shape[0]
     offs = restarts(new, offs)
     qt, st = empty_quantized(q, (height, width), new, offs)
-    ends = None if offs is None else as_ends(offs)
-    if cuda.fill(q, s, rows, ends, (qt, st), None, old, new):
-        return qt, st
-    experts = 0 if ends is None else ends.shape[0]
+    experts = 0 if offs is None else offs.shape[0]
     words, scale = as_words(q, old), scale_bytes(s)
     is_even = width % 128 == 0  # masks take registers
     vector, warps = COLUMN_SHAPES[_kind(new) != 0 and is_even]
     columns_kernel[(st.shape[0] * triton.cdiv(width, COLUMN_TILE),)](
         words, scale, words if rows is None else rows, qt.view(torch.uint8), scale_bytes(st),
-        words if ends is None else ends, height, width, experts,
+        words if offs is None else as_ends(offs), height, width, experts,
         words.stride(0), scale.stride(0), scale.stride(1), qt.stride(1), st.stride(0), st.stride(1),
         COLS=COLUMN_TILE, VEC=vector, E_PAD=padded(experts), GATHER=rows is not None, EVEN=is_even,
         ELEMENT=ELEMENTS[old.element], KIND=_kind(old), ELEMENT_T=ELEMENTS[new.element], KIND_T=_kind(new),
