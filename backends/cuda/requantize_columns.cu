@@ -43,11 +43,8 @@ DEVICE float low_half(uint32 x) {
     asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %1;\n\tcvt.f32.f16 %0, l;\n\t}" : "=f"(f) : "r"(x));
     return f;
 }
-// The value itself; but what is computed from it is computed again, not held in a register from before.
-DEVICE uint32 again(uint32 x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
+// The word itself, which the compiler can't know: so what follows from it is computed again, and takes no registers before.
+DEVICE uint32 again(const Columns& p, uint32 word) { return word ^ (static_cast<uint32>(p.rows) >> 31); }
 
 // What divides any x: (lifted scale, its reciprocal); `is_small` where x has to be lifted as well.
 template <int KIND>
@@ -137,7 +134,7 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
 #if KEEP
             shifted[r][0] = kept[r][2 * word], shifted[r][1] = kept[r][2 * word + 1];
 #else
-            halves_of(again(word_of(x[r], word)), shifted[r][0], shifted[r][1]);
+            halves_of(again(p, word_of(x[r], word)), shifted[r][0], shifted[r][1]);
             shifted[r][0] = times_halves(shifted[r][0], shifts[r]);
             shifted[r][1] = times_halves(shifted[r][1], shifts[r]);
 #endif
@@ -175,7 +172,7 @@ struct Words {
     int rows;
 
     DEVICE uint32 at(int r, int word) const {
-        if (!REREADS) return again(word_of(x[r], word));
+        if (!REREADS) return word_of(x[r], word);
         uint32 codes = 0;
         if (r < rows)
             codes = *reinterpret_cast<const uint32*>(data + bytes(stride, GATHERS != 0 ? sources[r] : r) + word * 4);
@@ -208,7 +205,7 @@ DEVICE void amaxima_of(const Words<REREADS>& words, const float (&scales)[8], ui
 }
 
 template <bool REREADS, bool LIFTS>
-DEVICE void turn(const Words<REREADS>& words, const float (&scales)[8], const float2* divisors, const float* lifts_of,
+DEVICE void turn(const Columns& p, const Words<REREADS>& words, const float (&scales)[8], const float2* divisors, const float* lifts_of,
                  uint8* turned, int patch_row, int patch_col) {
 #pragma unroll REREADS ? 1 : 4
     for (int word = 0; word < 4; ++word) {
@@ -216,7 +213,7 @@ DEVICE void turn(const Words<REREADS>& words, const float (&scales)[8], const fl
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
             float numbers[4];
-            decode<E4M3>(words.at(r, word), numbers);
+            decode<E4M3>(again(p, words.at(r, word)), numbers);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 int column = patch_col * 16 + word * 4 + j;
@@ -251,9 +248,9 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, const Words
     store_column_scale(p, place, t, scale);
     lifts_of[t] = is_small ? LIFT : 1.0f;
     if (__syncthreads_or(is_small))
-        turn<REREADS, true>(words, scales, divisors, lifts_of, turned, patch_row, patch_col);
+        turn<REREADS, true>(p, words, scales, divisors, lifts_of, turned, patch_row, patch_col);
     else
-        turn<REREADS, false>(words, scales, divisors, lifts_of, turned, patch_row, patch_col);
+        turn<REREADS, false>(p, words, scales, divisors, lifts_of, turned, patch_row, patch_col);
     __syncthreads();
     store_turned<16, THREADS>(p, place, turned);
 }
