@@ -16,6 +16,7 @@ from functorch.compile import make_boxed_func
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from fp8c.backends.inductor_rewrites import rewrite_for_inductor
 from fp8c.ops import embedding
 from fp8c.retrace import retrace
 
@@ -65,6 +66,7 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     values = [n.meta["val"] for n in decomposed.graph.find_nodes(op="placeholder")]
     with detect_fake_mode(values) or nullcontext():
         decomposed = joint_graph_passes(decomposed)
+        rewrite_for_inductor(decomposed)
     return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 
 
