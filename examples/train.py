@@ -129,7 +129,7 @@ def setup(args: argparse.Namespace) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     if world > 1 and not args.ep:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     return int(os.environ.get("RANK", "0")), world, device
 
 

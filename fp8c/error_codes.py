@@ -303,7 +303,9 @@ EXPLANATIONS: dict[str, str] = {
     "E1151": "Telemetry needs an interval of at least one step.",
     "R1143": "Weights with a side that is no multiple of 128 were left in BF16. Programs that derive the size of a block "
     "from the number of scales, as transformers does on a CPU, would read them wrongly.",
-    "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not.",
+    "W1131": "A checkpoint of another number of ranks was loaded: values are the same, sums over ranks are not. Schedulers "
+    "and generators that were the same on all ranks go on; what each rank had its own of begins anew.",
+    "W1132": "The checkpoint has moments, masters or averages of parameters that are frozen in this run; they were left.",
     "W1101": "AdamW was built on bare parameters or on a module that fp8c did not compile, so no spec says in which "
     "precision to keep moments and masters; it takes the recipe's. Bare parameters also have no names for checkpoints.",
     "W1102": "The spec asks for FP32 gradients, and the optimizer found BF16 ones: each micro-batch's sum is rounded to 8 "

@@ -6,12 +6,13 @@ ranks that agree on the problem agree on the schedule.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from fp8c.diagnostics import fail
+from fp8c.diagnostics import DiagnosticError, fail
 from fp8c.schedule import (
     EPSILON_US,
     Problem,
@@ -71,6 +72,23 @@ def solve(problem: Problem, limits: SearchLimits = DEFAULT_LIMITS) -> Schedule:
 def heuristic(problem: Problem, limits: SearchLimits = DEFAULT_LIMITS) -> Schedule | None:
     """The best of program order, list scheduling and beam search; None when none of them meets the memory budget."""
     return _best(problem, lower_bound_us(problem), limits)
+
+
+def roomy(problem: Problem, resource: str, factor: float) -> Iterator[Schedule]:
+    """Schedules of `problem` in the orders that list scheduling finds when tasks of `resource` take `factor` times as
+    long: what waits for them is put off where anything else can go first. Orders over the memory budget are left out.
+    """
+    longer = [
+        replace(t, duration_us=t.duration_us * (factor if t.resource == resource else 1.0)) for t in problem.tasks
+    ]
+    stretched = replace(problem, tasks=tuple(longer))
+    index = {task.name: i for i, task in enumerate(problem.tasks)}
+    for priority in _priorities(stretched):
+        found = list_schedule(stretched, priority)
+        if found is not None:
+            order = sorted((slot.start_us, index[slot.task.name]) for slot in found.slots)
+            with contextlib.suppress(DiagnosticError):
+                yield schedule_in_order(problem, [i for _, i in order], "roomy")
 
 
 def _meets(schedule: Schedule, bound_us: float) -> bool:

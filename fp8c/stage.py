@@ -31,6 +31,10 @@ from fp8c.diagnostics import ExitCode, fail
 from fp8c.graph_costs import node_us
 from fp8c.passes.schedule_overlap import NodeCost, OverlapReport, agree, pair_graphs, schedule_graph
 
+#: How many times as long as measured transfers may take before a pair's order stops hiding them, where that is possible:
+#: with routing that favours some ranks, the fullest of them is the one that everybody's transfers wait for.
+ROOM = 1.2
+
 
 class _Called(nn.Module):
     """`module(*batch)`: the capture takes one batch. Paths of the module stay (a prefix `module.` is dropped)."""
@@ -149,13 +153,16 @@ class Stage:
 
     # --- scheduling ---------------------------------------------------------------------------------------------------
 
-    def schedule_pair(self, cost_us: NodeCost, interference: Interference = Interference()) -> OverlapReport:
+    def schedule_pair(
+        self, cost_us: NodeCost, interference: Interference = Interference(), room: float = ROOM
+    ) -> OverlapReport:
         """Put forward and backward into one graph and order it; `cost_us` gives the microseconds of its nodes by
-        themselves, `interference` what compute and transfers cost each other.
+        themselves, `interference` what compute and transfers cost each other, `room` how much longer transfers may
+        get (`schedule_graph`).
 
         All ranks have to use the same durations; their orders are compared (E0757).
         """
-        self._pair = Pair(self, self, cost_us, interference)
+        self._pair = Pair(self, self, cost_us, interference, room)
         return self._pair.report
 
     @property
@@ -172,11 +179,16 @@ class Pair:
     """The forward of one stage beside the backward of the same or another, in the order found for `cost_us`."""
 
     def __init__(
-        self, ahead: Stage, behind: Stage, cost_us: NodeCost, interference: Interference = Interference()
+        self,
+        ahead: Stage,
+        behind: Stage,
+        cost_us: NodeCost,
+        interference: Interference = Interference(),
+        room: float = ROOM,
     ) -> None:
         self.ahead, self.behind = ahead, behind
         self.graph = pair_graphs(copy.copy(ahead.forward_graph), copy.copy(behind.backward_graph))
-        self.report: OverlapReport = schedule_graph(self.graph.graph, cost_us, interference=interference)
+        self.report: OverlapReport = schedule_graph(self.graph.graph, cost_us, interference=interference, room=room)
         agree(self.graph.graph)
         self.graph.graph.lint()
         self.graph.recompile()

@@ -46,7 +46,7 @@ from fp8c.schedule import (
     program_order,
     raise_if,
 )
-from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
+from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, roomy, solve
 
 NodeCost = Callable[[fx.Node], float]
 
@@ -111,9 +111,13 @@ def schedule_graph(
     interference: Interference = Interference(),
     memory_budget_bytes: int | None = None,
     limits: SearchLimits = DEFAULT_LIMITS,
+    room: float = 1.0,
 ) -> OverlapReport:
     """Reorder `graph` in place. `cost_us` gives each node's time by itself in microseconds; nodes of cost 0 follow their
     readers. The search takes transfers as slow as they are beside compute.
+
+    room: above 1, that of several orders about as short is taken which is shortest when transfers take so many times as
+          long, as they do where routing is uneven
 
     Raises: E0905 when no order keeps what the graph computes within the budget; E0756 if a node was lost (a bug).
     """
@@ -124,9 +128,9 @@ def schedule_graph(
         return cost_us(node) * (interference.comm if stream_of(node) == COMM else 1.0)
 
     problem, anchors = graph_problem(graph, beside_us, memory_budget_bytes)
-    schedule = solve(problem, limits)
-    tasks = {task.name: task for task in problem.tasks}
-    issued = [replace(tasks[name], duration_us=cost_us(anchors[name])) for name in issue_order(schedule)]
+    alone_us = {task.name: cost_us(anchors[task.name]) for task in problem.tasks}
+    schedule = with_room(problem, solve(problem, limits), alone_us, interference, room)
+    issued = issued_tasks(schedule, alone_us)
     given = program_order(issue_order_problem(graph, cost_us))
     found = emission_order(graph, [anchors[name] for name in issue_order(schedule)])
     _apply(graph, found)
@@ -134,6 +138,37 @@ def schedule_graph(
     moved = sum(a is not b for a, b in zip(order, graph.nodes))
     expected = replay(issued, interference)
     return OverlapReport(schedule, exposure(given.slots), exposure(schedule.slots), moved, expected)
+
+
+#: Of the shortest order's makespan: what another may take longer and still count as about as short.
+ABOUT_AS_SHORT = 0.002
+#: Shares of the room asked for with which orders are looked for.
+_ROOM_SHARES = (0.0, 0.5, 1.0)
+
+
+def with_room(
+    problem: Problem, shortest: Schedule, alone_us: Mapping[str, float], interference: Interference, room: float
+) -> Schedule:
+    """Of `shortest` and orders about as short, the one that takes least when transfers take `room` times as long."""
+    if room <= 1.0:
+        return shortest
+
+    def replayed_us(schedule: Schedule, factor: float) -> float:
+        return max((s.end_us for s in replay(issued_tasks(schedule, alone_us, factor), interference)), default=0.0)
+
+    shares = (1.0 + share * (room - 1.0) for share in _ROOM_SHARES)
+    found = [shortest, *(other for factor in shares for other in roomy(problem, COMM, factor))]
+    even_us = [replayed_us(schedule, 1.0) for schedule in found]
+    limit_us = min(even_us) * (1.0 + ABOUT_AS_SHORT)
+    best = min((replayed_us(s, room), us, at) for at, (s, us) in enumerate(zip(found, even_us)) if us <= limit_us)
+    return replace(found[best[2]], lower_bound_us=shortest.lower_bound_us)
+
+
+def issued_tasks(schedule: Schedule, alone_us: Mapping[str, float], factor: float = 1.0) -> list[Task]:
+    """Tasks in issue order with their times by themselves, transfers `factor` times as long."""
+    tasks = {slot.task.name: slot.task for slot in schedule.slots}
+    scales = {name: factor if task.resource == COMM else 1.0 for name, task in tasks.items()}
+    return [replace(tasks[name], duration_us=alone_us[name] * scales[name]) for name in issue_order(schedule)]
 
 
 def issue_order(schedule: Schedule) -> list[str]:

@@ -91,6 +91,7 @@ def record_of(setup: Setup, variant: str, seed: int, run: Run) -> dict[str, Any]
         "last_fifth": final_loss(run.losses),
         "losses": [round(x, 5) for x in run.losses],
         "fresh": {name: round(x, 5) for name, x in run.fresh.items()},
+        "gradients": {kind: {g: asdict(e) for g, e in found.items()} for kind, found in run.gradients.items()},
         "torch": torch.__version__,
     }
 

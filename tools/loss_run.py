@@ -16,7 +16,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 import fp8c
 from fp8c.optim import AdamW
+from fp8c.tools.rounded_gemms import Errors, GradientGroups, RoundedOperands
 
 BF16 = ("bf16", "bf16-reversed", "bf16-flipped", "bf16-again", "bf16-launched")
 _PART = """version 1;
@@ -89,6 +91,8 @@ SIZES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 SAVE_EVERY = 250
+GRADIENT_BATCHES = 2
+AHEAD = 16  # steps that the host may be ahead of the GPU: a run that is stopped for a while leaves little work behind
 FRESH_BATCHES, FRESH_SEED = {"cpu": 4, "cuda": 16}, 1 << 20  # batches that no run trains on
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "moe_transformer.py"
 
@@ -119,10 +123,12 @@ class Run:
     fresh:  mean loss of the finished weights on fresh batches, by how the forward is computed: "own", as trained; "bf16";
             "fp8", with the operands of every GEMM that the spec quantizes rounded to E4M3 in groups, in plain PyTorch;
             "activations" and "weights", one kind of operand rounded alone
+    gradients: what quantizing the finished weights' activation gradients costs, by kind of GEMM and shape of groups
     """
 
     losses: list[float] = field(default_factory=list)
     fresh: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, dict[str, Errors]] = field(default_factory=dict)
 
 
 class ReversedSums(TorchFunctionMode):
@@ -139,42 +145,6 @@ class ReversedSums(TorchFunctionMode):
             x, weight, *rest = args
             return func(x.flip(-1), weight.flip(-2), *rest, **kwargs)
         return func(*args, **kwargs)
-
-
-class RoundedOperands(TorchFunctionMode):
-    """The forward of every Linear and expert with operands rounded to E4M3: activations in 1x128, weights in 128x128.
-
-    What FP8 costs a model whatever compiled it: plain operators, and BF16 products of the rounded values.
-    high: weights that stay as they are (the output head); so does what is not BF16 (the router)
-    """
-
-    def __init__(self, high: Sequence[Tensor], *, activations: bool = True, weights: bool = True) -> None:
-        super().__init__()
-        self.high, self.activations, self.weights = {id(w) for w in high}, activations, weights
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        gemms = (torch.nn.functional.linear, torch._grouped_mm, torch.nn.functional.grouped_mm)
-        if func in gemms and id(args[1]) not in self.high and args[1].dtype is torch.bfloat16:
-            x, weight, *rest = args
-            x = rounded(x, (1, 128)) if self.activations else x
-            args = (x, rounded(weight, (128, 128)) if self.weights else weight, *rest)
-        return func(*args, **(kwargs or {}))
-
-
-def rounded(x: Tensor, group: tuple[int, int]) -> Tensor:
-    """x [..., rows, columns] rounded to E4M3 with one FP32 scale for each group of rows x columns."""
-    rows, columns = x.shape[-2:]
-    high, wide = group
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % wide, 0, -rows % high))
-    below, beside = padded.shape[-2] // high, padded.shape[-1] // wide
-    tiles = padded.reshape(*x.shape[:-2], below, high, beside, wide)
-    scale = tiles.abs().amax((-3, -1), keepdim=True) / 448
-    scale = torch.where(scale == 0, 1.0, scale)
-    values = (tiles / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    result: Tensor = values.reshape(padded.shape)[..., :rows, :columns].to(x.dtype)
-    return result
 
 
 class CapturedStep:
@@ -200,6 +170,19 @@ class CapturedStep:
         self.graph.replay()
         loss: Tensor = self.loss.clone()
         return loss
+
+
+class Pace:
+    """Keeps the host at most AHEAD steps before the GPU, asleep rather than asking again and again."""
+
+    def __init__(self) -> None:
+        self.marks: deque[torch.cuda.Event] = deque()
+
+    def mark(self) -> None:
+        self.marks.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+        self.marks[-1].record()
+        if len(self.marks) > AHEAD:
+            self.marks.popleft().synchronize()
 
 
 def load_example() -> ModuleType:
@@ -234,8 +217,9 @@ class Trainer:
         self.batches = Batches(self.corpus, setup, self.seed)
         prepare(self.model, self.batches.at(0))  # the same grouped experts on all sides
         self.step = compiled_call(self.model, setup, self.variant)
+        self.compiled = self.step if isinstance(self.step, torch.nn.Module) else self.model
         self.optimizer = AdamW(
-            self.step if isinstance(self.step, torch.nn.Module) else self.model,
+            self.compiled,
             lr=setup.lr,
             weight_decay=0.1,
             max_norm=1.0,
@@ -294,6 +278,16 @@ class Trainer:
         self.forget()
         return {name: float(torch.stack(losses).mean()) for name, losses in found.items()}
 
+    def gradient_errors(self) -> dict[str, dict[str, Errors]]:
+        """See `Run.gradients`: an ordinary forward and backward of the model on fresh batches."""
+        batches = Batches(self.corpus, self.setup, FRESH_SEED, GRADIENT_BATCHES)
+        with GradientGroups([self.model.head.weight]) as groups:
+            for i in range(GRADIENT_BATCHES):
+                self.model.forward(**batches.at(i)).loss.backward()
+        self.forget()
+        found: dict[str, dict[str, Errors]] = groups.errors()
+        return found
+
 
 def train(
     setup: Setup,
@@ -307,10 +301,13 @@ def train(
     trainer = Trainer(setup, variant, seed)
     run = Run()
     waiting: list[Tensor] = []  # still on the device, so that no step waits
+    pace = Pace()
     started = time.perf_counter()
     for i in range(setup.steps):
         waiting.append(trainer.loss(trainer.batches.at(i)))
         trainer.update()
+        if setup.device == "cuda":
+            pace.mark()
         if i == 0:
             run.losses += [float(waiting.pop())]
             show(f"seed {seed} {variant} first step {time.perf_counter() - started:.1f} s, loss {run.losses[0]:.4f}")
@@ -325,6 +322,7 @@ def train(
             rate = (time.perf_counter() - started) / i * 1e3
             show(f"seed {seed} {variant} step {i + 1} loss {run.losses[-1]:.4f} {rate:.1f} ms/step")
     run.fresh = trainer.fresh_losses()
+    run.gradients = trainer.gradient_errors()
     save(run)
     return run
 

@@ -10,8 +10,9 @@
 A save goes to a folder of another name, is flushed to disk, and is renamed when every rank is done: when a rank dies in
 between, the folder keeps its other name, and the newest checkpoint is the old one. Tensors are DTensors where they are
 sharded, so another number of ranks, FSDP2, ZeRO-1 or one process load each other's checkpoints; only with the same
-number of ranks do sums come out in the same order, which is said (W1131). torch.distributed.checkpoint keeps its index
-in a pickle: load checkpoints of your own only.
+number of ranks do sums come out in the same order, which is said (W1131). Of schedulers, loaders and generators another
+number of ranks gets what was the same on all of them. torch.distributed.checkpoint keeps its index in a pickle: load
+checkpoints of your own only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def save(
 
     keep:   the newest so many stay, older ones are removed once this one is in place; 0 keeps all
     others: objects with `state_dict`/`load_state_dict` (schedulers, loaders) or a torch.Generator; each rank keeps its
-            own
+            own, and another number of ranks goes on with those that were the same on all
     Raises: DiagnosticError E1130 when the folder cannot be written
     """
     folder = Path(folder)
@@ -128,21 +129,47 @@ def load(
     if optimizer is not None:
         optimizer.init_state()
     tensors, own = state_of(module, optimizer, ema)
-    check_fits(path, record, own, tensors, other_spec)
+    unused = check_fits(path, record, own, tensors, other_spec)
+    if unused:
+        text = f"the checkpoint has states of {listed(unused)} as well, which this run does not train"
+        remarks.append(Diagnostic("W1132", text, severity=Severity.WARNING))
     with _single_process_is_meant(world):
         load_tensors(tensors, checkpoint_id=path, no_dist=world == 1)
     apply_record(record, optimizer, ema)
+    kept = own_states(path, record, rank, world)
+    apart = sorted(name for name in others if name in kept.apart)
+    for name, thing in others.items():
+        if name in kept.others:
+            _restore(thing, unpack(kept.others[name]))
+    if kept.random is not None:
+        restore_random_state(kept.random)
     if world != record["world"]:
         text = f"the checkpoint is of {record['world']} ranks, this run has {world}: it goes on, but not bit for bit"
+        if apart:
+            text += f"; each rank had its own {', '.join(apart)}, which begin anew"
         remarks.append(Diagnostic("W1131", text, severity=Severity.WARNING))
-    file = path / f"rank-{rank}.json"
-    if file.exists() and world == record["world"]:
-        mine = json.loads(file.read_text(encoding="utf-8"))
-        for name, thing in others.items():
-            if name in mine["others"]:
-                _restore(thing, unpack(mine["others"][name]))
-        restore_random_state(mine["random"])
     return Loaded(int(record["number"]), path, tuple(remarks))
+
+
+@dataclass(frozen=True)
+class OwnStates:
+    """What a rank finds of the states each rank keeps: packed, by name; `apart`: those that no single state stands
+    for."""
+
+    others: dict[str, Any]
+    apart: frozenset[str] = frozenset()
+    random: dict[str, Any] | None = None
+
+
+def own_states(path: Path, record: Mapping[str, Any], rank: int, world: int) -> OwnStates:
+    """This rank's states. On another number of ranks: what was the same on all of them, as schedulers are."""
+    ranks = range(record["world"]) if world != record["world"] else [rank]
+    found = [json.loads((path / f"rank-{r}.json").read_text(encoding="utf-8")) for r in ranks]
+    if world == record["world"]:
+        return OwnStates(found[0]["others"], random=found[0]["random"])
+    first: dict[str, Any] = found[0]["others"]
+    apart = frozenset(name for name in first if any(f["others"].get(name) != first[name] for f in found))
+    return OwnStates({name: state for name, state in first.items() if name not in apart}, apart)
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
@@ -184,7 +211,10 @@ def names_of(module: nn.Module, optimizer: AdamW) -> dict[Tensor, str]:
 
 def check_fits(
     path: Path, record: Mapping[str, Any], own: Mapping[str, Any], tensors: Mapping[str, Any], other_spec: bool
-) -> None:
+) -> list[str]:
+    """Raises E1132 and E1133 (see `load`). Returns the parameters whose states in the checkpoint nobody takes: those
+    that are frozen now.
+    """
     was, now = record["spec"], own["spec"]
     if was is not None and now is not None and was != now and not other_spec:
         same_name = was["name"] == now["name"]
@@ -198,23 +228,28 @@ def check_fits(
     metadata = stored(path)
     wanted = {f"{part}.{name}": tensor for part, group in tensors.items() for name, tensor in group.items()}
     missing = sorted(wanted.keys() - metadata.keys())
-    shapes = [
+    unknown = sorted(name for name in metadata.keys() - wanted.keys() if name.startswith("model."))
+    misfits = [f"the checkpoint lacks {listed(missing)}"] if missing else []
+    misfits += [f"the model has no {listed([name.removeprefix('model.') for name in unknown])}"] if unknown else []
+    misfits += [
         f"{name} is {list(metadata[name].size)} there and {list(tensor.shape)} here"
         for name, tensor in wanted.items()
         if name in metadata and metadata[name].size != tensor.shape
-    ]
-    if missing or shapes:
-        lacks = (
-            [f"the checkpoint lacks {', '.join(missing[:4])}" + (", ..." if len(missing) > 4 else "")]
-            if missing
-            else []
-        )
+    ][:4]
+    if misfits:
         raise fail(
             "E1133",
-            f"{path} does not fit: " + "; ".join(lacks + shapes[:4]),
+            f"{path} does not fit: " + "; ".join(misfits),
             help="build model, optimizer and moving average as the run that saved it did",
             exit_code=ExitCode.MODEL,
         )
+    prefixes = [f"{part}." for part in tensors if part != "model"]
+    unused = metadata.keys() - wanted.keys()
+    return sorted({name.removeprefix(start) for start in prefixes for name in unused if name.startswith(start)})
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def stored(path: Path) -> dict[str, TensorStorageMetadata]:

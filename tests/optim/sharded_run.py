@@ -74,6 +74,15 @@ def sharded(mode: str, mesh: Any) -> tuple[nn.Module, AdamW]:
     return model, AdamW(model, main_grad=True, **SETTINGS)
 
 
+def others_of(optimizer: AdamW, own: int) -> dict[str, Any]:
+    """What a loop saves besides: a schedule and a generator that all ranks have alike, and a loader of each rank's own."""
+    return {
+        "schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i),
+        "data": torch.Generator().manual_seed(7),
+        "loader": torch.Generator().manual_seed(own),
+    }
+
+
 def compare(mode: str, rank: int, world: int, mesh: Any) -> dict[str, Any]:
     alone = Model().bfloat16() if mode == "zero1" else Model()
     reference = AdamW(alone, main_grad=True, **SETTINGS)
@@ -107,18 +116,26 @@ def main(mode: str, rank: int, world: int, folder: Path) -> None:
         case "save":
             model, optimizer = sharded("zero1", mesh)
             run(model, optimizer, rank, world, 3)
-            checkpoint.save(folder / "run", 1, model, optimizer)
+            others = others_of(optimizer, rank)
+            for _ in range(3):
+                others["schedule"].step()
+                torch.rand(5, generator=others["data"])
+            checkpoint.save(folder / "run", 1, model, optimizer, **others)
             masters = {n: whole(optimizer.state[p]["master"]) for n, p in model.named_parameters() if p.requires_grad}
             found = {name: float(value.double().sum()) for name, value in masters.items()}
         case "load":
             model = Model().bfloat16()
             fully_shard(model, mesh=mesh)
             optimizer = AdamW(model, **SETTINGS)
-            loaded = checkpoint.load(folder / "run", model, optimizer)
+            others = others_of(optimizer, 99)
+            loaded = checkpoint.load(folder / "run", model, optimizer, **others)
             assert loaded is not None
             masters = {n: whole(optimizer.state[p]["master"]) for n, p in model.named_parameters() if p.requires_grad}
             found = {name: float(value.double().sum()) for name, value in masters.items()}
-            found["remarks"] = [remark.code for remark in loaded.remarks]
+            found["remarks"] = [f"{remark.code}: {remark.message}" for remark in loaded.remarks]
+            found["rates"] = [others["schedule"].last_epoch, optimizer.param_groups[0]["lr"]]
+            found["draw"] = float(torch.rand((), generator=others["data"]))
+            found["loader"] = others["loader"].initial_seed()
         case "dies":
             model, optimizer = sharded("zero1", mesh)
             run(model, optimizer, rank, world, 1)

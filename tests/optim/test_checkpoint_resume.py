@@ -101,6 +101,32 @@ def test_other_parameters_are_named(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, step, optimizer, EMA(step, 0.9))
 
 
+def test_a_smaller_model_does_not_take_part_of_a_checkpoint(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    checkpoint.save(tmp_path, 1, model)
+    with pytest.raises(DiagnosticError, match=r"E1133.*the model has no 1\.bias, 1\.weight"):
+        checkpoint.load(tmp_path, nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_states_of_what_has_been_frozen_since_are_left_and_named(tmp_path: Path) -> None:
+    def trained(*frozen: int) -> tuple[nn.Module, AdamW, EMA]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        for number in frozen:
+            model[number].requires_grad_(False)
+        return model, AdamW(model, spec="deepseek_v3"), EMA(model, 0.9)
+
+    saved = trained()
+    saved[1].init_state()
+    checkpoint.save(tmp_path, 1, *saved)
+    model, optimizer, ema = trained(1)
+    found = checkpoint.load(tmp_path, model, optimizer, ema)
+    assert found is not None and [remark.code for remark in found.remarks] == ["W1132"]
+    assert "states of 1.bias, 1.weight as well" in found.remarks[0].message
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), saved[0].parameters()))
+    for average in (saved[2], ema):
+        average.close()
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     step, optimizer = small()
     path = checkpoint.save(tmp_path, 1, step, optimizer)
@@ -130,5 +156,5 @@ def test_a_folder_that_cannot_be_written_and_a_state_that_cannot_be_saved(tmp_pa
 def test_pack_and_unpack_are_inverse() -> None:
     value = {"a": [1, 2.5, None, (True, "x")], 3: torch.randn(2, 3), "empty": torch.empty(0, dtype=torch.bfloat16)}
     found = checkpoint.unpack(json.loads(json.dumps(checkpoint.pack(value))))
-    assert found["a"] == value["a"] and torch.equal(found[3], value[3])
+    assert found["a"] == value["a"] and torch.equal(found[3], torch.as_tensor(value[3]))
     assert found["empty"].dtype == torch.bfloat16 and found["empty"].shape == (0,)

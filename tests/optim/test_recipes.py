@@ -56,39 +56,94 @@ def test_the_plain_loop_trains_logs_and_goes_on_where_it_left_off(tmp_path: Path
     assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in whole[2:]]
 
 
+def torchrun(folder: Path, ranks: int, *arguments: str) -> list[float]:
+    """Losses of examples/train.py on gloo ranks, FP8 layers and two micro-batches."""
+    small = "--batch 8 --micro-batches 2 --length 128 --dim 128 --layers 1 --experts 2 --steps 4 --log-every 1".split()
+    script = [str(ROOT / "examples" / "train.py"), *small, "--device", "cpu", "--out", str(folder), *arguments]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    run = subprocess.run(
+        [sys.executable, *launch, *script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return torchrun(tmp_path_factory.mktemp("alone"), 1)
+
+
 @pytest.mark.slow
-def test_hugging_faces_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("parallel", ["fsdp", "zero1"])
+def test_sharded_fp8_training_is_the_training_of_one_process(
+    parallel: str, ranks: int, alone: list[float], tmp_path: Path
+) -> None:
+    found = torchrun(tmp_path, ranks, "--parallel", parallel)
+    assert found[-1] < found[0]
+    # The ranks sum other tokens' gradients and cut other groups along the tokens: a rounding of BF16 (2^-9) or two.
+    assert all(abs(a / b - 1) < 2.0**-8 for a, b in zip(found, alone, strict=True)), (found, alone)
+
+
+def hugging_face(
+    folder: Path, steps: int, *, saves: bool = False, resumes: bool = False
+) -> tuple[Any, nn.Module, AdamW]:
+    """Hugging Face's Trainer for so many of four steps, each of two micro-batches; with checkpoints of its own."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
-    def make() -> tuple[nn.Module, AdamW]:
-        model = load_model("hf:llama", weights="random", overrides=TINY, seq=128).module
-        step = fp8c.compile(model, target="cpu", main_grad=True)
-        return step, AdamW(step, lr=1e-3, max_norm=1.0)
+    class Stop(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step >= steps
 
-    ids = torch.randint(128, (8, 128), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": row} for row in ids]
-    step, optimizer = make()
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    torch.manual_seed(0)
+    model = load_model("hf:llama", weights="random", overrides=TINY, seq=128).module
+    step = fp8c.compile(model, target="cpu", main_grad=True)
+    optimizer = AdamW(step, lr=1e-3, max_norm=1.0)
+    ids = torch.randint(128, (16, 128), generator=torch.Generator().manual_seed(0))
     settings = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
+        output_dir=str(folder),
+        max_steps=4,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         max_grad_norm=0.0,  # AdamW clips by itself: the gradients are in main_grad
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if saves else "no",
+        save_steps=2,
         report_to=[],
         use_cpu=True,
         seed=0,
     )
-    trainer = transformers.Trainer(model=step, args=settings, train_dataset=data, optimizers=(optimizer, schedule))
-    trainer.train()
+    trainer = transformers.Trainer(
+        model=step,
+        args=settings,
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.9**i)),
+        callbacks=[Stop()],
+    )
+    trainer.train(resume_from_checkpoint=resumes)
+    return trainer, step, optimizer
+
+
+@pytest.mark.slow
+def test_hugging_faces_trainer_and_its_own_checkpoints(tmp_path: Path) -> None:
+    trainer, step, optimizer = hugging_face(tmp_path / "whole", 4)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len(losses) == 4 and min(losses[1:]) < losses[0]
     assert driver.session_of(step).steps, "the step was compiled"
-    assert all(int(optimizer.state[p]["step"]) == 3 for p in optimizer.trained())
+    assert all(int(optimizer.state[p]["step"]) == 4 for p in optimizer.trained())
     assert all(p.grad is None for p in step.parameters())
+
+    hugging_face(tmp_path / "halves", 2, saves=True)
+    again, resumed, other = hugging_face(tmp_path / "halves", 4, saves=True, resumes=True)
+    assert [row["loss"] for row in again.state.log_history if "loss" in row] == losses
+    for (name, p), q in zip(step.named_parameters(), resumed.parameters()):
+        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["master"], other.state[q]["master"]), name
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, overlap, step
+from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, overlap, step, telemetry
 
 BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
     "gemm": gemm.main,
@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
     "optimizer": optimizer.main,
     "overlap": overlap.main,
     "step": functools.partial(step.main, "step"),
+    "telemetry": telemetry.main,
 }
 
 

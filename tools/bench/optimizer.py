@@ -24,7 +24,7 @@ from fp8c.optim.ema import PIECE, fold
 
 SCHEMA = "fp8c.bench.optimizer/1"
 UPDATE_BYTES, NORM_BYTES = 22, 4  # BF16 parameter and moments, FP32 master and gradient
-SLEEP_CYCLES = 10_000_000  # some 5 ms
+SLEEP_CYCLES = 20_000_000  # some 10 ms
 TORCH_BYTES = 28  # FP32 parameter, gradient and moments: all four read, three written
 
 
@@ -34,6 +34,7 @@ class Row:
     us: float
     spread_us: float  # distance of the quartiles
     bytes: int
+    host_us: float  # until the call has returned, the device still busy
 
     @property
     def tb_per_s(self) -> float:
@@ -54,24 +55,26 @@ def parameters(sizes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> nn.Param
     return made
 
 
-def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
-    """Median and distance of the quartiles in microseconds, by events, after three calls.
+def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float, float]:
+    """Median and distance of the quartiles in microseconds, by events, after three calls; and the host's median.
 
     The device is kept busy until the host has launched the work, as a backward keeps it busy in front of an optimizer.
     """
     for _ in range(3):
         work()
-    found = []
+    found, host = [], []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
+        began = time.perf_counter()
         work()
+        host.append((time.perf_counter() - began) * 1e6)
         end.record()
         end.synchronize()
         found.append(start.elapsed_time(end) * 1e3)
     quartiles = statistics.quantiles(found, n=4)
-    return statistics.median(found), quartiles[2] - quartiles[0]
+    return statistics.median(found), quartiles[2] - quartiles[0], statistics.median(host)
 
 
 def adamw_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
@@ -87,8 +90,8 @@ def adamw_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
         for p in params:
             p.main_grad = torch.randn(p.shape, device="cuda")
         optimizer = AdamW(params, spec="deepseek_v3", **options)
-        us, spread = timed(optimizer.step)
-        rows.append(Row(f"fp8c {name}", us, spread, moved * count))
+        us, spread, host = timed(optimizer.step)
+        rows.append(Row(f"fp8c {name}", us, spread, moved * count, host))
         del params, optimizer
         torch.cuda.empty_cache()
     return rows + torch_rows(sizes)
@@ -97,8 +100,8 @@ def adamw_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
 def copy_row(elements: int) -> Row:
     source = torch.randn(elements, device="cuda")
     target = torch.empty_like(source)
-    us, spread = timed(lambda: target.copy_(source))
-    return Row("copy", us, spread, 2 * elements * 4)
+    us, spread, host = timed(lambda: target.copy_(source))
+    return Row("copy", us, spread, 2 * elements * 4, host)
 
 
 def torch_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
@@ -108,15 +111,15 @@ def torch_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
     for p in params:
         p.grad = torch.randn(p.shape, device="cuda")
     theirs = torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    us, spread = timed(theirs.step)
-    rows = [Row("torch fused FP32", us, spread, TORCH_BYTES * count)]
+    us, spread, host = timed(theirs.step)
+    rows = [Row("torch fused FP32", us, spread, TORCH_BYTES * count, host)]
 
     def clipped() -> None:
         nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
         theirs.step()
 
-    us, spread = timed(clipped)
-    return [*rows, Row("torch clip_grad_norm_ and fused FP32", us, spread, (TORCH_BYTES + 12) * count)]
+    us, spread, host = timed(clipped)
+    return [*rows, Row("torch clip_grad_norm_ and fused FP32", us, spread, (TORCH_BYTES + 12) * count, host)]
 
 
 def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> dict[str, float]:
@@ -130,7 +133,7 @@ def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> di
         p.main_grad = torch.randn(p.shape, device="cuda")
     optimizer = AdamW(params, spec="deepseek_v3", max_norm=1.0)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    us, _ = timed(lambda: a @ a)
+    us, *_ = timed(lambda: a @ a)
     products = max(1, round(step_ms * 1e3 / us))
     ema = EMA(params, 0.999, optimizer=optimizer)
     found: dict[str, list[float]] = {"without": [], "with": []}
@@ -183,7 +186,11 @@ def main(arguments: list[str]) -> int:
     print(f"{torch.cuda.get_device_name()}, {count / 1e6:.0f} M parameters in {len(sizes)} tensors")
     for row in rows:
         share = f"{row.tb_per_s / copy:6.1%} of the copy"
-        print(f"{row.name:42} {row.us:9.1f} us +- {row.spread_us:6.1f}  {row.tb_per_s:5.2f} TB/s  {share}", flush=True)
+        print(
+            f"{row.name:42} {row.us:9.1f} us +- {row.spread_us:6.1f}  {row.tb_per_s:5.2f} TB/s  {share}  "
+            f"host {row.host_us:7.0f} us",
+            flush=True,
+        )
     found: dict[str, object] = {
         "schema": SCHEMA,
         "device": torch.cuda.get_device_name(),

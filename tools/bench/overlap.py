@@ -9,7 +9,8 @@ A setting is how many thread blocks NCCL may use and how many SMs the GEMMs leav
 durations of every node alone; what compute and transfers cost each other, from transfers that belong to no pair; the
 schedule and the makespan these give (`simulated_ms`); and only then the pairs themselves, by the clock and in a trace.
 Hidden is what the union of NCCL's kernels has in common with the union of all other kernels, on the rank that hides
-least. The best setting then runs longer, compares bits, and meets skewed routing.
+least. The best setting then runs longer, `--repeats` times, compares bits, and meets skewed routing, in the order that
+leaves room for it and in one that does not.
 
 On a CPU (gloo) the same code runs at small sizes and times nothing worth quoting; it compares bits.
 """
@@ -33,11 +34,12 @@ from torch import Tensor, fx, nn
 import fp8c
 from fp8c import distributed
 from fp8c.backends import lowering
+from fp8c.contention import Interference
 from fp8c.graph_costs import is_collective, reads_on_host
 from fp8c.overlap import exposure
 from fp8c.passes.schedule_overlap import issue_order_problem
 from fp8c.schedule import Slot, program_order
-from fp8c.stage import Stage
+from fp8c.stage import ROOM, Stage
 from fp8c.tools.bench.overlap_timing import (
     Calibration,
     Clock,
@@ -54,6 +56,7 @@ from fp8c.tools.bench.overlap_work import (
     equal,
     payload_groups,
     send_through,
+    sent_bytes,
     skew,
     wire_bytes,
     wire_is_exact,
@@ -63,8 +66,6 @@ from fp8c.tools.bench.overlap_work import (
 HIDDEN = 0.9
 #: How much faster than unscheduled it should be.
 SPEEDUP = 1.3
-#: Biases of the router from the first expert to the last.
-SKEWS = (0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,14 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--micro-batches", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=3, help="how often the best setting is measured")
+    parser.add_argument(
+        "--skews",
+        type=float,
+        nargs="*",
+        default=[0.05, 0.1, 0.3],
+        help="biases of the router from first to last expert",
+    )
     parser.add_argument(
         "--settings", type=Setting.parse, nargs="+", default=[Setting(b, b) for b in (1, 2, 4)],
         metavar="BLOCKS:RESERVED", help="NCCL's thread blocks, and SMs that GEMMs leave to them",
@@ -144,6 +153,7 @@ class Bench:
         self.work, self.few = Work(self.stage, inputs, gradients), Work(self.stage, inputs[:2], gradients[:2])
         self.few.unscheduled()
         self.clock.synchronize()
+        self.note(sent_bytes=sent_bytes(self.few.first(1).unscheduled))
         self.stage.schedule_pair(lambda node: 0.0)
         plain = self.stage.pair_graph
         assert plain is not None
@@ -180,6 +190,7 @@ class Bench:
             return self.read_us if reads_on_host(node) else durations.get(node.name, 0.0)
 
         before = exposure(program_order(issue_order_problem(self.plain.graph, cost_us)).slots)
+        self.costs: tuple[Callable[[fx.Node], float], Interference] = cost_us, interference
         report = self.stage.schedule_pair(cost_us, interference)
         self.slots = report.expected
         after = exposure(report.expected)
@@ -259,24 +270,35 @@ class Bench:
             },
         }
 
-    def skewed(self) -> dict[str, Any]:
-        """Traces with the router biased, in the order found for even routing."""
+    def skewed(self, setting: Setting) -> dict[str, Any]:
+        """Traces and times with the router biased, in orders found for even routing: with room for longer transfers and
+        without. A bias of 0 comes first in each."""
         found: dict[str, Any] = {}
-        for strength in SKEWS:
-            if not everyone_has_time(self.deadline):
-                break
-            skew(self.step, strength)
-            counting = Timed(self.stage.forward_graph, self.clock)
-            counting.sleep_cycles = 0
-            with torch.no_grad():
-                counting.run(*self.stage._forward_inputs(self.work.inputs[:1]))
-            arrived = max(rows.shape[0] for rows in counting.moved.values())
-            most = torch.tensor([float(arrived)], device=self.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            del counting
-            found[str(strength)] = {"rows_over_mean": float(most) / (self.tokens * self.args.top_k), **self.traced()}
+        for room in (ROOM, 1.0):
+            self.stage.schedule_pair(*self.costs, room=room)
+            here = found[f"room {room}"] = {}
+            for strength in (0.0, *self.args.skews):
+                if not everyone_has_time(self.deadline):
+                    break
+                skew(self.step, strength)
+                here[str(strength)] = {
+                    "rows_over_mean_by_rank": self.rows_over_mean(),
+                    "trace": self.traced(),
+                    **self.measure(setting, self.work.first(4), rounds=1),
+                }
         skew(self.step, 0.0)
         return found
+
+    def rows_over_mean(self) -> list[float]:
+        """Rows that come to each rank's experts in the first micro-batch, over what even routing gives."""
+        counting = Timed(self.stage.forward_graph, self.clock)
+        counting.sleep_cycles = 0
+        with torch.no_grad():
+            counting.run(*self.stage._forward_inputs(self.work.inputs[:1]))
+        arrived = max(rows.shape[0] for name, rows in counting.moved.items() if rows.dtype is torch.uint8)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, arrived / (self.tokens * self.args.top_k))
+        return ranks
 
 
 def agreed(mine: Calibration) -> Calibration:
@@ -340,17 +362,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         chosen = best_of(here["settings"])
         setting = Setting.parse(chosen)
         bench.use(setting, names.get(setting.blocks))
-        final = bench.plan(names.get(setting.blocks))
-        if dist.get_rank() == 0:
-            (args.out / "schedule.json").write_text(json.dumps(_slots(bench.slots)))
-        final |= bench.measure(setting, bench.work, rounds=2)
-        final["simulated_over_measured"] = final["simulated_ms"] / final["pair_ms"]
-        note(chosen=chosen, final=final)
-        final["trace"] = bench.traced(6)
-        note(final_trace=final["trace"])
+        here["repeats"] = []
+        for _ in range(args.repeats):
+            if here["repeats"] and not everyone_has_time(bench.deadline):
+                break
+            final = bench.plan(names.get(setting.blocks))
+            if dist.get_rank() == 0:
+                (args.out / "schedule.json").write_text(json.dumps(_slots(bench.slots)))
+            final |= bench.measure(setting, bench.work, rounds=2)
+            final["simulated_over_measured"] = final["simulated_ms"] / final["pair_ms"]
+            final["trace"] = bench.traced(6)
+            here["repeats"].append(final)
+            note(chosen=chosen, final=here["repeats"][0], last={k: v for k, v in final.items() if k != "trace"},
+                 last_trace=final["trace"])  # fmt: skip
+        note(skew=bench.skewed(setting))
         note(**bench.compare())
-        if bench.is_cuda:
-            note(skew=bench.skewed())
         note(seconds=time.perf_counter() - started)
     return results
 

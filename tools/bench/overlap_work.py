@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8c.graph_costs import is_collective, is_control
 from fp8c.ops.exchange import all_to_all
@@ -125,6 +126,25 @@ def wire_bytes(graphs: Sequence[fx.GraphModule], rows: int) -> dict[str, int]:
                 size = rows * val.dtype.itemsize * int(torch.Size(val.shape[1:]).numel())
                 name = f"{val.dtype} x {list(val.shape[1:])}".replace("torch.", "")
                 found[name] = found.get(name, 0) + size
+    return found
+
+
+_COUNTS = (torch.int32, torch.int64)
+
+
+def sent_bytes(run: Callable[[], object]) -> dict[str, int]:
+    """Bytes that `run` hands to all_to_all_single on this rank, by dtype and row width; counts of rows are left out."""
+    found: dict[str, int] = {}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops._c10d_functional.all_to_all_single.default and args[0].dtype not in _COUNTS:
+                name = f"{args[0].dtype} x {list(args[0].shape[1:])}".replace("torch.", "")
+                found[name] = found.get(name, 0) + args[0].nbytes
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        run()
     return found
 
 
