@@ -2,7 +2,7 @@
 
     kernels/index.json          {"schema", "architecture", "triton", "kernels": [...], "cuda": [...], "gemms": [...]}
     kernels/NAME.ptx, .cubin    Triton's; NAME.json is what its loader reads
-    kernels/gemm-KEY.cubin      the CUDA GEMMs, for Hopper
+    kernels/gemm-KEY.cubin      the CUDA GEMMs, for Hopper; SOURCE-KEY.cubin its fused kernels
 
 `gemms` says of each GEMM which implementation serves it by default (`backends.gemms.candidates.DEFAULT`).
 """
@@ -19,6 +19,8 @@ from torch import fx
 from fp8c import graph as g
 from fp8c.backends.cuda import ahead as cuda
 from fp8c.backends.cuda.config import GemmConfig
+from fp8c.backends.cuda.fused import FusedConfig
+from fp8c.backends.cuda.operators import CONFIGS
 from fp8c.backends.gemms.candidates import OPERATORS, PORTABLE
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail
@@ -52,7 +54,9 @@ def kernel_files(halves: tuple[fx.GraphModule, fx.GraphModule], target: TargetRe
 
     graphs = list(graphs_that_run(halves))
     served = serve_gemms(graphs, target)
-    compiled = ahead.compile_step(graphs, target.architecture, [n for n, who in served.items() if who == "triton"])
+    fused = serve_fused(graphs, target)
+    by_triton = [n for n, who in served.items() if who == "triton"]
+    compiled = ahead.compile_step(graphs, target.architecture, by_triton, fused)
     files: dict[str, bytes] = {}
     kernels = []
     for kernel in compiled:
@@ -61,20 +65,23 @@ def kernel_files(halves: tuple[fx.GraphModule, fx.GraphModule], target: TargetRe
         files[f"kernels/{kernel.name}.json"] = kernel.metadata.encode()
         resources = {"registers": kernel.registers, "spilled_bytes": kernel.spilled_bytes}
         kernels.append({"name": kernel.name, **resources, "launch": kernel.launch.to_json()})
-    instances = cuda.compile_instances(who for who in served.values() if isinstance(who, GemmConfig))
-    names = {gemm.config: gemm.name for gemm in instances}
-    gemms = []
-    for gemm in instances:
-        files[f"kernels/{gemm.name}.cubin"] = gemm.cubin
-        registers, spilled_bytes = ahead.resources(gemm.cubin)
-        entry = {"name": gemm.name, "key": gemm.key, "registers": registers, "spilled_bytes": spilled_bytes}
-        gemms.append(entry | {"tile": f"{gemm.config.tile_m}x{gemm.config.tile_n}"})
+    configs = [who for who in served.values() if isinstance(who, GemmConfig)]
+    instances = cuda.compile_instances([*configs, *fused.values()])
+    names = {made.config: made.name for made in instances if isinstance(made.config, GemmConfig)}
+    entries = []
+    for made in instances:
+        files[f"kernels/{made.name}.cubin"] = made.cubin
+        registers, spilled_bytes = ahead.resources(made.cubin)
+        entry = {"name": made.name, "key": made.key, "registers": registers, "spilled_bytes": spilled_bytes}
+        if isinstance(made.config, GemmConfig):
+            entry |= {"tile": f"{made.config.tile_m}x{made.config.tile_n}"}
+        entries.append(entry)
     index = {
         "schema": SCHEMA,
         "architecture": target.architecture,
         "triton": triton.__version__,
         "kernels": kernels,
-        "cuda": gemms,
+        "cuda": entries,
         "gemms": list(dict.fromkeys(json.dumps(described(node, who, names)) for node, who in served.items())),
     }
     index["gemms"] = [json.loads(text) for text in index["gemms"]]
@@ -107,6 +114,20 @@ def serve_gemms(graphs: list[fx.Graph], target: TargetRecord) -> dict[fx.Node, G
     return served
 
 
+def serve_fused(graphs: list[fx.Graph], target: TargetRecord) -> dict[fx.Node, FusedConfig]:
+    """The fused operators that are not Triton's on this target."""
+    from fp8c.backends.triton import ahead
+
+    if target.architecture != _HOPPER:
+        return {}
+    served: dict[fx.Node, FusedConfig] = {}
+    for node in (node for graph in graphs for node in graph.nodes if ahead.operator_name(node) in CONFIGS):
+        config = cuda.fused_instance(ahead.operator_name(node), fx.map_arg(node.args, ahead.as_meta))
+        if config is not None:
+            served[node] = config
+    return served
+
+
 def described(node: fx.Node, who: GemmConfig | str, names: Mapping[GemmConfig, str]) -> dict[str, Any]:
     from fp8c.backends.triton import ahead
 
@@ -130,8 +151,8 @@ def install(read: Callable[[str], bytes], architecture: str) -> list[Diagnostic]
     if index["architecture"] != architecture:
         message = f"the build's kernels are for {index['architecture']}, this GPU is {architecture}"
         return [Diagnostic("R0438", message, severity=Severity.REMARK)]
-    for gemm in index["cuda"]:
-        build.install(gemm["key"], read(f"kernels/{gemm['name']}.cubin"))
+    for made in index["cuda"]:
+        build.install(made["key"], read(f"kernels/{made['name']}.cubin"))
     stale = stale_triton(index, read, architecture)
     if not stale:
         return []

@@ -1,4 +1,4 @@
-"""The CUDA GEMMs of a step, compiled for a Hopper GPU that is not present. Needs NVRTC or nvcc, no driver."""
+"""The CUDA kernels of a step, compiled for a Hopper GPU that is not present. Needs NVRTC or nvcc, no driver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fp8c.backends.cuda import build
 from fp8c.backends.cuda.config import GemmConfig, Grouping, Output
+from fp8c.backends.cuda.fused import FusedConfig
 from fp8c.backends.cuda.gemm import OUTPUTS, plan_of
+from fp8c.backends.cuda.operators import CONFIGS
 from fp8c.backends.gemms.unsupported import Unsupported
 
 _GROUPINGS = {
@@ -23,16 +25,16 @@ _GROUPINGS = {
 
 
 @dataclass(frozen=True)
-class CompiledGemm:
+class CompiledInstance:
     """`key` names the instance in a kernel cache (`build.source_key`)."""
 
     key: str
-    config: GemmConfig
+    config: GemmConfig | FusedConfig
     cubin: bytes
 
     @property
     def name(self) -> str:
-        return f"gemm-{self.key[:8]}"
+        return f"{self.config.kernel.removeprefix('fp8c_')}-{self.key[:8]}"
 
 
 def instance(op: str, arguments: tuple[Any, ...], multiprocessors: int) -> GemmConfig:
@@ -47,6 +49,15 @@ def instance(op: str, arguments: tuple[Any, ...], multiprocessors: int) -> GemmC
     return plan.instance(a, b, output, offs, multiprocessors)
 
 
-def compile_instances(configs: Iterable[GemmConfig]) -> list[CompiledGemm]:
+def fused_instance(op: str, arguments: tuple[Any, ...]) -> FusedConfig | None:
+    """The instance that serves a fused operator's call, whose tensors have no data; None where Triton serves it."""
+    try:
+        config: FusedConfig = CONFIGS[op](*arguments)
+    except (KeyError, Unsupported):
+        return None
+    return config
+
+
+def compile_instances(configs: Iterable[GemmConfig | FusedConfig]) -> list[CompiledInstance]:
     """Machine code of each, from the kernel cache where it has it. Raises: E0430, E0431."""
-    return [CompiledGemm(build.source_key(c), c, build.cubin(c)) for c in dict.fromkeys(configs)]
+    return [CompiledInstance(build.source_key(c), c, build.cubin(c)) for c in dict.fromkeys(configs)]

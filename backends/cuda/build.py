@@ -1,4 +1,4 @@
-"""From a `GemmConfig` to machine code: NVRTC (or nvcc) behind a cache on disk. Needs no GPU.
+"""From an instance of a kernel (`GemmConfig`, `FusedConfig`) to machine code: NVRTC (or nvcc) behind a cache on disk. Needs no GPU.
 
 The cache is a folder of files named by a hash of everything that went into them: sources, options, compiler version,
 architecture. A file is a SHA-256 digest followed by the cubin; it is written beside and renamed into place under a lock,
@@ -20,25 +20,45 @@ from importlib import metadata
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock
 
-from fp8c.backends.cuda.config import GemmConfig
 from fp8c.cache import cache_folder
 from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail, render
 
 _LOG = logging.getLogger(__name__)
 ARCHITECTURE = "sm_90a"
-KERNEL_NAME = b"fp8c_gemm"
 SOURCES = ("gemm.cu", "ptx.cuh", "schedule.cuh")
 
-# register-usage-level 10: ptxas may use registers up to the limit instead of saving them for occupancy.
+# Those of the GEMM. register-usage-level 10: ptxas may use registers up to the limit instead of saving them for occupancy.
 OPTIONS = ("-std=c++17", "--ptxas-options=--register-usage-level=10")
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def cubin(config: GemmConfig, folder: Path | None = None) -> bytes:
+class Instance(Protocol):
+    """What is compiled: files of this folder, the first of them including the others and the generated headers."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    @property
+    def kernel(self) -> str:
+        """The name of the function."""
+
+    @property
+    def options(self) -> tuple[str, ...]: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
+    def headers(self) -> dict[str, str]: ...
+
+    def __hash__(self) -> int: ...
+
+
+def cubin(config: Instance, folder: Path | None = None) -> bytes:
     """Machine code of one kernel, from the cache in `folder` (default: the user's) or freshly compiled into it.
 
     Raises: E0430 when neither NVRTC nor nvcc is installed, E0431 when the compiler rejects the kernel.
@@ -69,7 +89,7 @@ def install(key: str, code: bytes, folder: Path | None = None) -> None:
         _write_checked(path, code)
 
 
-def build_all(configs: Iterable[GemmConfig]) -> None:
+def build_all(configs: Iterable[Instance]) -> None:
     """Fill the cache, one process a core: before a benchmark, or ahead of time on a machine without a GPU."""
     # Not forked: the parent may hold a CUDA context.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -97,26 +117,26 @@ def _compiler() -> tuple[str, str] | None:
 
 
 @cache
-def _source_texts() -> dict[str, str]:
+def _source_texts(names: tuple[str, ...]) -> dict[str, str]:
     here = Path(__file__).parent
-    return {name: (here / name).read_text() for name in SOURCES}
+    return {name: (here / name).read_text() for name in names}
 
 
 @cache
 def source_digest() -> str:
-    """Of the kernel's sources and options: what a measured time of it belongs to."""
-    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts().items()))]
+    """Of the GEMM's sources and options: what a measured time of it belongs to."""
+    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts(SOURCES).items()))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def source_key(config: GemmConfig) -> str:
+def source_key(config: Instance) -> str:
     """Names an instance by what it is compiled from, whichever compiler that is: what a build brings along."""
     return _key(config, compiler="any")
 
 
-def _key(config: GemmConfig, compiler: str = "") -> str:
-    parts = [compiler or str(_compiler()), ARCHITECTURE, *OPTIONS]
-    for name, text in sorted({**_source_texts(), **config.headers()}.items()):
+def _key(config: Instance, compiler: str = "") -> str:
+    parts = [compiler or str(_compiler()), ARCHITECTURE, *config.options]
+    for name, text in sorted({**_source_texts(config.sources), **config.headers()}.items()):
         parts += [name, text]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -149,14 +169,16 @@ def _write_checked(path: Path, code: bytes) -> None:
     os.replace(name, path)
 
 
-def compile_cubin(config: GemmConfig) -> bytes:
+def compile_cubin(config: Instance) -> bytes:
     """Compile without the cache. Raises as `cubin` does."""
-    texts = _source_texts()
-    headers = {name: text for name, text in texts.items() if name != "gemm.cu"} | config.headers()
-    return compile_source(texts["gemm.cu"], headers)
+    texts, main = _source_texts(config.sources), config.sources[0]
+    headers = {name: text for name, text in texts.items() if name != main} | config.headers()
+    return compile_source(texts[main], headers, main, config.options)
 
 
-def compile_source(source: str, headers: dict[str, str]) -> bytes:
+def compile_source(
+    source: str, headers: dict[str, str], name: str = "kernel.cu", options: tuple[str, ...] = OPTIONS
+) -> bytes:
     """Compile one CUDA source with the headers it includes. Raises as `cubin` does."""
     compiler = _compiler()
     if compiler is None:
@@ -167,27 +189,28 @@ def compile_source(source: str, headers: dict[str, str]) -> bytes:
             "where a compiler is",
             exit_code=ExitCode.TARGET,
         )
-    return _compile_nvrtc(source, headers) if compiler[0] == "nvrtc" else _compile_nvcc(source, headers)
+    compile_with = _compile_nvrtc if compiler[0] == "nvrtc" else _compile_nvcc
+    return compile_with(source, headers, name, options)
 
 
-def _rejected(log: str) -> Exception:
-    return fail("E0431", f"the CUDA compiler rejected gemm.cu: {log.strip()}", exit_code=ExitCode.BUG)
+def _rejected(name: str, log: str) -> Exception:
+    return fail("E0431", f"the CUDA compiler rejected {name}: {log.strip()}", exit_code=ExitCode.BUG)
 
 
-def _compile_nvrtc(source: str, headers: dict[str, str]) -> bytes:
+def _compile_nvrtc(source: str, headers: dict[str, str], name: str, options: tuple[str, ...]) -> bytes:
     from cuda.bindings import nvrtc
 
     names = [name.encode() for name in headers]
     texts = [text.encode() for text in headers.values()]
-    error, program = nvrtc.nvrtcCreateProgram(source.encode(), b"gemm.cu", len(names), texts, names)
+    error, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(names), texts, names)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, error
-    options = [o.encode() for o in (f"--gpu-architecture={ARCHITECTURE}", *OPTIONS)]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    flags = [o.encode() for o in (f"--gpu-architecture={ARCHITECTURE}", *options)]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         log = b" " * size
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise _rejected(log.decode(errors="replace"))
+        raise _rejected(name, log.decode(errors="replace"))
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * size
     nvrtc.nvrtcGetCUBIN(program, code)  # fills the bytes in place
@@ -195,14 +218,14 @@ def _compile_nvrtc(source: str, headers: dict[str, str]) -> bytes:
     return bytes(code)
 
 
-def _compile_nvcc(source: str, headers: dict[str, str]) -> bytes:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for header, text in {**headers, "gemm.cu": source}.items():
-            (folder / header).write_text(text)
+def _compile_nvcc(source: str, headers: dict[str, str], name: str, options: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for file, text in {**headers, name: source}.items():
+            (folder / file).write_text(text)
         target = f"-gencode=arch=compute_{ARCHITECTURE[3:]},code={ARCHITECTURE}"
-        command = ["nvcc", *OPTIONS, target, "-cubin", "-o", "gemm.cubin", "gemm.cu"]
+        command = ["nvcc", *options, target, "-cubin", "-o", "kernel.cubin", name]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if result.returncode != 0:
-            raise _rejected(result.stderr)
-        return (folder / "gemm.cubin").read_bytes()
+            raise _rejected(name, result.stderr)
+        return (folder / "kernel.cubin").read_bytes()

@@ -10,7 +10,9 @@ import enum
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
+from fp8c.backends.cuda import build
 from fp8c.backends.cuda.wgmma import wgmma_header
 
 SHARED_LIMIT_BYTES = 232_448  # of one block on sm_90 (CUDA programming guide, compute capabilities)
@@ -52,6 +54,9 @@ class GemmConfig:
     `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
 
+    sources: ClassVar[tuple[str, ...]] = build.SOURCES
+    kernel: ClassVar[str] = "fp8c_gemm"
+
     scales: Scales
     grouping: Grouping
     output: Output
@@ -67,6 +72,10 @@ class GemmConfig:
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     a_type: str = "e4m3"
     b_type: str = "e4m3"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return build.OPTIONS
 
     @property
     def tile_m(self) -> int:

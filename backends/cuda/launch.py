@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8c.backends.cuda.build import KERNEL_NAME, cubin
+from fp8c.backends.cuda.build import Instance, cubin
 from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Scales
 from fp8c.diagnostics import ExitCode, fail
 
@@ -113,12 +113,12 @@ def _check(status: int, call: str) -> None:
 
 
 @cache
-def _function(config: GemmConfig, device_index: int) -> ctypes.c_void_p:
+def _function(config: Instance, device_index: int) -> ctypes.c_void_p:
     """The kernel loaded into the context of this device, which must be the current one."""
     torch.cuda.current_stream()  # creates the context
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin(config)), "cuModuleLoadData")
-    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, KERNEL_NAME), "cuModuleGetFunction")
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, config.kernel.encode()), "cuModuleGetFunction")
     status = _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, config.shared_bytes)
     _check(status, "cuFuncSetAttribute")
     return function
@@ -315,3 +315,18 @@ def prepare(
     )
     kept = (*maps, arguments, parameters, attribute, launch_config)
     return Launch(index, function, ctypes.addressof(launch_config), ctypes.addressof(parameters), kept)
+
+
+def launch_plain(
+    config: Instance, blocks: int, threads: int, arguments: ctypes.Structure, device: torch.device
+) -> None:
+    """Start a kernel of one structure of arguments on the current stream of a device."""
+    assert device.index is not None
+    with torch.cuda.device(device.index):
+        function = _function(config, device.index)
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        status = _driver().cuLaunchKernel(
+            function, blocks, 1, 1, threads, 1, 1, config.shared_bytes, stream, parameters, None
+        )
+        _check(status, "cuLaunchKernel")

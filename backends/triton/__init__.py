@@ -1,12 +1,13 @@
 """Triton kernels: every operator but attention, on any GPU with FP8 conversions (compute capability 8.9 and up).
 
-Importing this module registers them for CUDA. A kernel is compiled at its first call, into Triton's own cache.
+Importing this module registers them for CUDA, behind those of Hopper (`backends.cuda.operators`). A kernel is compiled at its first call, into Triton's own cache.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fp8c.backends.cuda.operators import first_on_hopper
 from fp8c.backends.triton import gather_sum, head_loss, norm, quantize, requantize, swiglu, transpose
 
 #: The launchers by the name of their operator.
@@ -34,4 +35,4 @@ KERNELS = {
 
 _LIBRARY = torch.library.Library("fp8c", "IMPL")  # type: ignore[no-untyped-call]
 for _name, _kernel in KERNELS.items():
-    _LIBRARY.impl(_name, _kernel, "CUDA")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, first_on_hopper(_name, _kernel), "CUDA")  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,19 @@ class Compiled:
     launch: Launch
 
 
-def compile_step(graphs: Iterable[fx.Graph], architecture: str, gemms: Iterable[fx.Node] = ()) -> list[Compiled]:
+def compile_step(
+    graphs: Iterable[fx.Graph], architecture: str, gemms: Iterable[fx.Node] = (), without: Container[fx.Node] = ()
+) -> list[Compiled]:
     """The kernels of every fp8c operator in these graphs, each specialisation once; symbolic sizes by their examples.
 
     gemms: the scaled GEMMs that Triton serves (`triton_serves`); none of the others are compiled here
+    without: operators that something else serves
     """
     launches: dict[str, Launch] = {}
     with recording(launches), gemm.compiled_for(architecture):
         for node in (node for graph in graphs for node in graph.nodes):
             launcher = KERNELS.get(operator_name(node))
-            if launcher is not None:
+            if launcher is not None and node not in without:
                 launcher(*fx.map_arg(node.args, as_meta), **fx.map_arg(node.kwargs, as_meta))
         for node in gemms:
             getattr(gemm, operator_name(node))(*fx.map_arg(node.args, as_meta))

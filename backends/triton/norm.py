@@ -40,7 +40,7 @@ def norm_kernel(
     normed = (x * factor).to(dtype).to(tl.float32)
     y = (normed * weight.to(tl.float32)).to(dtype).to(tl.float32)
     scale = scale_of(tl.max(magnitude_bits(y), 1), ELEMENT, KIND)
-    lift, lifted, inverse = reciprocal(scale, KIND)
+    lift, lifted, inverse = reciprocal(scale, KIND, False)
     codes = fp8_codes(quotient(y, lift[:, None], lifted[:, None], inverse[:, None], KIND, False), ELEMENT)
     store_scale(s_ptr + row * s_row + tiles.to(tl.int64) * s_col, scale, tile_ok, KIND)
     tl.store(q_ptr + row * q_row + cols, codes, mask=col_ok)

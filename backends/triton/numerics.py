@@ -2,12 +2,17 @@
 
 Legend: `bits` int32 is an FP32 number's representation; a tile is rows x 128 columns in FP32.
 
-Division. The payload is the FP32 quotient x / scale, rounded correctly. A division per element costs more than memory
-leaves time for, so a group's reciprocal r = RN(1 / s) is made once, and each element takes q = RN(x * r), then one
-correction q' = RN(q + (x - q s) r) whose remainder is exact. That is the correctly rounded quotient for every x of at most
-11 significant bits (BF16, FP16) and every s: all 2^10 x 2^23 pairs of significands were compared with a division. For
-wider x, the first correction makes q faithful and a second one makes it correct (Markstein, "Computation of elementary
-functions on the IBM RISC System/6000", 1990). Scales below 2^-64 are lifted together with x, so no remainder underflows.
+Division. The payload is the FP32 quotient x / scale, rounded correctly, then to the element. A division per element costs
+more than memory leaves time for, so a group's reciprocal is made once.
+
+Where x has at most 11 significant bits (BF16, FP16), the reciprocal is a sum: 1 / s = hi + lo, hi a few units below it, and
+each element takes q = RN(x hi + RN(x lo)). Its code is the code of the correctly rounded quotient: q can differ from that
+one only in its last bit, which matters only beside a number half way between two codes, and a quotient comes near one only
+where 2^k x is an odd multiple of amax: all those pairs, for each element, were compared with a division (a test does BF16).
+
+For wider x, q = RN(x r) with r = RN(1 / s), then two corrections q' = RN(q + (x - q s) r) with an exact remainder: the first
+makes q faithful, the second correct (Markstein, "Computation of elementary functions on the IBM RISC System/6000", 1990).
+Scales below 2^-64 are lifted together with x, so no remainder underflows.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -83,12 +88,17 @@ def approximate_reciprocal(x):
 
 
 @triton.jit
-def reciprocal(scale, KIND: tl.constexpr):
-    """(-lift, scale * lift, -1 / (scale * lift)) of each group, for `quotient`."""
+def reciprocal(scale, KIND: tl.constexpr, WIDE: tl.constexpr):
+    """What `quotient` needs of each group: three tensors like scale (fewer instructions where WIDE is not set)."""
     if KIND != 0:  # 1 / 2^n: the exponent of 2^-n is 254 less that of 2^n; NaN stays one
         bits = scale.to(tl.int32, bitcast=True)
         inverse = tl.where(bits >= _INFINITY_BITS, bits, 0x7F000000 - bits) | -0x80000000
         return scale, scale, inverse.to(tl.float32, bitcast=True)
+    if not WIDE:
+        # The approximation is within one unit, so four units less make lo positive: -0 / s must stay -0.
+        high = (approximate_reciprocal(scale).to(tl.int32, bitcast=True) - 4).to(tl.float32, bitcast=True)
+        low = tl.fma(high * -1.0, scale, 1.0) * high
+        return high, low, low
     lift = tl.where(scale < _SMALL, _LIFT, 1.0)
     lifted = scale * lift
     # One Newton step from the approximate division is RN(1 / s), or next to it where that changes no quotient (every s and
@@ -101,19 +111,20 @@ def reciprocal(scale, KIND: tl.constexpr):
 
 
 @triton.jit
-def quotient(x, lift, scale, inverse, KIND: tl.constexpr, WIDE: tl.constexpr):
-    """RN(x / scale); WIDE: x has more than 11 significant bits.
+def quotient(x, first, second, third, KIND: tl.constexpr, WIDE: tl.constexpr):
+    """x / scale, to be rounded to the element at once; the rest is `reciprocal`'s. WIDE: x has more than 11 significant bits.
 
-    It computes with -x, -1 / s and the negated remainder, which is +0 where q is exact, so that -0 stays -0.
+    WIDE computes with -x, -1 / s and the negated remainder, which is +0 where q is exact, so that -0 stays -0.
     """
     if KIND != 0:
-        q = (x * -1.0) * inverse
+        q = (x * -1.0) * third
+    elif not WIDE:
+        q = tl.fma(x, first, x * second)
     else:
-        negated = x * lift
-        q = negated * inverse
-        q = tl.fma(tl.fma(q, scale, negated), inverse, q)
-        if WIDE:
-            q = tl.fma(tl.fma(q, scale, negated), inverse, q)
+        negated = x * first
+        q = negated * third
+        q = tl.fma(tl.fma(q, second, negated), third, q)
+        q = tl.fma(tl.fma(q, second, negated), third, q)
     return q
 
 

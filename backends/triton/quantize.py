@@ -152,7 +152,7 @@ def block_kernel(
     pointers = x_ptr + matrix * x_matrix + rows.to(tl.int64)[:, None] * x_row + cols[None, :]
     x = tl.load(pointers, mask=mask, other=0.0 if not EVEN else None).to(tl.float32)
     scale = scale_of(tl.max(tl.max(magnitude_bits(x), 1), 0), ELEMENT, KIND)
-    lift, lifted, inverse = reciprocal(scale, KIND)
+    lift, lifted, inverse = reciprocal(scale, KIND, WIDE)
     codes = fp8_codes(quotient(x, lift, lifted, inverse, KIND, WIDE), ELEMENT)
     store_scale(s_ptr + pid, scale, None, KIND)
     if STRAIGHT:

@@ -93,14 +93,14 @@ def store_row_groups(
     """Quantize a [ROWS, 128] tile in groups of 1 x G and store it row by row."""
     if G == 128:
         scale = scale_of(tl.max(magnitude_bits(x), 1), ELEMENT, KIND)
-        lift, lifted, inverse = reciprocal(scale, KIND)
+        lift, lifted, inverse = reciprocal(scale, KIND, WIDE)
         payload = quotient(x, lift[:, None], lifted[:, None], inverse[:, None], KIND, WIDE)
         store_scale(s_ptr + rows.to(tl.int64) * s_row + tile.to(tl.int64) * s_col, scale, row_ok, KIND)
     else:
         per_tile: tl.constexpr = 128 // G
         grouped = tl.reshape(x, (ROWS, per_tile, G))
         scale = scale_of(tl.max(magnitude_bits(grouped), 2), ELEMENT, KIND)
-        lift, lifted, inverse = reciprocal(scale, KIND)
+        lift, lifted, inverse = reciprocal(scale, KIND, WIDE)
         payload = quotient(grouped, lift[:, :, None], lifted[:, :, None], inverse[:, :, None], KIND, WIDE)
         payload = tl.reshape(payload, (ROWS, 128))
         groups = tile * per_tile + tl.arange(0, per_tile)
@@ -126,7 +126,7 @@ def store_column_groups(
 ):  # fmt: skip
     """Quantize a tile whose rows are one group of every column and store it transposed: `stored` rows are contiguous."""
     scale = scale_of(tl.max(magnitude_bits(x), 0), ELEMENT, KIND)
-    lift, lifted, inverse = reciprocal(scale, KIND)
+    lift, lifted, inverse = reciprocal(scale, KIND, WIDE)
     codes = fp8_codes(quotient(x, lift[None, :], lifted[None, :], inverse[None, :], KIND, WIDE), ELEMENT)
     col_ok = cols < C
     store_scale(s_ptr + group.to(tl.int64) * s_row + cols.to(tl.int64) * s_col, scale, col_ok, KIND)

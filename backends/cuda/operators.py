@@ -1,0 +1,60 @@
+"""The fused operators that Hopper has kernels for in CUDA C++; any other GPU, and what they don't take, is Triton's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from fp8c.backends.cuda import columns, norm, swiglu
+from fp8c.backends.gemms.unsupported import Unsupported
+
+_HOPPER = (9, 0)
+
+#: By the operator's name: the launcher, and what says which instance serves a call, whose tensors may have no data.
+KERNELS: dict[str, Callable[..., Any]] = {
+    "swiglu_quantize": swiglu.swiglu_quantize,
+    "swiglu_quantize_cached": swiglu.swiglu_quantize_cached,
+    "swiglu_backward_quantize": swiglu.swiglu_backward_quantize,
+    "rms_norm_quantize": norm.rms_norm_quantize,
+    "quantize": columns.quantize,
+    "quantize_both": columns.quantize_both,
+    "gather_quantize": columns.gather_quantize,
+    "requantize": columns.requantize,
+    "gather_requantized": columns.gather_requantized,
+}
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "swiglu_quantize": swiglu.quantize_config,
+    "swiglu_quantize_cached": swiglu.quantize_cached_config,
+    "swiglu_backward_quantize": swiglu.backward_config,
+    "rms_norm_quantize": norm.norm_config,
+    "quantize": columns.quantize_config,
+    "quantize_both": columns.quantize_both_config,
+    "gather_quantize": columns.gather_quantize_config,
+    "requantize": columns.requantize_config,
+    "gather_requantized": columns.gather_requantized_config,
+}
+
+
+def first_on_hopper(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation of an operator on CUDA: what Hopper has for it, else `otherwise`."""
+    kernel = KERNELS.get(name)
+    if kernel is None:
+        return otherwise
+
+    def serve(*arguments: Any) -> Any:
+        if _capability(arguments[0].device.index) == _HOPPER:
+            try:
+                return kernel(*arguments)
+            except Unsupported:
+                pass
+        return otherwise(*arguments)
+
+    return serve
+
+
+@cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)

@@ -1,0 +1,144 @@
+"""Hopper's fused kernels on a GPU: bit for bit what Triton's compute, which are compared with the oracle."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no GPU of compute capability 9.0")]
+
+if IS_HOPPER:
+    import fp8c.backends.reference
+    import fp8c.ops.combine
+    import fp8c.ops.decompositions
+    import fp8c.ops.fused  # noqa: F401
+    from fp8c.backends.cuda import build, operators
+    from fp8c.backends.triton import norm, quantize, swiglu
+
+FORMATS = (  # of the cached inputs, h, the gradient along rows, along columns
+    ("e4m3[1x128] fp32", "e4m3[128x1] fp32", "e4m3[1x128] fp32", "e4m3[128x1] fp32"),
+    ("e4m3[1x128] pow2", "e4m3[128x1] pow2", "e4m3[1x128] fp32", "e4m3[128x1] pow2"),
+    ("e4m3[1x128] e8m0", "e4m3[128x1] e8m0", "e5m2[1x128] e8m0", "e5m2[128x1] e8m0"),
+)
+SPLITS: tuple[list[int] | None, ...] = (
+    None,  # no experts
+    [1000],
+    [0, 0, 300, 300, 1000],  # experts without rows
+    [130, 131, 700],  # rows of no expert
+    [],
+    [*range(25, 1001, 25)],  # more experts than lanes
+)
+
+
+def drawn(rows: int, cols: int, seed: int) -> Tensor:
+    """Rows of very different magnitude, zeros of both signs, subnormals, an infinity and a NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cols, generator=generator)
+    x *= torch.exp2(torch.randint(-20, 20, (rows, 1), generator=generator))
+    x[torch.rand(rows, cols, generator=generator) < 0.05] = 0.0
+    x[torch.rand(rows, cols, generator=generator) < 0.05] *= -0.0
+    x[1], x[2], x[7] = 0.0, x[2] * 1e-38, -0.0
+    x[3] *= 1e-30
+    x[4, cols // 2], x[5, cols // 3] = torch.inf, torch.nan
+    x[6] *= 1e32
+    return x.bfloat16().cuda()
+
+
+def same(found: Tensor, expected: Tensor, label: object) -> None:
+    assert found.shape == expected.shape and found.dtype == expected.dtype, label
+    assert found.stride() == expected.stride(), label
+    left, right = (t.view({1: torch.uint8, 4: torch.int32}[t.element_size()]) for t in (found, expected))
+    assert torch.equal(left, right), (label, int((left != right).sum()))
+
+
+def ends_of(split: list[int] | None) -> Tensor | None:
+    ends = split or [0, 0]  # [] stands for experts that have no row at all
+    return None if split is None else torch.tensor(ends, dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("is_weighted", (True, False))
+def test_swiglu_forward(formats: tuple[str, ...], is_weighted: bool) -> None:
+    cache, _, fmt, _ = formats
+    for rows, features in ((1000, 256), (9, 128), (1, 384), (4096, 2048)):
+        x = drawn(max(rows, 9), 2 * features, rows)[:rows]
+        weight = torch.randn(rows, device="cuda") if is_weighted else None
+        found = operators.KERNELS["swiglu_quantize_cached"](x, weight, fmt, cache)
+        expected = swiglu.swiglu_quantize_cached(x, weight, fmt, cache)
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            same(a, b, (rows, features, i))
+        halves = x.chunk(2, -1)
+        found = operators.KERNELS["swiglu_quantize"](*halves, weight, fmt)
+        for i, (a, b) in enumerate(zip(found, expected[:2], strict=True)):
+            same(a, b, (rows, features, i))
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("is_weighted", (True, False))
+def test_swiglu_backward(formats: tuple[str, ...], is_weighted: bool) -> None:
+    cache = formats[0]
+    for (rows, features), split in itertools.product(((1000, 256), (1000, 2048)), SPLITS):
+        dh, pair = drawn(rows, features, 1), quantize.quantize(drawn(rows, 2 * features, 2), cache)
+        weight = torch.randn(rows, device="cuda") if is_weighted else None
+        arguments: Any = (dh, *pair, weight, ends_of(split), *formats)
+        found = operators.KERNELS["swiglu_backward_quantize"](*arguments)
+        expected = swiglu.swiglu_backward_quantize(*arguments)
+        covered = 1000 if split is None else (split or [0])[-1]
+        for i, (a, b) in enumerate(zip(found[:6], expected[:6], strict=True)):
+            same(a, b, (rows, features, split, i, covered))
+        # The sum of the same terms in another order.
+        a, b = found[6], expected[6]
+        assert a.shape == b.shape
+        ordinary = b.isfinite() & a.isfinite()
+        assert torch.equal(a.isnan(), b.isnan())
+        largest = dh.float().abs().amax(1, keepdim=True) if is_weighted else 0.0
+        assert ((a - b).abs()[ordinary] <= (1e-5 * (b.abs() + largest * 3e3))[ordinary]).all() if is_weighted else True
+
+
+def test_swiglu_backward_is_the_same_every_time() -> None:
+    formats, rows, features = FORMATS[0], 8192, 2048
+    dh, pair = drawn(rows, features, 1), quantize.quantize(drawn(rows, 2 * features, 2), formats[0])
+    weight, ends = torch.randn(rows, device="cuda"), ends_of([100, 3000, 8000])
+    arguments: Any = (dh, *pair, weight, ends, *formats)
+    first = operators.KERNELS["swiglu_backward_quantize"](*arguments)
+    for _ in range(20):
+        for i, (a, b) in enumerate(zip(operators.KERNELS["swiglu_backward_quantize"](*arguments), first, strict=True)):
+            same(a, b, i)
+
+
+@pytest.mark.parametrize("fmt", ("e4m3[1x128] fp32", "e4m3[1x128] pow2", "e5m2[1x128] e8m0"))
+def test_rms_norm(fmt: str) -> None:
+    for rows, cols in ((1000, 7168), (9, 128), (300, 1536), (64, 8192), (33, 16384), (50, 640)):
+        x, weight = drawn(max(rows, 9), cols + 64, cols)[:rows, :cols], torch.randn(cols).bfloat16().cuda()
+        q, s, factor = operators.KERNELS["rms_norm_quantize"](x, weight, 1e-6, fmt)
+        expected = norm.rms_norm_quantize(x, weight, 1e-6, fmt)[2]
+        assert torch.equal(factor.isnan(), expected.isnan())
+        finite = ~expected.isnan()
+        assert ((factor - expected).abs()[finite] <= (2.0**-20 * expected)[finite]).all()
+        # What comes after the factor is exact.
+        y = weight * (x.float() * factor).to(x.dtype)
+        for i, (a, b) in enumerate(zip((q, s), quantize.quantize(y, fmt), strict=True)):
+            same(a, b, (rows, cols, i))
+
+
+def test_registered_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.ops.fp8c` calls them where they serve, and Triton's where they don't."""
+    import fp8c.backends.triton  # noqa: F401
+
+    launched: list[str] = []
+
+    def cubin(config: build.Instance) -> bytes:
+        launched.append(config.kernel)
+        return build.cubin(config)
+
+    monkeypatch.setattr("fp8c.backends.cuda.launch.cubin", cubin)
+    x = drawn(130, 384, 3)
+    torch.ops.fp8c.swiglu_quantize(*x.chunk(2, -1), None, "e4m3[1x128] fp32")  # 192 features: no whole groups
+    assert not launched
+    torch.ops.fp8c.swiglu_quantize_cached(drawn(130, 1280, 3), None, "e5m2[1x128] pow2", "e5m2[1x128] pow2")
+    assert launched == ["fp8c_swiglu_forward"]
