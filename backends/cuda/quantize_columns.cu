@@ -1,7 +1,7 @@
 // 128x1 groups of BF16, with or without 1x128 groups of the same tile: see columns.cuh.
 #include "columns.cuh"
 
-static_assert(THREADS == 256 && TILES == 1);
+static_assert(THREADS == 256);
 
 // Magnitudes of pairs, of this lane and of the one with the same columns in the other half of the warp.
 DEVICE uint32 halves_of_warp(uint32 pair) { return reduce_larger(pair & 0x7fff7fffu, 16); }
