@@ -45,7 +45,8 @@ def first_on_hopper(name: str, otherwise: Callable[..., Any]) -> Callable[..., A
         return otherwise
 
     def serve(*arguments: Any) -> Any:
-        if _capability(arguments[0].device.index) == _HOPPER:
+        device = arguments[0].device
+        if device.type == "cuda" and _capability(device.index) == _HOPPER:
             try:
                 return kernel(*arguments)
             except Unsupported:
