@@ -1,4 +1,4 @@
-"""An instance of a fused kernel (swiglu_forward.cu, swiglu_backward.cu, rms_norm.cu), and its launch."""
+"""An instance of a fused kernel (swiglu_backward.cu, rms_norm.cu), and its launch."""
 
 from __future__ import annotations
 
