@@ -1,4 +1,4 @@
-"""`python -m fp8c.tools.bench kernels`: what serves the operators on this GPU in GB/s beside a copy of the same size, in one process.
+"""`python -m fp8c.tools.bench kernels`: what serves the operators here in GB/s beside a copy of the same size, in one process.
 
 Bytes are those that must move: every input read once, every output written once. Each figure is given beside the ratio
 to the copy, which is the ceiling.
