@@ -9,7 +9,9 @@
 //   each consumer warpgroup: for each wave (a 64 x WAVE_N part of its share)
 //       4 wgmma of k = 32 from zero -> `part` (14-bit tensor-core accumulator, so never longer than 128 of K)
 //       promotion: acc += scale * part, in FP32   <- while the other warpgroup's wgmma keep the tensor core busy
-//   --empty[stage]--> producer. Consumer warpgroups meet nowhere, so they drift apart and stay apart.
+//   --empty[stage]--> producer.
+// Consumer warpgroups share nothing but the stages. With LEAD the second one begins each tile some k-blocks after the first, so that
+// one multiplies while the other writes its output; with HELD_STAGES the output leaves through the last stage, by a warp of its own.
 //
 // Shared-memory bandwidth (128 B a clock) is what limits such a kernel, so each operand is read as seldom as possible:
 //   waves along N (WAVES_N > 1): A goes through registers once (ldmatrix) and serves all of them;
