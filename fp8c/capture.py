@@ -7,12 +7,14 @@ attention stays one operator, and the router's weight moves in front of the expe
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map
 
 import fp8c.ops.exchange  # noqa: F401  (defines the operators that rows travel with)
@@ -83,15 +85,18 @@ def keep_attention(gm: fx.GraphModule) -> int:
         if given.get("dropout_p", 0.0) != 0.0 or not _has_rank_4(given):
             continue
         out_dtype = node.meta["example_value"].dtype
+        unrepeated = _unrepeated(given)
+        keys, values = unrepeated or (given["key"], given["value"])
         with gm.graph.inserting_before(node):
             pair = gm.graph.call_function(
                 torch.ops.fp8c.attention.default,
                 (
-                    *(_as_dtype(given[name], out_dtype) for name in ("query", "key", "value")),
+                    *(_heads_last(_as_dtype(n, out_dtype)) for n in (given["query"], keys)),
+                    _as_dtype(values, out_dtype),
                     given.get("attn_mask"),
                     given.get("is_causal", False),
                     given.get("scale"),
-                    given.get("enable_gqa", False),
+                    given.get("enable_gqa", False) or unrepeated is not None,
                 ),
             )
             out = gm.graph.call_function(operator.getitem, (pair, 0))
@@ -99,8 +104,90 @@ def keep_attention(gm: fx.GraphModule) -> int:
         _copy_meta(out, node)
         node.replace_all_uses_with(out)
         gm.graph.erase_node(node)
+        if unrepeated is not None:
+            _erase_unused(gm.graph, (given["key"], given["value"]))
         changed += 1
     return changed
+
+
+def _unrepeated(given: dict[str, Any]) -> tuple[fx.Node, fx.Node] | None:
+    """The keys and values before each head was repeated for the queries that share it, as transformers' `repeat_kv` does
+    where a mask keeps it from saying `enable_gqa`. The kernels read a head once for all its queries, and add its gradients
+    up themselves; repeated, it is written, read and kept once for each.
+    """
+    sources = []
+    for name in ("key", "value"):
+        source = _before_repeat(given[name])
+        if source is None:
+            return None
+        sources.append(source)
+    heads = [n.meta["example_value"].shape[1] for n in sources]
+    return (sources[0], sources[1]) if heads[0] == heads[1] else None
+
+
+def _before_repeat(node: fx.Node) -> fx.Node | None:
+    """x of `x[:, :, None, :, :].expand(b, h, n, s, d).reshape(b, h * n, s, d)`, or of `x.repeat_interleave(n, 1)`."""
+    if node.op == "call_method" and node.target in ("reshape", "view"):
+        expand = node.args[0]
+        if not isinstance(expand, fx.Node) or expand.op != "call_method" or expand.target != "expand":
+            return None
+        column = expand.args[0]
+        if not isinstance(column, fx.Node) or column.target is not operator.getitem:
+            return None
+        every = slice(None)
+        source, index = column.args
+        if index != (every, every, None, every, every) or not isinstance(source, fx.Node):
+            return None
+        shapes = [n.meta["example_value"].shape for n in (source, expand, node)]
+        (batch, heads, rows, width), wide, flat = shapes
+        repeats = wide[2]
+        if len(wide) != 5 or len(flat) != 4 or not isinstance(repeats, int) or not isinstance(heads, int):
+            return None
+        same = zip((*wide[:2], *wide[3:], *flat), (batch, heads, rows, width, batch, heads * repeats, rows, width))
+        return source if all(statically_known_true(a == b) for a, b in same) else None
+    is_repeat = (
+        node.target == "repeat_interleave" if node.op == "call_method" else node.target is torch.repeat_interleave
+    )
+    if not is_repeat or node.op not in ("call_method", "call_function"):
+        return None
+    given = dict(zip(("self", "repeats", "dim"), node.args)) | dict(node.kwargs)
+    source = given.get("self", given.get("input"))
+    is_heads = given.get("dim") in (1, -3) and isinstance(given.get("repeats"), int)
+    return source if is_heads and isinstance(source, fx.Node) else None
+
+
+def _erase_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase these nodes and what only they read: views, and the copy behind them."""
+    for node in dict.fromkeys(nodes):
+        current: Any = node
+        while isinstance(current, fx.Node) and current.op in ("call_method", "call_function") and not current.users:
+            source = current.args[0] if current.args else None
+            graph.erase_node(current)
+            current = source
+
+
+def _heads_last(value: fx.Node) -> fx.Node:
+    """Queries or keys stored [batch, position, head, width], which is how projections write them and the output is read: the
+    fused kernels store their results as their operands are, so a value put together heads first costs a transposing copy
+    of attention's output and of each gradient.
+    """
+    example = value.meta["example_value"]
+    _, heads, rows, width = example.shape
+    if all(
+        statically_known_true(a == b) for a, b in zip(example.stride(), (rows * heads * width, width, heads * width, 1))
+    ):
+        return value
+    for method, arguments in (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))):
+        value = _then(value, method, arguments)
+    return value
+
+
+def _then(value: fx.Node, method: str, arguments: tuple[int, ...]) -> fx.Node:
+    """A method of a value, behind it in the graph."""
+    made = value.graph.call_method(method, (value, *arguments))
+    _copy_meta(made, value)
+    made.meta["example_value"] = getattr(value.meta["example_value"], method)(*arguments)
+    return made
 
 
 def _as_dtype(value: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -142,7 +229,7 @@ def move_router_weights(gm: fx.GraphModule) -> int:
         dtype = hidden.meta["example_value"].dtype
         out_dtype = node.meta["example_value"].dtype
         with gm.graph.inserting_before(node):
-            wide = gm.graph.call_function(operator.mul, (hidden, weight))
+            wide = gm.graph.call_function(operator.mul, (hidden, _in_float32(weight)))
             scaled = gm.graph.call_method("to", (wide, dtype))
             new = gm.graph.call_function(product.target, (scaled, *product.args[1:]), dict(product.kwargs))
         for made in (wide, scaled, new):
@@ -160,6 +247,24 @@ def move_router_weights(gm: fx.GraphModule) -> int:
             gm.graph.erase_node(dead)
         changed += 1
     return changed
+
+
+def _in_float32(column: fx.Node) -> fx.Node:
+    """A column of row weights in FP32. A product with BF16 rows is then rounded once, as in BF16; the weights' gradient, a
+    sum over the row, is not rounded term by term.
+    """
+    if column.meta["example_value"].dtype.itemsize >= torch.float32.itemsize:
+        return column
+    vector: Any = column
+    if column.op == "call_method" and column.target == "unsqueeze":
+        vector = column.args[0]
+    wide = column.graph.call_method("to", (vector, torch.float32))
+    _copy_meta(wide, column)
+    if vector is column:
+        return wide
+    made = column.graph.call_method("unsqueeze", (wide, *column.args[1:]), dict(column.kwargs))
+    _copy_meta(made, column)
+    return made
 
 
 def _behind_travel(node: fx.Node) -> fx.Node:

@@ -26,8 +26,8 @@ def retrace(gm: fx.GraphModule, decompositions: Mapping[Any, Callable[..., Any]]
     with fx_traceback.preserve_node_meta(), mode or nullcontext(), torch.no_grad():
         traced = make_fx(run, decomposition_table=dict(decompositions), tracing_mode="real")(*values)
     for new, old in zip(traced.graph.find_nodes(op="placeholder"), placeholders):
-        new.target = old.target
-        new._rename(old.name)
+        new._rename(old.name)  # or nearly so, where an operator took that name
+        new.target = new.name  # else one input's name may be another's variable in the generated code
         for key, item in old.meta.items():
             new.meta.setdefault(key, item)
     new_output, old_output = g.output_node(traced.graph), g.output_node(gm.graph)

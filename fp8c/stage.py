@@ -30,10 +30,13 @@ from fp8c.cost_model import Machine
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.graph_costs import node_us
 from fp8c.passes.schedule_overlap import NodeCost, OverlapReport, agree, pair_graphs, schedule_graph
+from fp8c.schedule_search import SearchLimits
 
 #: How many times as long as measured transfers may take before a pair's order stops hiding them, where that is possible:
 #: with routing that favours some ranks, the fullest of them is the one that everybody's transfers wait for.
 ROOM = 1.2
+#: No beam search, which takes ten seconds where transfers are about as long as compute: orders that leave room are as short.
+PAIR_LIMITS = SearchLimits(beam_width=1)
 
 
 class _Called(nn.Module):
@@ -188,7 +191,9 @@ class Pair:
     ) -> None:
         self.ahead, self.behind = ahead, behind
         self.graph = pair_graphs(copy.copy(ahead.forward_graph), copy.copy(behind.backward_graph))
-        self.report: OverlapReport = schedule_graph(self.graph.graph, cost_us, interference=interference, room=room)
+        self.report: OverlapReport = schedule_graph(
+            self.graph.graph, cost_us, interference=interference, limits=PAIR_LIMITS, room=room
+        )
         agree(self.graph.graph)
         self.graph.graph.lint()
         self.graph.recompile()

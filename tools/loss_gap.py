@@ -2,12 +2,16 @@
 
     python -m fp8c.tools.loss_gap --seeds 8 --steps 300
     python -m fp8c.tools.loss_gap --device cuda --seeds 4 --steps 3000 --size 100m --parallel 12   all at once, on a GPU
+    python -m fp8c.tools.loss_gap ... --steps 3750 --shared 750       the sides of a seed branch off one BF16 run
 
 Each seed trains several times from the same weights on the same batches, under the same optimizer: BF16, the spec, BF16
 with every GEMM summed in another order (K reversed), and, where asked for, further specs. The third is the yardstick: a
 gap that BF16 has against itself says nothing about FP8. The figure of a run is the mean loss of its last fifth; gaps
 are relative, signed, and averaged over seeds with their standard error. Master weights and gradient sums are FP32 and
 moments BF16, as the recipe asks (`fp8c.optim.AdamW`); the model's parameters are the masters' BF16 copies.
+
+Two runs from the same weights drift apart early, and stay apart, by more than FP8 costs. With `--shared N` the BF16 run
+of a seed is saved after N steps, and the other variants go on from there.
 
 On a GPU the BF16 runs go through torch.compile. There the yardsticks are `bf16-flipped` (every batch in reverse order,
 which sums the same gradients in another order) and `bf16-again`.
@@ -20,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +36,9 @@ from typing import Any
 
 import torch
 
+from fp8c.optim.checkpoint import newest
 from fp8c.tools.loss_run import SPECS, Run, Setup, train
+from fp8c.tools.rounded_gemms import Errors, text_of
 from fp8c.tools.train_compare import Gap, final_loss
 
 VARIANTS = ("bf16", "spec", "bf16-reversed")
@@ -53,12 +60,32 @@ def gap(runs: Runs, variant: str, base: str = "bf16") -> tuple[Gap, int]:
     return Gap(tuple(last[variant, s] / last[base, s] - 1 for s in seeds)), steps
 
 
+def read_records(path: Path, setup: Setup) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
+    return [record for record in records if {**asdict(Setup()), **record["setup"]} == asdict(setup)]
+
+
 def read_runs(path: Path, setup: Setup) -> Runs:
     """The runs of a setup in a file, those that were stopped early included."""
-    if not path.exists():
-        return {}
-    lines = (json.loads(line) for line in path.read_text().splitlines() if line.strip())
-    return {(r["variant"], r["seed"]): r["losses"] for r in lines if {**asdict(Setup()), **r["setup"]} == asdict(setup)}
+    return {(r["variant"], r["seed"]): r["losses"] for r in read_records(path, setup)}
+
+
+def gradient_report(records: Iterable[dict[str, Any]]) -> str:
+    """What groups of either shape do to the activation gradients of the finished BF16 runs, mean over seeds."""
+    found = [record["gradients"] for record in records if record["variant"] == "bf16" and record.get("gradients")]
+    if not found:
+        return ""
+    means: dict[str, dict[str, Errors]] = {}
+    for kind, groups in found[0].items():
+        for group, first in groups.items():
+            columns = {name: [run[kind][group][name] for run in found] for name in first}
+            mean: dict[str, Any] = {
+                name: None if None in values else statistics.fmean(values) for name, values in columns.items()
+            }
+            means.setdefault(kind, {})[group] = Errors(**mean)
+    return f"activation gradients in groups, {len(found)} finished BF16 runs\n{text_of(means)}"
 
 
 def report(runs: Runs) -> str:
@@ -96,7 +123,7 @@ def record_of(setup: Setup, variant: str, seed: int, run: Run) -> dict[str, Any]
     }
 
 
-def run_one(setup: Setup, variant: str, seed: int, place: Path) -> None:
+def run_one(setup: Setup, variant: str, seed: int, place: Path, starts: Path) -> None:
     """One run, its record in `place` as it grows. A file beside it says that the first step is done."""
 
     def save(run: Run) -> None:
@@ -107,10 +134,12 @@ def run_one(setup: Setup, variant: str, seed: int, place: Path) -> None:
     def show(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    train(setup, variant, seed, show, save, place.with_suffix(".compiled").touch)
+    train(setup, variant, seed, show, save, place.with_suffix(".compiled").touch, starts)
 
 
-def run_parallel(setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int, out: Path, limit_s: float) -> None:
+def run_parallel(
+    setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int, out: Path, limit_s: float, starts: Path
+) -> None:
     """All runs as processes on one GPU, at most `parallel` at a time. The first of each variant compiles alone, so that
     the others find its kernels in the caches. What is unfinished after `limit_s` is stopped and kept as far as it
     got.
@@ -136,6 +165,8 @@ def run_parallel(setup: Setup, wanted: Sequence[tuple[str, int]], parallel: int,
                     variant,
                     str(seed),
                     str(place),
+                    "--starts",
+                    str(starts),
                     *options,
                 ]
                 running[run] = subprocess.Popen(command, env=environment)
@@ -163,26 +194,36 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=0, help="run this many processes at a time")
     parser.add_argument("--limit-s", type=float, default=1e9, help="with --parallel: stop what is unfinished then")
+    parser.add_argument(
+        "--starts", type=Path, help="folder of what the variants of a seed share; beside OUT unless given"
+    )
     parser.add_argument("--one", nargs=3, metavar=("VARIANT", "SEED", "FILE"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("loss_gap.jsonl"))
     args = parser.parse_args(list(argv) if argv is not None else None)
     setup = Setup(**{name: getattr(args, name) for name in asdict(defaults)})
     if args.one:
-        run_one(setup, args.one[0], int(args.one[1]), Path(args.one[2]))
+        run_one(setup, args.one[0], int(args.one[1]), Path(args.one[2]), args.starts)
         return
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     known = read_runs(args.out, setup)
     finished = {run for run, losses in known.items() if len(losses) >= setup.steps}
     wanted = [(variant, seed) for seed in seeds for variant in args.variants if (variant, seed) not in finished]
+    starts = args.starts or args.out.with_suffix(".starts")
+    if setup.shared:
+        others = {seed for variant, seed in wanted if variant != "bf16"} - {s for v, s in wanted if v == "bf16"}
+        if lacking := sorted(seed for seed in others if newest(starts / f"seed-{seed}") is None):
+            parser.error(f"no start of seeds {lacking} in {starts}: train their BF16 runs together with the others")
     if args.parallel:
-        run_parallel(setup, wanted, args.parallel, args.out, args.limit_s)
+        run_parallel(setup, wanted, args.parallel, args.out, args.limit_s, starts)
     else:
         for variant, seed in wanted:
             torch._dynamo.reset()
-            run = train(setup, variant, seed, lambda text: print(text, file=sys.stderr, flush=True))
+            run = train(setup, variant, seed, lambda text: print(text, file=sys.stderr, flush=True), starts=starts)
             with args.out.open("a") as file:
                 file.write(json.dumps(record_of(setup, variant, seed, run)) + "\n")
     print(report(read_runs(args.out, setup)))
+    if text := gradient_report(read_records(args.out, setup)):
+        print(text)
 
 
 if __name__ == "__main__":

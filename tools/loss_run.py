@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
 import sys
 import sysconfig
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import fp8c
-from fp8c.optim import AdamW
+from fp8c.optim import AdamW, checkpoint
 from fp8c.tools.rounded_gemms import Errors, GradientGroups, RoundedOperands
 
 BF16 = ("bf16", "bf16-reversed", "bf16-flipped", "bf16-again", "bf16-launched")
@@ -93,7 +94,7 @@ SIZES: dict[str, dict[str, Any]] = {
 SAVE_EVERY = 250
 GRADIENT_BATCHES = 2
 AHEAD = 16  # steps that the host may be ahead of the GPU: a run that is stopped for a while leaves little work behind
-FRESH_BATCHES, FRESH_SEED = {"cpu": 4, "cuda": 16}, 1 << 20  # batches that no run trains on
+FRESH_BATCHES, FRESH_SEED = 4, 1 << 20  # batches that no run trains on
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "moe_transformer.py"
 
 
@@ -113,6 +114,7 @@ class Setup:
     device: str = "cpu"
     size: str = ""
     corpus: str = "top"  # "top": the standard library's top-level sources; "all": its packages too
+    shared: int = 0  # steps in BF16 that all variants of a seed have in common: they branch off one run
 
 
 @dataclass
@@ -247,6 +249,22 @@ class Trainer:
         self._captured = CapturedStep(self.step, self.batches.at(0))
         self.forget()
 
+    def keep_start(self, folder: Path | None, losses: list[float]) -> None:
+        """The run so far, for the other variants of this seed to go on from."""
+        assert folder is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "losses.json").write_text(json.dumps(losses))
+        checkpoint.save(folder, len(losses), self.compiled, self.optimizer, schedule=self.schedule)
+
+    def start_from(self, folder: Path | None) -> list[float]:
+        """Wait for BF16's run of this seed to have come to the end of what is shared; its losses until there."""
+        assert folder is not None
+        while checkpoint.newest(folder) is None:
+            time.sleep(0.2)
+        checkpoint.load(folder, self.compiled, self.optimizer, other_spec=True, schedule=self.schedule)
+        losses: list[float] = json.loads((folder / "losses.json").read_text())
+        return losses
+
     def forget(self) -> None:
         self.optimizer.zero_grad()
         for name, buffer in self.model.named_buffers():
@@ -261,7 +279,7 @@ class Trainer:
 
     def fresh_losses(self) -> dict[str, float]:
         """See `Run.fresh`. Weights and optimizer stay as they are."""
-        count = FRESH_BATCHES[self.setup.device]
+        count = FRESH_BATCHES
         batches = Batches(self.corpus, self.setup, FRESH_SEED, count)
         found = {"own": [self.loss(batches.at(i)) for i in range(count)]}
         self.forget()
@@ -296,31 +314,40 @@ def train(
     show: Callable[[str], None],
     save: Callable[[Run], None] = ignore,
     compiled: Callable[[], None] = lambda: None,
+    starts: Path | None = None,
 ) -> Run:
-    """One run. save: called with what there is so far; compiled: after the first step."""
-    trainer = Trainer(setup, variant, seed)
-    run = Run()
-    waiting: list[Tensor] = []  # still on the device, so that no step waits
-    pace = Pace()
+    """One run. save: called with what there is so far; compiled: after the first forward and backward; starts: folder of
+    what seeds share (`Setup.shared`).
+    """
+    trainer, run = Trainer(setup, variant, seed), Run()
+    start = None if starts is None else starts / f"seed-{seed}"
     started = time.perf_counter()
-    for i in range(setup.steps):
+    loss = float(trainer.loss(trainer.batches.at(0)))
+    trainer.forget()
+    show(f"seed {seed} {variant} compiled after {time.perf_counter() - started:.1f} s, loss {loss:.4f}")
+    compiled()
+    if setup.shared and variant != "bf16":
+        run.losses = trainer.start_from(start)
+    first = len(run.losses)
+    if setup.device == "cuda" and variant != "bf16-launched":
+        trainer.capture()
+    waiting: list[Tensor] = []  # still on the device, so that no step waits
+    pace, started = Pace(), time.perf_counter()
+    for i in range(first, setup.steps):
         waiting.append(trainer.loss(trainer.batches.at(i)))
         trainer.update()
+        done = i + 1
         if setup.device == "cuda":
             pace.mark()
-        if i == 0:
-            run.losses += [float(waiting.pop())]
-            show(f"seed {seed} {variant} first step {time.perf_counter() - started:.1f} s, loss {run.losses[0]:.4f}")
-            compiled()
-            if setup.device == "cuda" and variant != "bf16-launched":
-                trainer.capture()
-            started = time.perf_counter()
-        elif (i + 1) % SAVE_EVERY == 0 or i + 1 == setup.steps or (i + 1) % 50 == 0 and setup.device == "cpu":
-            run.losses += torch.stack(waiting).tolist() if waiting else []
+        shared = done == setup.shared and variant == "bf16"
+        if shared or done % SAVE_EVERY == 0 or done == setup.steps or done % 50 == 0 and setup.device == "cpu":
+            run.losses += torch.stack(waiting).tolist()
             waiting.clear()
             save(run)
-            rate = (time.perf_counter() - started) / i * 1e3
-            show(f"seed {seed} {variant} step {i + 1} loss {run.losses[-1]:.4f} {rate:.1f} ms/step")
+            rate = (time.perf_counter() - started) / (done - first) * 1e3
+            show(f"seed {seed} {variant} step {done} loss {run.losses[-1]:.4f} {rate:.1f} ms/step")
+        if shared:
+            trainer.keep_start(start, run.losses)
     run.fresh = trainer.fresh_losses()
     run.gradients = trainer.gradient_errors()
     save(run)

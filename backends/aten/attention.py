@@ -1,4 +1,4 @@
-"""`fp8c::attention` on CUDA by PyTorch's fused kernels: FlashAttention, cuDNN, or the memory-efficient kernel.
+"""`fp8c::attention` on CUDA by PyTorch's fused kernels: cuDNN, FlashAttention, or the memory-efficient kernel.
 
 All three take BF16 or FP16 (the last one FP32 too), keep scores and sums in FP32, round probabilities to the input's
 dtype before they meet v, and return the natural logarithm of the softmax sums; so forward and backward may use different
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ _BIAS_ALIGNMENT = 16  # and wants rows of the bias to start at multiples of this
 _NO_DROPOUT_KEY = -0.0
 
 
+#: Compute capabilities whose tensor cores FlashAttention 2, PyTorch's own, does not use in full: cuDNN comes first there, as
+#: in PyTorch (check_prefer_cudnn_attention in ATen/native/transformers/cuda/sdp_utils.cpp).
+_CUDNN_FIRST = (9, 10)
+
+
 class Kernel(Enum):
     FLASH = "flash"
     CUDNN = "cudnn"
@@ -44,26 +50,38 @@ class Kernel(Enum):
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> Kernel:
-    """The kernel for these operands: FlashAttention for equal head dimensions without a mask, else cuDNN, else the
-    memory-efficient one. Only kernels that also have a backward are taken.
+    """The kernel for these operands: cuDNN's or FlashAttention (equal head dimensions and no mask), in the order that suits
+    the GPU, else the memory-efficient one. Only kernels that also have a backward are taken.
     """
     if q.numel() == 0 or k.shape[2] == 0 or any(t.shape[3] % _ALIGNMENT for t in (q, v)):
         return Kernel.PLAIN
     # Checks for training are made only for operands that require a gradient.
     queries, keys, values = (t.detach().requires_grad_() for t in (q, k, v))
-    is_plain_softmax = mask is None and q.shape[3] == v.shape[3]
-    if is_plain_softmax and can_use_flash_attention(
-        SDPAParams(queries, keys, values, None, 0.0, is_causal, enable_gqa)
-    ):
-        return Kernel.FLASH
     bias = _bias(mask, q, k)
-    if can_use_cudnn_attention(SDPAParams(queries, keys, values, bias, 0.0, is_causal, enable_gqa)):
-        return Kernel.CUDNN
+    usable = {
+        Kernel.FLASH: lambda: (
+            mask is None
+            and q.shape[3] == v.shape[3]
+            and can_use_flash_attention(SDPAParams(queries, keys, values, None, 0.0, is_causal, enable_gqa))
+        ),
+        Kernel.CUDNN: lambda: can_use_cudnn_attention(
+            SDPAParams(queries, keys, values, bias, 0.0, is_causal, enable_gqa)
+        ),
+    }
+    order = (Kernel.CUDNN, Kernel.FLASH) if _major(q.device) in _CUDNN_FIRST else (Kernel.FLASH, Kernel.CUDNN)
+    for kernel in order:
+        if usable[kernel]():
+            return kernel
     # This kernel wants a key head for each query head; a view of that shape is enough to ask.
     keys, values = (t[:, :1].expand(-1, q.shape[1], -1, -1).detach().requires_grad_() for t in (k, v))
     if can_use_efficient_attention(SDPAParams(queries, keys, values, bias, 0.0, is_causal, False)):
         return Kernel.EFFICIENT
     return Kernel.PLAIN
+
+
+@cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""An instance of a fused kernel (swiglu_backward.cu, rms_norm.cu), and its launch."""
+"""An instance of a kernel that is no GEMM (swiglu_backward.cu, rms_norm.cu, *_columns.cu), and its launch."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class FusedConfig:
     argument_bytes: int
     constants: tuple[tuple[str, int], ...]
     shared_bytes: int = 0
+    includes: tuple[str, ...] = ()
 
     options: ClassVar[tuple[str, ...]] = ("-std=c++17",)  # with the GEMM's options the compiler spills
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return (self.source, "numerics.cuh", "ptx.cuh")
+        return (self.source, *self.includes, "numerics.cuh", "ptx.cuh")
 
     @property
     def kernel(self) -> str:
@@ -64,6 +65,10 @@ def codes_of(fmt: Format, suffix: str = "") -> tuple[tuple[str, int], ...]:
     return (f"ELEMENT{suffix}", _ELEMENTS[fmt.element]), (f"KIND{suffix}", _KINDS[fmt.scale])
 
 
+def kind_of(kind: ScaleKind) -> int:
+    return _KINDS[kind]
+
+
 def check_rows(*tensors: Tensor) -> None:
     """Raises: `Unsupported` unless a thread can read and write 16 bytes (8 of FP8 data) of each row at once."""
     for x in tensors:
@@ -78,14 +83,18 @@ def address(x: Tensor | None) -> int:
 
 
 def start(config: FusedConfig, tiles: int, arguments: ctypes.Structure, device: torch.device) -> None:
-    """Launch on the current stream of this device. Blocks take one tile after another, so there are no more than fit.
+    """`start_blocks`, where blocks take one tile after another, so that there are no more than fit."""
+    start_blocks(config, min(tiles, config.blocks * multiprocessors(device.index)), arguments, device)
+
+
+def start_blocks(config: FusedConfig, blocks: int, arguments: ctypes.Structure, device: torch.device) -> None:
+    """Launch on the current stream of this device.
 
     Raises: `Unsupported` without a compiler
     """
     if config in _not_compiled:
         raise Unsupported(_not_compiled[config])
     try:
-        blocks = min(tiles, config.blocks * multiprocessors(device.index))
         launch_plain(config, blocks, config.threads, arguments, device)
     except DiagnosticError as error:
         if error.diagnostics[0].code != "E0430":

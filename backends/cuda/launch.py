@@ -2,13 +2,18 @@
 
 Only ctypes and libcuda are needed, so a machine with a warm kernel cache needs no compiler. Launching copies no data and
 waits for nothing, so it can be captured into a CUDA graph.
+
+Most of a launch is made ready once (`Launch`): a step calls the same GEMMs at the same addresses again and again, and the
+driver's call alone takes a tenth of the time that making its arguments takes.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +27,7 @@ _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _UINT8, _FLOAT32, _BFLOAT16 = 0, 7, 9  # CUtensorMapDataType
 _NO_SWIZZLE, _SWIZZLE_128B = 0, 3  # CUtensorMapSwizzle
 _PROMOTE_L2_256B = 3  # CUtensorMapL2promotion
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _TENSOR_MAP_BYTES, _TENSOR_MAP_ALIGNMENT = 128, 64
@@ -89,6 +95,14 @@ def _driver() -> ctypes.CDLL:
         ) from None
 
 
+@cache
+def _launcher() -> Callable[[int, Any, int, None], int]:
+    """cuLaunchKernelEx, told its argument types once: converting integers is cheaper than making ctypes objects."""
+    function: Any = _driver().cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p] * 4
+    return function  # type: ignore[no-any-return]
+
+
 def _check(status: int, call: str) -> None:
     if status == 0:
         return
@@ -123,6 +137,10 @@ def reserve_multiprocessors(count: int) -> None:
     that has to wait for an SM that communication holds would make the others wait for it."""
     global _reserved
     _reserved = count
+
+
+def reserved_multiprocessors() -> int:
+    return _reserved
 
 
 @dataclass(frozen=True)
@@ -186,6 +204,46 @@ def _is_aligned(out: Tensor) -> bool:
     return out.stride(-1) == 1 and all(s % TMA_ALIGNMENT_BYTES == 0 for s in strides)
 
 
+def current_stream(device_index: int) -> int:
+    """Address of torch's current stream of a device."""
+    return int(torch._C._cuda_getCurrentRawStream(device_index))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One GEMM at fixed addresses, on one stream, ready to be started any number of times from any thread.
+
+    config, parameters: addresses of what the driver reads (it copies them before it returns); `kept` holds that memory
+    """
+
+    device_index: int
+    function: ctypes.c_void_p
+    config: int
+    parameters: int
+    kept: tuple[object, ...]
+
+    def start(self) -> None:
+        """Raises: E0432 when the driver refuses."""
+        if torch.cuda.current_device() == self.device_index:
+            self._start()
+        else:
+            with torch.cuda.device(self.device_index):
+                self._start()
+
+    def _start(self) -> None:
+        status = _launcher()(self.config, self.function, self.parameters, None)
+        if status == _INVALID_CONTEXT:  # this thread has run nothing on the device yet
+            _make_current(self.device_index)
+            status = _launcher()(self.config, self.function, self.parameters, None)
+        _check(status, "cuLaunchKernelEx")
+
+
+def _make_current(device_index: int) -> None:
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device_index), "cuDevicePrimaryCtxRetain")
+    _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
 def launch(
     config: GemmConfig,
     a: Tensor,
@@ -195,7 +253,20 @@ def launch(
     out: Tensor,
     group_ends: Tensor | None = None,
 ) -> None:
-    """Start one GEMM on the current stream of the operands' device.
+    """Start one GEMM on the current stream of the operands' device: `prepare`."""
+    prepare(config, a, a_scale, b, b_scale, out, group_ends).start()
+
+
+def prepare(
+    config: GemmConfig,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    out: Tensor,
+    group_ends: Tensor | None = None,
+) -> Launch:
+    """Make one GEMM ready for the current stream of the operands' device.
 
     Shapes: dense      a [M, K], b [N, K] -> out [M, N]
             m-grouped  a [T, K], b [E, N, K], group_ends int32 [E] -> out [T, N]
@@ -215,38 +286,35 @@ def launch(
         is_aligned = _is_aligned(out)
         map_out = _output_map(out, config) if is_aligned else map_a
 
-        n, groups = b.shape[-2], 1 if group_ends is None else group_ends.shape[0]
-        ends = 0 if group_ends is None else group_ends.data_ptr()
-        blocks = config.scales is Scales.PER_BLOCK
-        arguments = _Arguments(
-            _Problem(a.shape[0], n, a.shape[1], groups, ends),
-            a_scale.data_ptr(),
-            a_scale.stride(-1),
-            b_scale.data_ptr(),
-            b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
-            b_scale.stride(-2) if blocks else 0,
-            b_scale.stride(-1) if blocks else 0,
-            out.data_ptr(),
-            out.stride(0) if out.dim() == 3 else 0,
-            out.stride(-2),
-            int(is_aligned),
-        )
-        maps = (map_a, map_b, map_scale_a, map_scale_b, map_out)
-        parameters = (ctypes.c_void_p * 6)(*(m.address for m in maps), ctypes.addressof(arguments))
-        grid = sms
-        if config.grouping is Grouping.DENSE:
-            grid = min(
-                sms, -(-a.shape[0] // config.tile_m) * -(-n // (config.tile_n * config.cluster)) * config.cluster
-            )
-        grid -= grid % config.cluster
-        attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
-        attribute.value[0] = 1
-        launch_config = _LaunchConfig(
-            grid, 1, 1, config.threads, 1, 1, config.shared_bytes,
-            torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), 1,
-        )  # fmt: skip
-        status = _driver().cuLaunchKernelEx(ctypes.byref(launch_config), function, parameters, None)
-        _check(status, "cuLaunchKernelEx")
+    n, groups = b.shape[-2], 1 if group_ends is None else group_ends.shape[0]
+    ends = 0 if group_ends is None else group_ends.data_ptr()
+    blocks = config.scales is Scales.PER_BLOCK
+    arguments = _Arguments(
+        _Problem(a.shape[0], n, a.shape[1], groups, ends),
+        a_scale.data_ptr(),
+        a_scale.stride(-1),
+        b_scale.data_ptr(),
+        b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
+        b_scale.stride(-2) if blocks else 0,
+        b_scale.stride(-1) if blocks else 0,
+        out.data_ptr(),
+        out.stride(0) if out.dim() == 3 else 0,
+        out.stride(-2),
+        int(is_aligned),
+    )
+    maps = (map_a, map_b, map_scale_a, map_scale_b, map_out)
+    parameters = (ctypes.c_void_p * 6)(*(m.address for m in maps), ctypes.addressof(arguments))
+    grid = sms
+    if config.grouping is Grouping.DENSE:
+        grid = min(sms, -(-a.shape[0] // config.tile_m) * -(-n // (config.tile_n * config.cluster)) * config.cluster)
+    grid -= grid % config.cluster
+    attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
+    attribute.value[0] = 1
+    launch_config = _LaunchConfig(
+        grid, 1, 1, config.threads, 1, 1, config.shared_bytes, current_stream(index), ctypes.pointer(attribute), 1
+    )
+    kept = (*maps, arguments, parameters, attribute, launch_config)
+    return Launch(index, function, ctypes.addressof(launch_config), ctypes.addressof(parameters), kept)
 
 
 def launch_plain(

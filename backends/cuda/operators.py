@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fp8c.backends.cuda import norm, swiglu
+from fp8c.backends.cuda import columns, norm, swiglu
 from fp8c.backends.gemms.unsupported import Unsupported
 
 _HOPPER = (9, 0)
@@ -17,10 +17,20 @@ _HOPPER = (9, 0)
 KERNELS: dict[str, Callable[..., Any]] = {
     "swiglu_backward_quantize": swiglu.swiglu_backward_quantize,
     "rms_norm_quantize": norm.rms_norm_quantize,
+    "quantize": columns.quantize,
+    "quantize_both": columns.quantize_both,
+    "gather_quantize": columns.gather_quantize,
+    "requantize": columns.requantize,
+    "gather_requantized": columns.gather_requantized,
 }
 CONFIGS: dict[str, Callable[..., Any]] = {
     "swiglu_backward_quantize": swiglu.backward_config,
     "rms_norm_quantize": norm.norm_config,
+    "quantize": columns.quantize_config,
+    "quantize_both": columns.quantize_both_config,
+    "gather_quantize": columns.gather_quantize_config,
+    "requantize": columns.requantize_config,
+    "gather_requantized": columns.gather_requantized_config,
 }
 
 
@@ -31,7 +41,8 @@ def first_on_hopper(name: str, otherwise: Callable[..., Any]) -> Callable[..., A
         return otherwise
 
     def serve(*arguments: Any) -> Any:
-        if _capability(arguments[0].device.index) == _HOPPER:
+        device = arguments[0].device
+        if device.type == "cuda" and _capability(device.index) == _HOPPER:
             try:
                 return kernel(*arguments)
             except Unsupported:

@@ -27,7 +27,7 @@ ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROW_TILE, ROW_WARPS = 16, 4
-GATHER_ROWS, GATHER_COLS, GATHER_WARPS = 8, 256, 4
+GATHER_ROWS, GATHER_COLS, GATHER_WARPS = 64, 64, 4
 COLUMN_TILE = 64
 # Columns that a thread reads and warps; True: new scales are powers of two and nothing is masked, which takes fewer registers.
 COLUMN_SHAPES = {True: (8, 2), False: (4, 4)}
@@ -105,24 +105,28 @@ def rows_kernel(
 @triton.jit
 def gather_kernel(
     q_ptr, s_ptr, rows_ptr, out_ptr, out_s_ptr, R, C, q_row, s_row, s_col, out_row, out_s_row, out_s_col,
-    groups, ROWS: tl.constexpr, COLS: tl.constexpr, G_PAD: tl.constexpr,
+    groups, share, ROWS: tl.constexpr, COLS: tl.constexpr, SHARE_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows by COLS bytes (or words) of the data; the programs of the first columns move the scales."""
-    tiles = tl.cdiv(C, COLS)
+    """One program: ROWS rows by COLS bytes (or words) of the data, and `share` of the rows' scales.
+
+    All rows of the first columns come first: a row that is read several times is then found in the L2.
+    """
+    bands = tl.cdiv(R, ROWS)
     pid = tl.program_id(0)
-    rows = (pid // tiles) * ROWS + tl.arange(0, ROWS)
+    tile = pid // bands
+    rows = (pid % bands) * ROWS + tl.arange(0, ROWS)
     row_ok = rows < R
     source = tl.load(rows_ptr + rows, mask=row_ok, other=0).to(tl.int64)
-    cols = pid % tiles * COLS + tl.arange(0, COLS)
+    cols = tile * COLS + tl.arange(0, COLS)
     mask = row_ok[:, None] & (cols < C)[None, :]
-    data = tl.load(q_ptr + source[:, None] * q_row + cols[None, :], mask=mask, other=0)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * out_row + cols[None, :], data, mask=mask)
-    if pid % tiles == 0:
-        group = tl.arange(0, G_PAD)
-        scale_ok = row_ok[:, None] & (group < groups)[None, :]
-        scale = tl.load(s_ptr + source[:, None] * s_row + group.to(tl.int64)[None, :] * s_col, mask=scale_ok, other=0)
-        pointers = out_s_ptr + rows.to(tl.int64)[:, None] * out_s_row + group.to(tl.int64)[None, :] * out_s_col
-        tl.store(pointers, scale, mask=scale_ok)
+    data = tl.load(q_ptr + source[:, None] * q_row + cols[None, :], mask=mask, other=0, eviction_policy="evict_last")
+    to = out_ptr + rows.to(tl.int64)[:, None] * out_row + cols[None, :]
+    tl.store(to, data, mask=mask, eviction_policy="evict_first")
+    group = tile * share + tl.arange(0, SHARE_PAD)
+    scale_ok = row_ok[:, None] & (group < tl.minimum((tile + 1) * share, groups))[None, :]
+    scale = tl.load(s_ptr + source[:, None] * s_row + group.to(tl.int64)[None, :] * s_col, mask=scale_ok, other=0)
+    pointers = out_s_ptr + rows.to(tl.int64)[:, None] * out_s_row + group.to(tl.int64)[None, :] * out_s_col
+    tl.store(pointers, scale, mask=scale_ok)
 
 
 # Launchers ----------------------------------------------------------------------------------------------------------
@@ -181,11 +185,12 @@ def gather_quantized(q: Tensor, s: Tensor, rows: Tensor, fmt: str) -> tuple[Tens
     out_s = empty_quantized(q, (height, s.shape[1] * 128), parsed)[1]
     words, to = _widest(q, out)
     scale, to_scale = scale_bytes(s), scale_bytes(out_s)
-    tile_rows, tile_cols = GATHER_ROWS, GATHER_COLS
-    gather_kernel[(triton.cdiv(height, tile_rows) * triton.cdiv(words.shape[1], tile_cols),)](
+    tiles, groups = triton.cdiv(words.shape[1], GATHER_COLS), scale.shape[1]
+    share = triton.cdiv(groups, tiles)
+    gather_kernel[(triton.cdiv(height, GATHER_ROWS) * tiles,)](
         words, scale, rows.contiguous(), to, to_scale, height, words.shape[1], words.stride(0),
-        scale.stride(0), scale.stride(1), to.stride(0), to_scale.stride(0), to_scale.stride(1), scale.shape[1],
-        ROWS=tile_rows, COLS=tile_cols, G_PAD=triton.next_power_of_2(scale.shape[1]), num_warps=GATHER_WARPS,
+        scale.stride(0), scale.stride(1), to.stride(0), to_scale.stride(0), to_scale.stride(1), groups, share,
+        ROWS=GATHER_ROWS, COLS=GATHER_COLS, SHARE_PAD=triton.next_power_of_2(share), num_warps=GATHER_WARPS,
     )  # fmt: skip
     return out, out_s
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -47,6 +48,14 @@ def trained(without: tuple[str, ...], length: int = 1024, **options: Any) -> tup
     return loss.detach(), gradients, peak
 
 
+#: Values rounded to BF16 between the loss and the first norm's weight: head 2, norm 1, MLP 6, norm 1, residual 1, output
+#: projection 1, attention 1, rotation 2, projections and their sum 3.
+ROUNDINGS = 18
+#: A value and a value that differs a little round apart by up to a unit in the last place, 2^-8; such differences of
+#: different operators are independent, and add up as their squares.
+BOUND = math.sqrt(ROUNDINGS) * 2.0**-8
+
+
 @pytest.mark.parametrize("main_grad", [False, True])
 def test_the_same_gradients_in_less_memory(main_grad: bool) -> None:
     loss, gradients, peak = trained((), main_grad=main_grad)
@@ -54,6 +63,6 @@ def test_the_same_gradients_in_less_memory(main_grad: bool) -> None:
     torch.testing.assert_close(loss, expected, rtol=2.0**-14, atol=0.0)
     for name, found in gradients.items():
         error = (found.float() - others[name].float()).norm() / others[name].float().norm()
-        assert error < 2.0**-7, (name, float(error))  # BF16 gradients, each with a rounding or two of its own
+        assert error < BOUND, (name, float(error))
     print(f"peak {peak:.0f} MiB, {plain_peak:.0f} MiB without fuse-head-loss")
     assert peak < 0.8 * plain_peak

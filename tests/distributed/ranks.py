@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 #: For one job on a machine whose few cores do other work as well: the longest took 100 s on two cores with a load of 11.
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def pool(world: int, group_timeout_s: float = 300.0) -> Iterator[Callable[..., list[Any]]]:
-    """A function `run(job, *args)`: calls the function of that name in jobs.py on every rank, with pickled arguments;
+    """A function `run(job, *args)`: calls the function of that name in jobs.py or jobs_training.py on every rank, with pickled arguments;
     returns the results by rank, raises what one raised. A rank that dies gives the result `(exit code,)`."""
     with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "socket")) as listener:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -65,12 +64,17 @@ def pool(world: int, group_timeout_s: float = 300.0) -> Iterator[Callable[..., l
                     process.kill()
 
 
-def load_jobs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distributed_jobs", Path(__file__).with_name("jobs.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def find_job(name: str) -> Callable[..., Any]:
+    """The function of that name in jobs_training.py or in jobs.py."""
+    file = Path(__file__).with_name("jobs_training.py")
+    if file.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[file.stem])
+    training = sys.modules[file.stem]
+    found: Callable[..., Any] = getattr(training, name, None) or getattr(training.jobs, name)
+    return found
 
 
 def serve(world: int, folder: str, group_timeout_s: float, rank: int) -> None:
@@ -80,7 +84,6 @@ def serve(world: int, folder: str, group_timeout_s: float, rank: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    jobs = load_jobs()
     with Client(str(Path(folder) / "socket")) as end:
         end.send(rank)
         dist.init_process_group(
@@ -94,7 +97,7 @@ def serve(world: int, folder: str, group_timeout_s: float, rank: int) -> None:
             job, args = request
             torch._dynamo.reset()
             try:
-                answer = (True, getattr(jobs, job)(*args))
+                answer = (True, find_job(job)(*args))
             except BaseException:  # noqa: BLE001 - reported to the test
                 answer = (False, traceback.format_exc())
             end.send_bytes(pickle.dumps(answer))  # tensors by value: the ranks share no memory with the test

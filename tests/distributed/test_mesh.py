@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import fx
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fp8c import distributed
@@ -44,7 +45,7 @@ def test_a_mesh_wider_than_the_ranks_that_run(monkeypatch: pytest.MonkeyPatch) -
 def test_a_mesh_without_ep() -> None:
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     try:
-        mesh = dist.init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
         assert code_of(lambda: expert_mesh(mesh)) == "E0860"
     finally:
         dist.destroy_process_group()
@@ -58,7 +59,7 @@ def test_experts_are_dealt_as_dtensor_deals_them() -> None:
 
 
 def test_ranks_compare_facts_through_the_store() -> None:
-    store: Any = dist.HashStore()
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(2) as pool:
         same = [pool.submit(compare_facts, store, {"spec": "a"}, r, (0, 3), 30.0, 0) for r in (0, 3)]
         assert [job.result() for job in same] == [None, None]

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fp8c.ops  # noqa: F401  (defines the operators the passes name)
 from fp8c.backends.costs import load_machine
-from fp8c.contention import Interference
+from fp8c.contention import Interference, replay
 from fp8c.diagnostics import DiagnosticError
 from fp8c.graph_costs import collective, is_collective, node_us
 from fp8c.partition import Halves
@@ -30,14 +30,26 @@ from fp8c.passes.schedule_overlap import (
     common_costs,
     disagreements,
     exchange_orders,
+    issued_tasks,
     order_digest,
     order_only,
     pair_graphs,
     schedule_graph,
     share_costs,
     snapshot,
+    with_room,
 )
-from fp8c.schedule import COMM, COMPUTE, check_ranks
+from fp8c.schedule import (
+    COMM,
+    COMPUTE,
+    Schedule,
+    Task,
+    check_ranks,
+    check_schedule,
+    make_problem,
+    schedule_in_order,
+)
+from fp8c.schedule_search import solve
 
 RANKS = 8
 T, D = 64, 16
@@ -378,3 +390,43 @@ def test_what_streams_cost_each_other_lengthens_what_is_expected(group: Any) -> 
     assert alone < compute <= 1.5 * alone
     assert all(10.0 - 1e-6 <= s.end_us - s.start_us <= 20.0 + 1e-6 for s in comm)
     assert {s.task.duration_us for s in report.schedule.slots if s.task.resource == COMM} == {20.0}
+
+
+def test_room_for_longer_transfers_costs_nothing_where_they_are_not() -> None:
+    """Two orders are as short as each other; with room, compute that nothing waits for stands behind the transfer."""
+    tasks = [
+        Task("first", COMPUTE, 10.0),
+        Task("send", COMM, 20.0, ("first",)),
+        Task("filler", COMPUTE, 20.0),
+        Task("more", COMPUTE, 10.0),
+        Task("rest", COMPUTE, 10.0),
+        Task("reader", COMPUTE, 10.0, ("send",)),
+        Task("second", COMM, 5.0, ("reader",)),
+        Task("last", COMPUTE, 5.0, ("second",)),
+    ]
+    problem = make_problem(tasks)
+    alone_us = {task.name: task.duration_us for task in tasks}
+    tight = schedule_in_order(problem, [0, 1, 2, 5, 6, 3, 4, 7], "tight")
+    found = with_room(problem, tight, alone_us, Interference(), 1.4)
+    assert found.makespan_us == tight.makespan_us == 65.0
+
+    def longer_us(schedule: Schedule) -> float:
+        return max(slot.end_us for slot in replay(issued_tasks(schedule, alone_us, 1.4), Interference()))
+
+    assert longer_us(tight) == 73.0
+    assert longer_us(found) == 65.0
+    assert with_room(problem, tight, alone_us, Interference(), 1.0) is tight
+
+
+def test_room_is_kept_out_of_the_budget_of_memory() -> None:
+    """Orders that would need more memory than there is are no candidates."""
+    tasks = [
+        Task("make", COMPUTE, 10.0, output_bytes=8),
+        Task("send", COMM, 10.0, ("make",), output_bytes=8),
+        Task("other", COMPUTE, 10.0, output_bytes=8),
+        Task("use", COMPUTE, 10.0, ("other", "send")),
+    ]
+    problem = make_problem(tasks, memory_budget_bytes=24)
+    alone_us = {task.name: task.duration_us for task in tasks}
+    found = with_room(problem, solve(problem), alone_us, Interference(), 2.0)
+    assert not check_schedule(problem, found)

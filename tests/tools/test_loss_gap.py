@@ -7,14 +7,16 @@ import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fp8c.specs.load import load
 from fp8c.tools import loss_figure, loss_gap, loss_run
-from fp8c.tools.loss_gap import Runs, gap, read_runs, record_of, report
+from fp8c.tools.loss_gap import Runs, gap, gradient_report, read_runs, record_of, report
 from fp8c.tools.loss_run import Run, Setup
+from fp8c.tools.rounded_gemms import Errors
 from fp8c.tools.train_compare import Gap
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,18 @@ def test_the_report_says_what_can_be_told_apart() -> None:
     assert "128x128 gradients against 1x128" in text
 
 
+def test_the_gradients_of_finished_runs_are_averaged_over_seeds() -> None:
+    def record(variant: str, seed: int, dy: float) -> dict[str, Any]:
+        errors = {"linears": {"1x128": Errors(dy, 0.02, 0.0, 0.03, 0.04)}, "experts": {}}
+        errors["experts"]["1x128"] = Errors(dy, 0.02, 0.0, None, None)
+        return record_of(Setup(), variant, seed, Run([1.0], gradients=errors))
+
+    records = [record("bf16", 0, 0.01), record("bf16", 1, 0.02), record("spec", 0, 0.5)]
+    text = gradient_report(json.loads(json.dumps(records)))
+    assert "2 finished BF16 runs" in text and text.count("1.500%") == 2 and "4.000%" in text
+    assert gradient_report([]) == ""
+
+
 def test_the_results_in_the_repository_are_those_the_page_states() -> None:
     setup = Setup(steps=3000, size="100m", corpus="all", batch=8, length=256, lr=6e-4, warmup=100, device="cuda")
     found, steps = gap(read_runs(ROOT / "tools/bench/results/loss_gap_100m_h200.jsonl", setup), "spec")
@@ -103,7 +117,7 @@ def test_the_figure_holds_every_variant_and_is_well_formed(tmp_path: Path) -> No
 def test_runs_in_parallel_end_in_one_file(tmp_path: Path) -> None:
     setup = Setup(steps=2, batch=2, length=128, dim=128, n_layers=1, n_experts=2)
     out = tmp_path / "runs.jsonl"
-    loss_gap.run_parallel(setup, [("bf16", 0), ("bf16", 1)], 2, out, 600.0)
+    loss_gap.run_parallel(setup, [("bf16", 0), ("bf16", 1)], 2, out, 600.0, tmp_path / "starts")
     runs = read_runs(out, setup)
     assert sorted(runs) == [("bf16", 0), ("bf16", 1)] and all(len(losses) == 2 for losses in runs.values())
     assert asdict(setup)["steps"] == 2
@@ -119,3 +133,18 @@ def test_the_figure_compares_the_seeds_that_have_come_far_enough(tmp_path: Path)
     text = loss_figure.draw(runs)
     assert "BF16, 3 seeds" in text and "fprop alone in FP8, 1 seed<" in text
     assert text.count("<polyline") == 4  # two curves, two gaps
+
+
+@pytest.mark.slow
+def test_variants_branch_off_one_run(tmp_path: Path) -> None:
+    setup = Setup(steps=4, shared=2, batch=2, length=128, dim=128, n_layers=1, n_experts=2)
+
+    def run(variant: str) -> Run:
+        torch._dynamo.reset()
+        return loss_run.train(setup, variant, 0, print, starts=tmp_path)
+
+    bf16, again, spec = run("bf16"), run("bf16-again"), run("spec")
+    assert len(bf16.losses) == len(spec.losses) == 4
+    assert again.losses == bf16.losses, "a CPU repeats its sums: moments, masters and schedule have come over"
+    assert spec.losses[:2] == bf16.losses[:2] and spec.losses[2] != bf16.losses[2]
+    assert all(abs(a / b - 1) < 2.0**-8 for a, b in zip(spec.losses, bf16.losses))

@@ -24,6 +24,7 @@ from fp8c.optim.ema import PIECE, fold
 
 SCHEMA = "fp8c.bench.optimizer/1"
 UPDATE_BYTES, NORM_BYTES = 22, 4  # BF16 parameter and moments, FP32 master and gradient
+EMA_ROUNDS = 5
 SLEEP_CYCLES = 20_000_000  # some 10 ms
 TORCH_BYTES = 28  # FP32 parameter, gradient and moments: all four read, three written
 
@@ -55,7 +56,7 @@ def parameters(sizes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> nn.Param
     return made
 
 
-def timed(work: Callable[[], object], repeats: int = 20) -> tuple[float, float, float]:
+def timed(work: Callable[[], object], repeats: int = 15) -> tuple[float, float, float]:
     """Median and distance of the quartiles in microseconds, by events, after three calls; and the host's median.
 
     The device is kept busy until the host has launched the work, as a backward keeps it busy in front of an optimizer.
@@ -126,7 +127,8 @@ def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> di
     """Milliseconds of a loop's step without and with an EMA of every step; the loop multiplies for `step_ms`, then
     steps.
 
-    The two alternate, six rounds, so that a drift of the machine meets both.
+    The two alternate, so that a drift of the machine meets both. A round ends when the stream that trains has done its
+    steps: the copy behind the last one runs beside the step that would follow.
     """
     params = parameters(sizes, torch.bfloat16)
     for p in params:
@@ -137,7 +139,7 @@ def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> di
     products = max(1, round(step_ms * 1e3 / us))
     ema = EMA(params, 0.999, optimizer=optimizer)
     found: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(6):
+    for _ in range(EMA_ROUNDS):
         for name in found:
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -147,13 +149,14 @@ def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> di
                 optimizer.step()
                 if name == "with":
                     ema.update()
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
             found[name].append((time.perf_counter() - start) / steps * 1e3)
             ema.flush()
     result = {f"{name}_ms": statistics.median(values) for name, values in found.items()}
     result |= {f"{name}_spread_ms": max(values) - min(values) for name, values in found.items()}
     count = sum(p.numel() for p in params)
     result |= {"waits": float(ema.waits), "updates": float(ema.updates), "parameters": float(count)}
+    result["copy_ms"] = copy_ms(ema)
     averages = list(ema.average.values())
     values = [value.bfloat16() for value in averages]
     scratch = torch.empty(PIECE)
@@ -163,6 +166,18 @@ def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> di
     result["fold_ms"] = (time.perf_counter() - started) * 1e3
     ema.close()
     return result
+
+
+def copy_ms(ema: EMA) -> float:
+    """Milliseconds from the start of a copy of the parameters to their arrival on the host, nothing beside it."""
+    ema.flush()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    ema.update()
+    torch.cuda.synchronize()
+    taken = (time.perf_counter() - started) * 1e3
+    ema.flush()
+    return taken
 
 
 def main(arguments: list[str]) -> int:
@@ -199,17 +214,22 @@ def main(arguments: list[str]) -> int:
         "parameters": count,
         "rows": [asdict(row) | {"tb_per_s": row.tb_per_s} for row in rows],
     }
+    write(args.json, found)
     if args.ema_step_ms:
         ema = ema_rows(shapes(args.ema_layers, args.dim, args.experts), args.ema_step_ms, 10)
         found["ema"] = ema
         print(
             f"a step of {ema['without_ms']:.2f} ms takes {ema['with_ms']:.2f} ms with an EMA of "
-            f"{ema['parameters'] / 1e6:.0f} M parameters ({ema['with_ms'] / ema['without_ms'] - 1:+.2%}; a fold takes "
-            f"{ema['fold_ms']:.0f} ms on the CPU; the host waited {ema['waits']:.0f} of {ema['updates']:.0f} times)"
+            f"{ema['parameters'] / 1e6:.0f} M parameters ({ema['with_ms'] / ema['without_ms'] - 1:+.2%}; a copy takes "
+            f"{ema['copy_ms']:.0f} ms, a fold {ema['fold_ms']:.0f} ms on the CPU; the host waited {ema['waits']:.0f} of {ema['updates']:.0f} times)"
         )
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+    write(args.json, found)
     return 0
+
+
+def write(path: Path | None, found: dict[str, object]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ class Bench:
         self.clock = Clock(self.device)
         self.is_cuda = self.device == "cuda"
         self.deadline = time.perf_counter() + args.seconds
+        self.has_traced = False
 
     def reserve(self, sms: int) -> None:
         if self.is_cuda:
@@ -243,6 +244,9 @@ class Bench:
         def some() -> None:
             holder[0] = self.work.pairs(pairs, holder[0])
 
+        if not self.has_traced:  # a process's first trace holds the ranks up
+            self.has_traced = True
+            hidden(some, self.args.out)
         return hidden(some, self.args.out)
 
     def compare(self) -> dict[str, Any]:
@@ -270,9 +274,9 @@ class Bench:
             },
         }
 
-    def skewed(self, setting: Setting) -> dict[str, Any]:
+    def skewed(self, setting: Setting) -> None:
         """Traces and times with the router biased, in orders found for even routing: with room for longer transfers and
-        without. A bias of 0 comes first in each."""
+        without; a bias of 0 comes first in each. Notes what is found."""
         found: dict[str, Any] = {}
         for room in (ROOM, 1.0):
             self.stage.schedule_pair(*self.costs, room=room)
@@ -286,8 +290,8 @@ class Bench:
                     "trace": self.traced(),
                     **self.measure(setting, self.work.first(4), rounds=1),
                 }
+                self.note(skew=found)
         skew(self.step, 0.0)
-        return found
 
     def rows_over_mean(self) -> list[float]:
         """Rows that come to each rank's experts in the first micro-batch, over what even routing gives."""
@@ -375,7 +379,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             here["repeats"].append(final)
             note(chosen=chosen, final=here["repeats"][0], last={k: v for k, v in final.items() if k != "trace"},
                  last_trace=final["trace"])  # fmt: skip
-        note(skew=bench.skewed(setting))
+        bench.skewed(setting)
         note(**bench.compare())
         note(seconds=time.perf_counter() - started)
     return results

@@ -136,14 +136,14 @@ def sent_bytes(run: Callable[[], object]) -> dict[str, int]:
     """Bytes that `run` hands to all_to_all_single on this rank, by dtype and row width; counts of rows are left out."""
     found: dict[str, int] = {}
 
-    class Count(TorchDispatchMode):
+    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops._c10d_functional.all_to_all_single.default and args[0].dtype not in _COUNTS:
                 name = f"{args[0].dtype} x {list(args[0].shape[1:])}".replace("torch.", "")
                 found[name] = found.get(name, 0) + args[0].nbytes
             return func(*args, **(kwargs or {}))
 
-    with Count():
+    with Count():  # type: ignore[no-untyped-call]
         run()
     return found
 

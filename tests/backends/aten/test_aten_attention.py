@@ -118,6 +118,15 @@ def test_the_common_cases_use_a_fused_kernel() -> None:
         assert choose(q, k, v, mask, CASES[name][-1] == "causal", True) is not Kernel.PLAIN, name
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="for compute capability 9.x"
+)
+def test_hopper_takes_cudnn_where_flash_attention_would_do() -> None:
+    for name in ("causal", "grouped heads"):
+        q, k, v, _, _ = operands(name)
+        assert choose(q, k, v, None, True, True) is Kernel.CUDNN, name
+
+
 def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     def comparable(t: Tensor) -> Tensor:
         return t.cpu().contiguous().view(torch.uint8)

@@ -49,6 +49,19 @@ def filled(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, seed: int 
     return x.to(dtype)
 
 
+def near(rows: int, cols: int, octaves: int) -> Tensor:
+    """Rows whose magnitudes are at most so many octaves from one another's, some columns of small numbers or of zeros."""
+    generator = torch.Generator().manual_seed(octaves)
+    shifts = torch.randint(-octaves // 2, octaves // 2 + 1, (rows, 1), generator=generator)
+    x = torch.randn(rows, cols, generator=generator) * torch.exp2(shifts)
+    x[:, 7] = 0.0
+    x[:, 9] *= 2.0**-6
+    x[:, cols - 3] *= 2.0**-12
+    if octaves > 10:
+        x[5, cols // 3] = torch.nan
+    return x.bfloat16()
+
+
 def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], label: object) -> None:
     """Bits, shapes and strides agree."""
     assert len(found) == len(expected)
@@ -78,6 +91,7 @@ def ends(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+# Where groups restart at the experts of 300 rows; 304 rows and a multiple of 128 columns are what CUDA kernels take on Hopper.
 OFFSETS = (ends(300), ends(1, 130, 257, 299), ends(0, 0, 131, 131, 131, 290, 290), ends(0, 0), ends(5, 120))
 SIZES = ((1, 1), (130, 200), (300, 128), (17, 576), (128, 256))
 SCALES = ("fp32", "pow2", "e8m0")
@@ -102,6 +116,9 @@ def quantize_cases() -> Iterator[tuple[str, Case]]:
         yield f"{fmt} of {dtype}", check(fmt, filled(130, 200, dtype))
     for offs in OFFSETS:
         yield f"offsets {offs.tolist()}", check("e4m3[128x1] fp32", filled(300, 200), offs)
+    for offs, scale in itertools.product((None, *OFFSETS), ("fp32", "pow2")):
+        x = filled(304 if offs is None else 300, 384)
+        yield f"even, offsets {offs} {scale}", check(f"e4m3[128x1] {scale}", x, offs)
     yield "e8m0 offsets", check("e4m3[32x1] e8m0", filled(300, 72), OFFSETS[1])
     yield "stack of weights", check("e4m3[128x128] fp32", torch.stack([filled(130, 200, seed=i) for i in range(3)]))
     yield "stack of rows", check("e4m3[1x128] pow2", torch.stack([filled(20, 200, seed=i) for i in range(3)]))
@@ -138,6 +155,9 @@ def fused_cases() -> Iterator[tuple[str, Case]]:
     rows_of_tokens = torch.randint(0, 130, (300,), generator=torch.Generator().manual_seed(4))
     for offs in (None, OFFSETS[1], OFFSETS[4]):
         yield "gather and quantize", gathered("e4m3[128x1] pow2", filled(130, 200), rows_of_tokens, offs)
+        even = torch.cat((rows_of_tokens, rows_of_tokens[:4])) if offs is None else rows_of_tokens
+        for scale, index in itertools.product(("fp32", "e8m0"), (even, even.int())):
+            yield "gather and quantize, even", gathered(f"e4m3[128x1] {scale}", filled(130, 256), index, offs)
     act, act_t = "e4m3[1x128] fp32", "e4m3[128x1] fp32"
     for rows, cols in SIZES:
         yield f"both {rows}x{cols}", both(act, act_t, filled(rows, cols))
@@ -147,6 +167,9 @@ def fused_cases() -> Iterator[tuple[str, Case]]:
     yield "both of two row formats", both("e5m6[1x128] pow2", "e4m3[1x128] pow2", filled(130, 200))
     for offs in OFFSETS:
         yield f"both, offsets {offs.tolist()}", both(act, act_t, filled(300, 200), offs)
+        yield f"both even, offsets {offs.tolist()}", both(act, act_t, filled(300, 384), offs)
+    for formats in ((act, act_t), ("e4m3[1x128] pow2", "e4m3[128x1] e8m0"), ("e4m3[1x128] e8m0", act_t)):
+        yield f"both even {formats}", both(*formats, filled(304, 384))
     for scale in SCALES:
         yield f"weight {scale}", weight(f"e4m3[128x128] {scale}", filled(256, 384))
     yield "ragged weight", weight("e4m3[128x128] fp32", filled(130, 200))
@@ -183,6 +206,19 @@ def requantize_cases() -> Iterator[tuple[str, Case]]:
     for fmt, index in itertools.product((act, "e5m6[1x128] pow2", "e4m3[1x128] e8m0"), (source, source.int())):
         pair = ops.quantize(filled(130, 200), fmt)
         yield f"gather {fmt}", check("gather_quantized", *pair, index, fmt)
+    even = torch.cat((source, source[:4]))
+    for (old, new), octaves in itertools.product(
+        (("pow2", "pow2"), ("e8m0", "e8m0"), ("fp32", "fp32"), ("pow2", "fp32")), (1, 6, 20)
+    ):
+        src, dst = f"e4m3[1x128] {old}", f"e4m3[128x1] {new}"
+        pair = ops.quantize(near(304, 256, octaves), src)
+        for offs in (None, OFFSETS[1]):
+            index = even if offs is None else source
+            yield (
+                f"requantize even {old} {new} {octaves}",
+                check("requantize", *(t[: len(index)] for t in pair), src, dst, offs),
+            )
+            yield f"gather and requantize even {old} {new}", check("gather_requantized", *pair, index, src, dst, offs)
     for offs in (None, *OFFSETS):
         pair = ops.quantize(filled(130, 200), "e4m3[1x128] pow2")
         yield (

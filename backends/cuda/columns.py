@@ -1,0 +1,188 @@
+"""128x1 groups on Hopper, by quantize_columns.cu and requantize_columns.cu, under the names and with the arguments of the operators.
+
+What they don't take raises `Unsupported`, and Triton serves it: other formats than E4M3, a width that 128 does not divide,
+rows that 16 does not divide where groups don't restart, data that can't be read 16 bytes at a time. `..._config` says which
+instance serves a call, whose tensors may have no data.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fp8c.backends.cuda.fused import ACCESS_BYTES, FusedConfig, address, kind_of, start_blocks
+from fp8c.backends.gemms.unsupported import Unsupported
+from fp8c.formats import Element, Format, ScaleKind
+from fp8c.ops import empty_quantized, quantized_format, restarts
+
+Pair = tuple[Tensor, Tensor]
+
+GROUP, TILE = (128, 1), 128
+_LARGEST = 2**30  # axis: offsets in bytes are products of 32-bit numbers
+_INDEX_BITS = {torch.int32: 32, torch.int64: 64}
+
+SLAB, GATHER_SLAB = (
+    4,
+    2,
+)  # tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json)
+
+
+class _Columns(ctypes.Structure):
+    """`Columns` in columns.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("data", "scale_in", "gathered", "ends")),
+        *((name, ctypes.c_void_p) for name in ("out", "scale", "row_out", "row_scale")),
+        *((name, ctypes.c_uint32) for name in ("data_row", "scale_in_row", "scale_in_col", "out_col", "scale_row")),
+        *((name, ctypes.c_uint32) for name in ("row_out_row", "row_scale_row", "row_scale_col")),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "experts", "slab")),
+    ]
+
+
+# The operators ------------------------------------------------------------------------------------------------------
+
+
+def quantize(x: Tensor, fmt: str, offs: Tensor | None = None) -> Pair:
+    """`fp8c::quantize`."""
+    return _launch(quantize_config(x, fmt, offs), x, None, None, offs, fmt)[0]
+
+
+def quantize_both(x: Tensor, fmt: str, fmt_t: str, offs: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fp8c::quantize_both`."""
+    config = quantize_both_config(x, fmt, fmt_t, offs)
+    rows = empty_quantized(x, x.shape, quantized_format(fmt))
+    columns, _ = _launch(config, x, None, None, offs, fmt_t, rows)
+    return *rows, *columns
+
+
+def gather_quantize(x: Tensor, rows: Tensor, fmt: str, offs: Tensor | None = None) -> Pair:
+    """`fp8c::gather_quantize`."""
+    return _launch(gather_quantize_config(x, rows, fmt, offs), x, None, rows, offs, fmt)[0]
+
+
+def requantize(q: Tensor, s: Tensor, src: str, dst: str, offs: Tensor | None = None, cols: int | None = None) -> Pair:
+    """`fp8c::requantize`."""
+    config = requantize_config(q, s, src, dst, offs, cols)
+    return _launch(config, q, s, None, restarts(quantized_format(dst), offs), dst)[0]
+
+
+def gather_requantized(q: Tensor, s: Tensor, rows: Tensor, src: str, dst: str, offs: Tensor | None = None) -> Pair:
+    """`fp8c::gather_requantized`."""
+    config = gather_requantized_config(q, s, rows, src, dst, offs)
+    return _launch(config, q, s, rows, restarts(quantized_format(dst), offs), dst)[0]
+
+
+# Which instance -----------------------------------------------------------------------------------------------------
+
+
+def quantize_config(x: Tensor, fmt: str, offs: Tensor | None = None) -> FusedConfig:
+    return _choose(x, None, offs, None, None, quantized_format(fmt))
+
+
+def quantize_both_config(x: Tensor, fmt: str, fmt_t: str, offs: Tensor | None = None) -> FusedConfig:
+    row = quantized_format(fmt)
+    if row.group != (1, TILE):
+        raise Unsupported("the rows' groups are no 1x128")
+    return _choose(x, None, offs, None, row, quantized_format(fmt_t))
+
+
+def gather_quantize_config(x: Tensor, rows: Tensor, fmt: str, offs: Tensor | None = None) -> FusedConfig:
+    return _choose(x, rows, offs, None, None, quantized_format(fmt))
+
+
+def requantize_config(
+    q: Tensor, s: Tensor, src: str, dst: str, offs: Tensor | None = None, cols: int | None = None
+) -> FusedConfig:
+    return _choose(q, None, offs, quantized_format(src), None, quantized_format(dst))
+
+
+def gather_requantized_config(
+    q: Tensor, s: Tensor, rows: Tensor, src: str, dst: str, offs: Tensor | None = None
+) -> FusedConfig:
+    return _choose(q, rows, offs, quantized_format(src), None, quantized_format(dst))
+
+
+def _choose(
+    data: Tensor, rows: Tensor | None, offs: Tensor | None, old: Format | None, row: Format | None, fmt: Format
+) -> FusedConfig:
+    """The instance for BF16 data, or E4M3 of format `old`. Raises: `Unsupported`."""
+    formats = [f for f in (old, row, fmt) if f is not None]
+    if fmt.group != GROUP or (old is not None and old.group != (1, TILE)):
+        raise Unsupported("groups are no 128x1, or no 1x128 in what is read")
+    dtype = torch.bfloat16 if old is None else torch.float8_e4m3fn
+    if data.dtype is not dtype or any(f.element is not Element.E4M3 for f in formats):
+        raise Unsupported("the kernels read BF16 and E4M3 and write E4M3")
+    if data.dim() != 2 or data.stride(1) != 1 or data.stride(0) * data.element_size() % ACCESS_BYTES != 0:
+        raise Unsupported(f"the kernels don't read strides {data.stride()}")
+    height = (data if rows is None else rows).shape[0]
+    if height == 0 or data.shape[0] == 0 or max(height, *data.shape, data.stride(0)) >= _LARGEST:
+        raise Unsupported("the kernels need elements, and offsets of 32 bits along an axis")
+    if data.shape[1] % TILE != 0 or (offs is None and height % ACCESS_BYTES != 0):
+        raise Unsupported("rows end within a tile's 128 columns, or columns within 16 bytes")
+    if (offs is not None and offs.dim() != 1) or (rows is not None and rows.dtype not in _INDEX_BITS):
+        raise Unsupported("the kernels read one axis of offsets, and indices of 32 or 64 bits")
+    bits = 0 if rows is None else _INDEX_BITS[rows.dtype]
+    return _instance(old is not None, row is not None, bits, *(f and f.scale for f in (old, row, fmt)))
+
+
+@cache
+def _instance(
+    is_from_fp8: bool,
+    has_rows: bool,
+    index_bits: int,
+    kind_in: ScaleKind | None,
+    kind_row: ScaleKind | None,
+    kind: ScaleKind | None,
+) -> FusedConfig:
+    kinds = (("KIND_IN", kind_in), ("KIND_ROW", kind_row), ("KIND", kind))
+    constants = (
+        ("ROWS_TOO", has_rows),
+        ("GATHERS", index_bits),
+        *((name, 0 if k is None else kind_of(k)) for name, k in kinds),
+    )
+    if is_from_fp8:
+        # Blocks of an SM: FP32 scales take more registers.
+        source, threads, blocks = "requantize_columns.cu", 128, 5 if ScaleKind.FP32 in (kind_in, kind) else 7
+    else:
+        source, threads, blocks = "quantize_columns.cu", 256, 3 if has_rows else 5 if index_bits else 4
+    return FusedConfig(source, threads, blocks, ctypes.sizeof(_Columns), constants, includes=("columns.cuh",))
+
+
+# Launch -------------------------------------------------------------------------------------------------------------
+
+
+def _launch(
+    config: FusedConfig,
+    data: Tensor,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    offs: Tensor | None,
+    fmt: str,
+    row_out: Pair | None = None,
+) -> tuple[Pair, Pair | None]:
+    """Fill a new pair of `fmt`, and `row_out`, from the data or from its `rows`."""
+    if data.data_ptr() % ACCESS_BYTES != 0:
+        raise Unsupported("data starts within 16 bytes")
+    rows = None if rows is None else rows.contiguous()
+    height, width = (data if rows is None else rows).shape[0], data.shape[1]
+    out = empty_quantized(data, (height, width), quantized_format(fmt), offs)
+    ends = None if offs is None else offs.to(torch.int32).contiguous()
+    row_data, row_scale = row_out or (None, None)
+    groups, tiles = out[1].shape[0], width // TILE
+    slab = tiles if row_out is not None else SLAB if rows is None else GATHER_SLAB
+    arguments = _Columns(
+        *(address(t) for t in (data, scale, rows, ends, *out, row_data, row_scale)),
+        _stride(data, 0), _stride(scale, 0), _stride(scale, 1), _stride(out[0], 1), _stride(out[1], 0),
+        _stride(row_data, 0), _stride(row_scale, 0), _stride(row_scale, 1),
+        height, width, groups, 0 if ends is None else ends.shape[0], slab,
+    )  # fmt: skip
+    start_blocks(config, groups * tiles, arguments, data.device)
+    return out, row_out
+
+
+def _stride(t: Tensor | None, axis: int) -> int:
+    """In bytes."""
+    return 0 if t is None else t.stride(axis) * t.element_size()

@@ -1,0 +1,134 @@
+// 128x1 groups of BF16, with or without 1x128 groups of the same tile: see columns.cuh.
+#include "columns.cuh"
+
+static_assert(THREADS == 256);
+
+// Magnitudes of pairs, of this lane and of the one with the same columns in the other half of the warp.
+DEVICE uint32 halves_of_warp(uint32 pair) { return reduce_larger(pair & 0x7fff7fffu, 16); }
+
+DEVICE void write_rows(const Columns& p, const Place& place, const uint4 (&x)[8], const Reciprocal* reciprocals,
+                       int patch_row, int patch_col) {
+    int first = place.begin + patch_row * 8;
+    uint8* out = p.row_out + bytes(p.row_out_row, first) + place.tile * 128 + patch_col * 8;
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+        uint2 codes = codes_of<E4M3, KIND_ROW>(x[r], reciprocals[patch_row * 8 + r]);
+        store_global2(out + bytes(p.row_out_row, r), codes, first + r < place.end);
+    }
+}
+
+DEVICE void turn(const uint4 (&x)[8], const Reciprocal* reciprocals, uint8* turned, int patch_row, int patch_col) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        int column = patch_col * 8 + j;
+        Reciprocal reciprocal = reciprocals[column];
+        float q[8];
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+            uint32 pair = word_of(x[r], j / 2);
+            q[r] = quotient<KIND>(j % 2 == 0 ? first_of(pair) : second_of(pair), reciprocal);
+        }
+        uint2 codes = make_uint2(encode<E4M3>(q[0], q[1], q[2], q[3]), encode<E4M3>(q[4], q[5], q[6], q[7]));
+        *reinterpret_cast<uint2*>(turned + chunk_at<8>(column, patch_row / 2) + patch_row % 2 * 8) = codes;
+    }
+}
+
+DEVICE void store_row_scale(const Columns& p, const Place& place, int row, float scale) {
+    store_scale<KIND_ROW>(p.row_scale + bytes(p.row_scale_col, place.tile) + bytes(p.row_scale_row, row), 0, scale);
+}
+
+// 1x128 groups of rows that no expert owns, shared out among the groups; half a warp takes a row.
+DEVICE void quantize_tail(const Columns& p, const Place& place) {
+    int last = __ldg(p.ends + p.experts - 1);
+    int share = (p.rows - last + p.groups - 1) / p.groups;
+    int begin = last + place.group * share, end = min(begin + share, p.rows);
+    for (int first = begin; first < end; first += THREADS / 16) {
+        int row = first + threadIdx.x / 16, column = place.tile * 128 + threadIdx.x % 16 * 8;
+        bool is_row = row < end;
+        uint4 x = load_global4(p.data + bytes(p.data_row, row) + column * 2, is_row);
+        uint32 amax = larger_of(x) & 0x7fff7fffu;
+        for (int step = 1; step < 16; step *= 2) amax = reduce_larger(amax, step);
+        float scale = scale_of<E4M3, KIND_ROW>(first_of(max(amax & 0xffffu, amax >> 16)));
+        uint2 codes = codes_of<E4M3, KIND_ROW>(x, reciprocal<KIND_ROW>(scale));
+        store_global2(p.row_out + bytes(p.row_out_row, row) + column, codes, is_row);
+        if (is_row && threadIdx.x % 16 == 0)
+            store_row_scale(p, place, row, scale);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_columns(const __grid_constant__ Columns p) {
+    __shared__ alignas(128) uint8 turned[GROUP * 128];
+    __shared__ alignas(16) uint16 column_amax[THREADS / 32][128];
+    __shared__ uint16 row_amax[GROUP];
+    __shared__ alignas(16) Reciprocal reciprocals[256];  // of the columns' scales, of the rows'
+
+    __shared__ Place kept;  // where registers are short, read again
+
+    Place place = place_of(p);
+    if (ROWS_TOO && p.experts != 0) quantize_tail(p, place);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int patch_col = lane % 16, patch_row = warp * 2 + lane / 16;
+
+    uint4 x[8];
+    int first = place.begin + patch_row * 8;
+    const uint8* data = p.data + place.tile * 256 + patch_col * 16;
+    if (GATHERS != 0) {
+        __shared__ int sources[GROUP];
+        if (threadIdx.x == 0) kept = place;
+        if (threadIdx.x < GROUP) {
+            int row = place.begin + threadIdx.x;
+            sources[threadIdx.x] = row < place.end ? source_of(p, row) : -1;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+            int source = sources[patch_row * 8 + r];
+            x[r] = load_global4(data + bytes(p.data_row, source), source >= 0);
+        }
+    } else {
+        data += bytes(p.data_row, first);
+#pragma unroll
+        for (int r = 0; r < 8; ++r) x[r] = load_global4(data + bytes(p.data_row, r), first + r < place.end);
+    }
+
+    uint4 columns = x[0];
+#pragma unroll
+    for (int r = 1; r < 8; ++r)
+        columns = make_uint4(larger(columns.x, x[r].x), larger(columns.y, x[r].y), larger(columns.z, x[r].z),
+                             larger(columns.w, x[r].w));
+    columns = make_uint4(halves_of_warp(columns.x), halves_of_warp(columns.y), halves_of_warp(columns.z),
+                         halves_of_warp(columns.w));
+    if (lane < 16) *reinterpret_cast<uint4*>(&column_amax[warp][patch_col * 8]) = columns;
+    if (ROWS_TOO) {
+        uint32 pairs[4];  // rows 2i and 2i + 1
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = side_by_side(larger_of(x[2 * i]), larger_of(x[2 * i + 1]));
+        uint32 a = exchange_larger(pairs[0], pairs[2], 8, lane & 8), b = exchange_larger(pairs[1], pairs[3], 8, lane & 8);
+        uint32 c = exchange_larger(a, b, 4, lane & 4);
+        c = reduce_larger(reduce_larger(c, 2), 1);
+        if (lane % 4 == 0) *reinterpret_cast<uint32*>(&row_amax[patch_row * 8 + (lane & 12) / 2]) = c;
+    }
+    __syncthreads();
+
+    if (GATHERS != 0) place = kept;
+    int t = threadIdx.x;
+    if (t < 128) {
+        uint32 amax = 0;
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; ++w) amax = max(amax, static_cast<uint32>(column_amax[w][t]));
+        float scale = scale_of<E4M3, KIND>(first_of(amax));
+        reciprocals[t] = reciprocal<KIND>(scale);
+        store_column_scale(p, place, t, scale);
+    } else if (ROWS_TOO) {
+        int row = t - 128;
+        float scale = scale_of<E4M3, KIND_ROW>(first_of(row_amax[row]));
+        reciprocals[t] = reciprocal<KIND_ROW>(scale);
+        if (place.begin + row < place.end) store_row_scale(p, place, place.begin + row, scale);
+    }
+    __syncthreads();
+    if (ROWS_TOO) write_rows(p, place, x, reciprocals + 128, patch_row, patch_col);
+    turn(x, reciprocals, turned, patch_row, patch_col);
+    __syncthreads();
+    if (GATHERS != 0) place = kept;
+    store_turned<8, THREADS>(p, place, turned);
+}
