@@ -208,3 +208,13 @@ DEVICE uint4 read_again(const uint4& x) {
                  : "r"(shared_address(&x)));
     return y;
 }
+
+// Stores that depend on a predicate, not a branch: what is stored is computed beside what comes after it.
+DEVICE void store_if(bool exists, void* to, uint2 x) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.v2.u32 [%1], {%2, %3};\n\t}" ::"r"(static_cast<uint32>(exists)),
+                 "l"(to), "r"(x.x), "r"(x.y));
+}
+DEVICE void store_if(bool exists, void* to, uint4 x) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n\t}" ::"r"(static_cast<uint32>(exists)),
+                 "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
+}

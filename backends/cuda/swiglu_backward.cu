@@ -2,12 +2,13 @@
 // columns, the gradient of the router's weight. fp8c/ops/swiglu.py says what is computed.
 //
 // Legend: R rows, F features, E experts. A tile is 128 rows by 128 features: one group of each row and of each column. Blocks
-//   stay and take one tile after another. A thread has 8 rows by 8 features, in three rounds:
-//     1. h and the two gradients, in BF16, go to shared memory, where this thread alone reads them again (they take 96
-//        registers otherwise); magnitudes are reduced over the lanes that share a row or a column
+//   stay and take one tile after another, in three rounds:
+//     1. a thread computes 8 rows by 8 features: h and the two gradients go to shared memory, in BF16; magnitudes are reduced
+//        over the lanes that share a row or a column
 //     2. each of the 256 + 384 scales is made once, by one thread
-//     3. every number is read once and quantized both ways; codes of 8 rows of a column are one store. What has been read
-//        makes room for the next tile's inputs, which arrive meanwhile: dh where h was, codes where the gate's gradient was
+//     3. quantized along columns, a thread with 16 rows of two columns, and along rows, 8 columns of a row: 8 lanes and 16
+//        fill a line of 128 bytes. What has been read makes room for the next tile's inputs, which arrive meanwhile: dh where
+//        h was, codes where the gate's gradient was
 //   Each input is read once, so the bytes moved are those that must be.
 //
 // Instructions are what it waits for, about 60 for each gate and up: what looks roundabout saves some.
@@ -50,7 +51,7 @@ DEVICE Tile unpacked(uint4 t) {
 }
 
 struct Shared {
-    uint4 values[3][ROWS][THREADS];
+    uint4 values[3][128][16];  // of 8 columns; `chunk_at` says where
     uint32 row_amax[128][2];  // GATE's below, UP's above, of 64 columns
     float row_sum[128][2];
     uint32 col_amax[4][3][64];  // two columns, of 32 rows
@@ -80,6 +81,10 @@ DEVICE Tile tile_of(const Arguments& a, int index) {
     const int begin = start + (group - start / 128 - owner) * 128;
     return {begin, min(begin + 128, __ldg(a.ends + owner)), group, tile};
 }
+
+// Where 8 columns of a row are in shared memory: moved by the row's block of 16, so that lanes that read the same columns of
+// 8 blocks meet no bank twice.
+DEVICE int chunk_at(int chunk, int row) { return chunk ^ row / 16 % 8; }
 
 struct Gradients {
     uint32 h, gate, up;
@@ -119,7 +124,8 @@ DEVICE void fetch_gradient(Shared& shared, const Arguments& a, const Tile& tile)
     const int first = tile.begin + at.row;
     const uint16* dh = a.dh + static_cast<int64>(first) * a.dh_row + tile.tile * 128 + at.column_block * 8;
 #pragma unroll
-    for (int i = 0; i < ROWS; i++) copy_async<16>(&shared.values[H][i][threadIdx.x], dh + i * a.dh_row, first + i < tile.end);
+    for (int i = 0; i < ROWS; i++)
+        copy_async<16>(&shared.values[H][at.row + i][chunk_at(at.column_block, at.row)], dh + i * a.dh_row, first + i < tile.end);
 }
 DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile) {
     const Place at = place();
@@ -127,7 +133,7 @@ DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile) {
     const uint8* c = a.c + static_cast<int64>(first) * a.c_row + tile.tile * 128 + at.column_block * 8;
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
-        uint4* to = &shared.values[GATE][i][threadIdx.x];
+        uint4* to = &shared.values[GATE][at.row + i][chunk_at(at.column_block, at.row)];
         copy_async<8>(to, c + i * a.c_row, first + i < tile.end);
         copy_async<8>(reinterpret_cast<uint2*>(to) + 1, c + i * a.c_row + a.F, first + i < tile.end);
     }
@@ -153,6 +159,7 @@ DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& til
 DEVICE void compute(Shared& shared) {
     const int thread = threadIdx.x, lane = thread % 32;
     const auto [row_in_tile, column_block] = place();
+    const int chunk = chunk_at(column_block, row_in_tile);
     uint32 amax[12] = {};  // of columns
     constexpr int BATCH = 4;
 #pragma unroll 1
@@ -161,8 +168,9 @@ DEVICE void compute(Shared& shared) {
         float sum[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const float4 in = shared.row_in[row_in_tile + first + i];
-            const uint4 dh = shared.values[H][first + i][thread], codes = shared.values[GATE][first + i][thread];
+                        const int row = row_in_tile + first + i;
+            const uint4 dh = shared.values[H][row][chunk], codes = shared.values[GATE][row][chunk];
+            const float4 in = shared.row_in[row];
             float gate[8], up[8];
             decode<ELEMENT_C>(codes.x, gate);
             decode<ELEMENT_C>(codes.y, gate + 4);
@@ -176,7 +184,7 @@ DEVICE void compute(Shared& shared) {
             const uint4 results[3] = {{p.h, q.h, r.h, s.h}, {p.gate, q.gate, r.gate, s.gate}, {p.up, q.up, r.up, s.up}};
 #pragma unroll
             for (int k = 0; k < 3; k++) {
-                shared.values[k][first + i][thread] = results[k];
+                shared.values[k][row][chunk] = results[k];
                 amax[4 * k] = larger(amax[4 * k], results[k].x);
                 amax[4 * k + 1] = larger(amax[4 * k + 1], results[k].y);
                 amax[4 * k + 2] = larger(amax[4 * k + 2], results[k].z);
@@ -223,41 +231,39 @@ DEVICE void make_column_scales(Shared& shared, int result, int pair, void* scale
     store_scale<KIND_R>(scales, at + next, second);
 }
 
-// Round 3 for one result: codes along columns to `columns`, and where ALONG_ROWS along rows to `d`.
-template <int ELEMENT_R, int KIND_R, bool ALONG_ROWS>
-DEVICE void quantize(const Shared& shared, int result, Place at, uint8* columns, int col, bool has_columns,
-                     uint8* d, int d_row, int rows) {
-    Reciprocal of_col[8];
+// Round 3 of one result along columns; `columns` is its first column of this tile. A warp has 16 columns, 8 at a time.
+template <int ELEMENT_R, int KIND_R>
+DEVICE void quantize_columns(const Shared& shared, int result, uint8* columns, int col, int stored) {
+    const int lane = threadIdx.x % 32, block = lane / 4, pair = lane % 4;  // of 16 rows, of columns
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float4 two = reinterpret_cast<const float4*>(&shared.of_col[result][at.column_block * 8])[j];
-        of_col[2 * j] = {two.x, two.y};
-        of_col[2 * j + 1] = {two.z, two.w};
-    }
-    uint32 codes[8][2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float x[4][8];
+    for (int part = 0; part < 2; part++) {
+        const int chunk = threadIdx.x / 32 * 2 + part;
+        const float4 of = *reinterpret_cast<const float4*>(&shared.of_col[result][chunk * 8 + pair * 2]);
+        const Reciprocal first = {of.x, of.y}, second = {of.z, of.w};
+        const uint32* words = reinterpret_cast<const uint32*>(&shared.values[result][block * 16][chunk_at(chunk, block * 16)]) + pair;
+        uint32 codes[2][4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int row = half * 4 + i;
-            const uint4 eight = shared.values[result][row][threadIdx.x];
-            x[i][0] = first_of(eight.x), x[i][1] = second_of(eight.x), x[i][2] = first_of(eight.y), x[i][3] = second_of(eight.y);
-            x[i][4] = first_of(eight.z), x[i][5] = second_of(eight.z), x[i][6] = first_of(eight.w), x[i][7] = second_of(eight.w);
-            if constexpr (ALONG_ROWS) {
-                const uint2 along = codes_of<ELEMENT, KIND>(eight, shared.of_row[result][at.row + row]);
-                if (row < rows) *reinterpret_cast<uint2*>(d + row * d_row) = along;
-            }
+            const uint32 a = words[256 * i], b = words[256 * i + 64], c = words[256 * i + 128], d = words[256 * i + 192];
+            codes[0][i] = encode<ELEMENT_R>(quotient<KIND_R>(first_of(a), first), quotient<KIND_R>(first_of(b), first),
+                                            quotient<KIND_R>(first_of(c), first), quotient<KIND_R>(first_of(d), first));
+            codes[1][i] = encode<ELEMENT_R>(quotient<KIND_R>(second_of(a), second), quotient<KIND_R>(second_of(b), second),
+                                            quotient<KIND_R>(second_of(c), second), quotient<KIND_R>(second_of(d), second));
         }
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            codes[j][half] = encode<ELEMENT_R>(quotient<KIND_R>(x[0][j], of_col[j]), quotient<KIND_R>(x[1][j], of_col[j]),
-                                               quotient<KIND_R>(x[2][j], of_col[j]), quotient<KIND_R>(x[3][j], of_col[j]));
-        }
+        uint8* to = columns + (chunk * 8 + pair * 2) * static_cast<int64>(col) + block * 16;
+        store_if(block * 16 < stored, to, uint4{codes[0][0], codes[0][1], codes[0][2], codes[0][3]});
+        store_if(block * 16 < stored, to + col, uint4{codes[1][0], codes[1][1], codes[1][2], codes[1][3]});
     }
-    if (has_columns) {
+}
+
+// Along rows; `d` is the first row of this tile. A warp has 16 rows, two at a time.
+DEVICE void quantize_rows(const Shared& shared, int result, uint8* d, int d_row, int rows) {
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 16, chunk = lane % 16;
+    d += static_cast<int64>(first) * d_row + chunk * 8;
 #pragma unroll
-        for (int j = 0; j < 8; j++) *reinterpret_cast<uint2*>(columns + j * col) = {codes[j][0], codes[j][1]};
+    for (int i = 0; i < 16; i += 2) {
+        const uint4 eight = shared.values[result][first + i][chunk_at(chunk, first)];
+        store_if(first + i < rows, d + i * d_row, codes_of<ELEMENT, KIND>(eight, shared.of_row[result][first + i]));
     }
 }
 
@@ -302,30 +308,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backwa
         index += gridDim.x;
         wait_for_copies();
         __syncthreads();
-        if (threadIdx.x < 32 && index < count) {
-            const Tile next = tile_of(a, index);
-            if (threadIdx.x == 0) shared.tiles[parity ^ 1] = packed(next);
-        }
         compute(shared);
         __syncthreads();
+        if (threadIdx.x >= THREADS - 32 && index < count) {  // a warp that makes no columns' scales
+            const Tile next = tile_of(a, index);
+            if (threadIdx.x == THREADS - 1) shared.tiles[parity ^ 1] = packed(next);
+        }
         make_scales(shared, a, unpacked(read_again(shared.tiles[parity])));
         __syncthreads();
         const Tile tile = unpacked(read_again(shared.tiles[parity]));
-        const Place at = place();
-        const int rows = tile.end - tile.begin - at.row;  // of this thread's, those that exist
-        const int64 col = tile.tile * 128 + at.column_block * 8, stored = tile.group * 128 + at.row;
-        const bool has_columns = tile.group < a.groups && (EXPERTS || stored < a.R);
-        uint8 *d = a.d + static_cast<int64>(tile.begin + at.row) * a.d_row + col, *dt = a.dt + col * a.dt_col + stored;
-        quantize<ELEMENT_H, KIND_H, false>(shared, H, at, a.h + col * a.h_col + stored, a.h_col, has_columns, nullptr, 0, 0);
-        if (index < count) fetch_gradient(shared, a, unpacked(read_again(shared.tiles[parity ^ 1])));
-        quantize<ELEMENT_T, KIND_T, true>(shared, GATE, at, dt, a.dt_col, has_columns, d, a.d_row, rows);
+        const int rows = tile.end - tile.begin;
+        const int64 col = tile.tile * 128, first = tile.group * 128;
+        const int stored = tile.group >= a.groups ? 0 : EXPERTS ? 128 : a.R - static_cast<int>(first);
+        uint8 *d = a.d + static_cast<int64>(tile.begin) * a.d_row + col, *dt = a.dt + col * a.dt_col + first;
+        quantize_columns<ELEMENT_H, KIND_H>(shared, H, a.h + col * a.h_col + first, a.h_col, stored);
+        quantize_columns<ELEMENT_T, KIND_T>(shared, GATE, dt, a.dt_col, stored);
+        quantize_rows(shared, GATE, d, a.d_row, rows);
+        __syncthreads();
         if (index < count) {
             const Tile next = unpacked(read_again(shared.tiles[parity ^ 1]));
+            fetch_gradient(shared, a, next);
             fetch_codes(shared, a, next);
             fetch_row_inputs(shared, a, next);
         }
-        dt += static_cast<int64>(a.F) * a.dt_col;
-        quantize<ELEMENT_T, KIND_T, true>(shared, UP, at, dt, a.dt_col, has_columns, d + a.F, a.d_row, rows);
+        quantize_columns<ELEMENT_T, KIND_T>(shared, UP, dt + static_cast<int64>(a.F) * a.dt_col, a.dt_col, stored);
+        quantize_rows(shared, UP, d + a.F, a.d_row, rows);
         if (index >= count) return;
     }
 }
