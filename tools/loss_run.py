@@ -94,7 +94,7 @@ SIZES: dict[str, dict[str, Any]] = {
 SAVE_EVERY = 250
 GRADIENT_BATCHES = 2
 AHEAD = 16  # steps that the host may be ahead of the GPU: a run that is stopped for a while leaves little work behind
-FRESH_BATCHES, FRESH_SEED = {"cpu": 4, "cuda": 16}, 1 << 20  # batches that no run trains on
+FRESH_BATCHES, FRESH_SEED = 4, 1 << 20  # batches that no run trains on
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "moe_transformer.py"
 
 
@@ -279,7 +279,7 @@ class Trainer:
 
     def fresh_losses(self) -> dict[str, float]:
         """See `Run.fresh`. Weights and optimizer stay as they are."""
-        count = FRESH_BATCHES[self.setup.device]
+        count = FRESH_BATCHES
         batches = Batches(self.corpus, self.setup, FRESH_SEED, count)
         found = {"own": [self.loss(batches.at(i)) for i in range(count)]}
         self.forget()
