@@ -94,7 +94,7 @@ def raised_by(call: Any) -> Diagnostic:
 def test_cuda_compiler_rejects_a_kernel() -> None:
     from fp8c.backends.cuda import build
 
-    (found,) = build._rejected("gemm.cu(3): error: expected a ;\n").diagnostics  # type: ignore[attr-defined]
+    (found,) = build._rejected("gemm.cu", "gemm.cu(3): error: expected a ;\n").diagnostics  # type: ignore[attr-defined]
     assert found.code == "E0431" and found.message.endswith("rejected gemm.cu: gemm.cu(3): error: expected a ;")
 
 

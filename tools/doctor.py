@@ -67,8 +67,12 @@ def on_gpu(name: str, machine: Machine) -> str:
         return "portable (triton is not installed)"
     if machine.capability < _FP8_SINCE:
         return f"portable (FP8 conversions begin with 8.9, this is {dotted(machine.capability)})"
+    from fp8c.backends.cuda import operators
     from fp8c.backends.triton import KERNELS
 
+    if machine.capability == _HOPPER and name in operators.KERNELS:
+        has = "" if machine.compiler else " where the kernel cache has it (no NVRTC, no nvcc)"
+        return f"cuda{has}, and triton for what it doesn't take"
     return "triton" if name in KERNELS else "portable"
 
 

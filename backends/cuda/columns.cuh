@@ -7,8 +7,7 @@
 // turned. Columns come in slabs, slab by slab over all rows: rows that are read several times are then found in the L2.
 //
 // config.cuh, from `columns.py`: ROWS_TOO (also 1x128 groups of the same tile), GATHERS (0, or the bits of an
-// index), KIND_IN, KIND_ROW, KIND, the kinds of the scales (0 FP32, 1 powers of two, 2 E8M0); THREADS of a
-// block; TILES that it makes one after the other, where `slab` is a multiple of them.
+// index), KIND_IN, KIND_ROW, KIND, the kinds of the scales (numerics.cuh); THREADS of a block.
 // Columns: a multiple of 128. Rows: a multiple of 16, or groups that restart.
 #pragma once
 
@@ -59,17 +58,15 @@ DEVICE void store_global2(uint8* p, uint2 v, bool is_there) {
 // Where a block works ---------------------------------------------------------------------------------------------
 
 struct Place {
-    int tile, tiles;  // along the columns: the first, and how many follow one another
-    int group;       // along the rows of the output
+    int tile, group;  // along the columns; along the rows of the output
     int begin, end;  // rows that the group has
 };
 
 DEVICE Place place_of(const Columns& p) {
-    int tiles = p.columns / 128, block = blockIdx.x, slab_blocks = p.groups * (p.slab / TILES);
-    int slab = block / slab_blocks, within = block - slab * slab_blocks;
-    int end = min((slab + 1) * p.slab, tiles), blocks = (end - slab * p.slab + TILES - 1) / TILES;
-    int group = within / blocks, tile = slab * p.slab + (within - group * blocks) * TILES;
-    Place place{tile, min(TILES, end - tile), group, 0, 0};
+    int tiles = p.columns / 128, block = blockIdx.x;
+    int slab = block / (p.groups * p.slab), within = block - slab * p.groups * p.slab;
+    int width = min(p.slab, tiles - slab * p.slab), group = within / width;
+    Place place{slab * p.slab + within - group * width, group, 0, 0};
     if (p.experts == 0) {
         place.begin = group * GROUP;
         place.end = min(place.begin + GROUP, p.rows);

@@ -24,9 +24,10 @@ GROUP, TILE = (128, 1), 128
 _LARGEST = 2**30  # axis: offsets in bytes are products of 32-bit numbers
 _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
-# Tiles of a slab: with 1x128 groups, without, gathered; and that a block makes one after the other. Measured, as are the blocks
-# of an SM below (tools/bench/results/h200_columns_2026-11-22.json).
-SLAB, GATHER_SLAB = 4, 4
+SLAB, GATHER_SLAB = (
+    4,
+    2,
+)  # tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json)
 
 
 class _Columns(ctypes.Structure):
@@ -140,11 +141,13 @@ def _instance(
     constants = (
         ("ROWS_TOO", has_rows),
         ("GATHERS", index_bits),
-        ("TILES", 1),
         *((name, 0 if k is None else kind_of(k)) for name, k in kinds),
     )
-    threads, blocks = (128, 5) if is_from_fp8 else (256, 3 if has_rows else 4)
-    source = "requantize_columns.cu" if is_from_fp8 else "quantize_columns.cu"
+    if is_from_fp8:
+        # Blocks of an SM: FP32 scales take more registers.
+        source, threads, blocks = "requantize_columns.cu", 128, 5 if ScaleKind.FP32 in (kind_in, kind) else 7
+    else:
+        source, threads, blocks = "quantize_columns.cu", 256, 3 if has_rows else 5 if index_bits else 4
     return FusedConfig(source, threads, blocks, ctypes.sizeof(_Columns), constants, includes=("columns.cuh",))
 
 

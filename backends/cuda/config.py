@@ -70,6 +70,8 @@ class GemmConfig:
     unroll: bool = True
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
+    held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
+    lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -144,8 +146,18 @@ class GemmConfig:
         }[self.scales]
         operands = stages * ((self.tile_m + self.tile_n) * BLOCK_K + self.scale_a_bytes + scale_b)  # multiples of 16
         tiles = TILE_SLOTS * (32 + 2 * 8)
-        barriers = 2 * stages * 8
+        barriers = 2 * stages * 8 + self.output_barriers * 8 + (8 if self.lead else 0)
         return operands + 4 * self.warpgroups * self.staging_bytes + tiles + barriers
+
+    @property
+    def output_barriers(self) -> int:
+        """Of a held stage: each warpgroup has written its part, the first one has read B."""
+        return 3 if self.held_stages else 0
+
+    @property
+    def out_box_rows(self) -> int:
+        """Rows of one store by TMA: a wave's, or a warp's part of it."""
+        return 64 if self.held_stages else 16
 
     def headers(self) -> dict[str, str]:
         """The two generated headers that gemm.cu includes."""
@@ -160,6 +172,9 @@ class GemmConfig:
             "UNROLL": max(self.stages - 1, 1) if self.unroll else 1,
             "BAND": self.band,
             "STAGING_BYTES": self.staging_bytes,
+            "HELD_STAGES": self.held_stages,
+            "OUTPUT_BARRIERS": self.output_barriers,
+            "LEAD": self.lead,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -185,9 +200,13 @@ def two_row_waves(
 ) -> GemmConfig:
     """256 x 128 tiles, each warpgroup two waves of 64 rows: the instance for large problems.
 
-    With PER_ROW scales a round of stages isn't unrolled, because then it takes more registers than there are; and one
-    staging buffer instead of two leaves room for a fourth stage.
+    With PER_ROW scales a round of stages isn't unrolled, because then it takes more registers than there are. Four stages
+    leave too little memory for the output: a warp has one staging buffer. BF16 outputs of forward GEMMs also go
+    through the last stage, and their warpgroups end a tile at different times.
     """
+    is_forward = (
+        scales is Scales.PER_BLOCK and output is Output.BF16
+    )  # FP32 outputs fill more memory, others lack registers
     return GemmConfig(
         scales,
         grouping,
@@ -200,6 +219,8 @@ def two_row_waves(
         promote=promote,
         unroll=scales is not Scales.PER_ROW,
         staging_bytes=2048,
+        held_stages=int(is_forward),
+        lead=int(is_forward),
     )
 
 

@@ -9,7 +9,9 @@
 //   each consumer warpgroup: for each wave (a 64 x WAVE_N part of its share)
 //       4 wgmma of k = 32 from zero -> `part` (14-bit tensor-core accumulator, so never longer than 128 of K)
 //       promotion: acc += scale * part, in FP32   <- while the other warpgroup's wgmma keep the tensor core busy
-//   --empty[stage]--> producer. Consumer warpgroups meet nowhere, so they drift apart and stay apart.
+//   --empty[stage]--> producer.
+// Consumer warpgroups share nothing but the stages. With LEAD the second one begins each tile some k-blocks after the first, so that
+// one multiplies while the other writes its output; with HELD_STAGES the output leaves through the last stage, by a warp of its own.
 //
 // Shared-memory bandwidth (128 B a clock) is what limits such a kernel, so each operand is read as seldom as possible:
 //   waves along N (WAVES_N > 1): A goes through registers once (ldmatrix) and serves all of them;
@@ -32,15 +34,20 @@ constexpr bool A_IN_REGISTERS = WAVES_M == 1 && WAVE_N <= 128 && FLIGHT == 1;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.
-// Warps of the producer's warpgroup: one drives TMA, one walks the schedule, one fetches 128x128 scales, one those of few
-// rows. Several jobs for several warps, because each has few registers.
+// Warps of the producer's warpgroup: one loads by TMA, one walks the schedule, one fetches 128x128 scales, one stores the output
+// of large tiles or fetches A's scales of few rows. Several jobs for several warps, because each has few registers.
 constexpr int SCALE_WARPS = SCALES == PER_BLOCK ? 1 : 0;
 constexpr int LOAD_WARP = CONSUMER_WARPS, SCHEDULE_WARP = LOAD_WARP + 1, FEW_ROWS_WARP = LOAD_WARP + 2, SCALE_WARP = LOAD_WARP + 3;
-constexpr int TILE_READERS = CONSUMER_WARPS + 1 + SCALE_WARPS;
+constexpr int STORE_WARP = FEW_ROWS_WARP;  // no kernel has both
+constexpr int STORE_WARPS = HELD_STAGES > 0 ? 1 : 0;
+// Kernels for few rows have a tile or two a block: waiting for the schedule warp would delay their first loads.
+constexpr bool WALKS_SCHEDULE = FLIGHT > 1 && GROUPING == DENSE;
+constexpr int TILE_READERS = CONSUMER_WARPS + STORE_WARPS + (WALKS_SCHEDULE ? 0 : 1 + SCALE_WARPS);
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
 static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
+static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
 static_assert(WAVE_N % 8 == 0 && (WAVES + FLIGHT) * WAVE_N / 2 <= 192, "accumulators and what is in flight must fit into registers");
 
@@ -67,7 +74,6 @@ constexpr int SCALE_B_BYTES = SCALES == PER_ROW ? TILE_N * 4 : 0;
 // TMA writes to multiples of 128 bytes.
 constexpr int SCALE_B_STRIDE =
     SCALES == PER_BLOCK ? (WAVES_N * SEGMENT_SLOTS * 4 + 15) / 16 * 16 : (SCALE_B_BYTES + 127) / 128 * 128;
-constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SCALE_A_BYTES + SCALE_B_BYTES;
 constexpr int OFFSET_B = STAGES * A_BYTES, OFFSET_STAGING = OFFSET_B + STAGES * B_BYTES;
 constexpr int OFFSET_SCALE_A = OFFSET_STAGING + CONSUMER_WARPS * STAGING_BYTES;
 constexpr int OFFSET_SCALE_B = OFFSET_SCALE_A + STAGES * SCALE_A_STRIDE;
@@ -75,7 +81,9 @@ constexpr int OFFSET_TILES = OFFSET_SCALE_B + STAGES * SCALE_B_STRIDE;
 constexpr int TILE_SLOTS = 4;  // consumer warpgroups may be some tiles apart when K is short
 constexpr int OFFSET_STAGE_BARRIERS = OFFSET_TILES + TILE_SLOTS * sizeof(Tile);
 constexpr int OFFSET_TILE_BARRIERS = OFFSET_STAGE_BARRIERS + 2 * STAGES * 8;
-constexpr int SHARED_BYTES = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;
+constexpr int OFFSET_OUTPUT_BARRIERS = OFFSET_TILE_BARRIERS + 2 * TILE_SLOTS * 8;
+constexpr int OFFSET_LEAD_BARRIER = OFFSET_OUTPUT_BARRIERS + OUTPUT_BARRIERS * 8;
+constexpr int SHARED_BYTES = OFFSET_LEAD_BARRIER + (LEAD > 0 ? 8 : 0);
 static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "config.py and the kernel disagree about shared memory");
 
 struct Arguments {
@@ -111,10 +119,10 @@ using Schedule = ScheduleOf<GROUPING>::type;
 // nothing is masked.
 DEVICE int blocks_of(const Tile& tile) { return ceil_div(tile.k_length, BLOCK_K); }
 
-// Every tile takes whole rounds of stages, the last one with idle stages if need be: the consumers' loop over a round is
-// unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
+// Every tile takes whole rounds of stages, at least one, the last one with idle stages if need be: the consumers' loop over a
+// round is unrolled. Where a round is the whole ring, the stage is known at compile time and the addresses in it are constants.
 constexpr int ROUND = FLIGHT == 1 ? STAGES : FLIGHT;
-DEVICE int whole_rounds(int blocks) { return ceil_div(blocks, ROUND) * ROUND; }
+DEVICE int whole_rounds(int blocks) { return ceil_div(max(blocks, 1), ROUND) * ROUND; }
 
 // With few rows all thread blocks would ask for the same few sectors of A's scales, k-block by k-block; then a warp
 // reads those of many k-blocks at a time instead of TMA.
@@ -151,6 +159,29 @@ DEVICE void release_tile(TileRing& tiles) {
     tiles.advance();
 }
 
+// The tiles of a warp that loads, or of its one thread that does.
+template <bool one_thread>
+class TilesToLoad {
+    Schedule schedule;  // WALKS_SCHEDULE
+    TileRing ring;      // else
+    uint32 shared;
+
+  public:
+    DEVICE TilesToLoad(const Problem& p, uint32 shared) : schedule(p), ring(shared + OFFSET_TILE_BARRIERS), shared(shared) {}
+    DEVICE bool next(Tile& tile) {
+        if constexpr (WALKS_SCHEDULE) return schedule.next(tile);
+        ring.wait_full();
+        tile = read_tile(shared, ring);
+        if constexpr (one_thread) {
+            barrier_arrive(ring.empty());
+            ring.advance();
+        } else {
+            release_tile(ring);
+        }
+        return !tile.is_end;
+    }
+};
+
 // One thread.
 DEVICE void schedule_tiles(const Problem& p, uint32 shared) {
     Schedule schedule(p);
@@ -165,13 +196,9 @@ DEVICE void schedule_tiles(const Problem& p, uint32 shared) {
 DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_a, const TensorMap& map_b,
                           const TensorMap& map_scale_a, const TensorMap& map_scale_b) {
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        barrier_arrive(tiles.empty());
-        tiles.advance();
-        if (tile.is_end) return;
+    TilesToLoad<true> tiles(p, shared);
+    Tile tile;
+    while (tiles.next(tile)) {
         const int k_end = tile.k_begin + tile.k_length, k_stop = tile.k_begin + whole_rounds(blocks_of(tile)) * BLOCK_K;
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
         // With halves, A comes in two boxes, of which a tile without lower rows takes one.
@@ -222,12 +249,9 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
     const Problem& p = args.problem;
     const int lane = threadIdx.x % 32, last_row = ceil_div(p.n, 128) - 1;
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        release_tile(tiles);
-        if (tile.is_end) return;
+    TilesToLoad<false> tiles(args.problem, shared);
+    Tile tile;
+    while (tiles.next(tile)) {
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* scales = args.scale_b + (tile.k_begin >> 7) * args.scale_b_col;
         if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
@@ -273,12 +297,9 @@ DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
     const int lane = threadIdx.x % 32, shift = few_rows_shift(args.problem), at_once = 32 >> shift;
     const int row = lane & ((1 << shift) - 1), own = lane >> shift, step = min(at_once, ROUND);
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
-    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
-    while (true) {
-        tiles.wait_full();
-        const Tile tile = read_tile(shared, tiles);
-        release_tile(tiles);
-        if (tile.is_end) return;
+    TilesToLoad<false> tiles(args.problem, shared);
+    Tile tile;
+    while (tiles.next(tile)) {
         const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
         const float* source = args.scale_a + row + own * args.scale_a_col;
         for (int first = 0; first < padded; first += LOADS * at_once) {
@@ -346,11 +367,11 @@ constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
 constexpr int CHUNK_BYTES = 16 * CHUNK * OUT_BYTES, CHUNKS = WAVE_N / CHUNK;
 __device__ constexpr int staging_buffers() {
     int buffers = STAGING_BYTES / CHUNK_BYTES;
-    while (WAVES * CHUNKS % buffers != 0) --buffers;  // the next tile starts with the first buffer
+    while (buffers > 1 && WAVES * CHUNKS % buffers != 0) --buffers;  // the next tile starts with the first buffer
     return buffers;
 }
 constexpr int BUFFERS = staging_buffers();
-static_assert(CHUNK_BYTES <= STAGING_BYTES);
+static_assert(HELD_STAGES > 0 || CHUNK_BYTES <= STAGING_BYTES);
 static_assert(CHUNK == CHUNK_OF_HOST, "the host's output map has other boxes");
 
 DEVICE uint32 staged(uint32 buffer, int row, int byte) {
@@ -420,6 +441,16 @@ DEVICE void copy_chunk(const Arguments& args, uint32 buffer, const Tile& tile, i
 DEVICE constexpr int wave_row(int w) { return WAVES_M == 1 ? 0 : w * WARPGROUPS * 64; }
 DEVICE constexpr int wave_col(int w) { return WAVES_N == 1 ? 0 : w * WAVE_N; }
 
+// TMA clips at the tensor's last row, not at a group's.
+DEVICE bool is_stored_by_tma(const Arguments& args, const Tile& tile, int first_row, int rows) {
+    return args.out_aligned && (first_row + rows <= tile.row_end || tile.row_end == args.problem.m);
+}
+
+DEVICE void store_chunk(const TensorMap& map_out, uint32 source, const Tile& tile, int col, int row) {
+    if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, source, col, row, tile.group);
+    else store_tile(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+}
+
 // Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:
 // were this a loop that the compiler chose not to unroll, `acc` would be indexed at run time and move to local memory.
 // Each chunk is a group of stores, empty where TMA has nothing to write, so that chunks alternate between the buffers.
@@ -436,16 +467,80 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
             stage_chunk(buffer, acc[wave], chunk, lane);
             fence_async();
             __syncwarp();
-            // TMA clips at the tensor's last row, not at a group's.
-            if (!args.out_aligned || (tile.row_end - row < 16 && tile.row_end != args.problem.m)) {
-                copy_chunk(args, buffer, tile, row, col, lane);
-            } else if (elect_one()) {
-                if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, buffer, col, row, tile.group);
-                else store_tile(map_out, buffer, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
-            }
+            if (!is_stored_by_tma(args, tile, row, 16)) copy_chunk(args, buffer, tile, row, col, lane);
+            else if (elect_one()) store_chunk(map_out, buffer, tile, col, row);
         }
         commit_stores();
         write_chunks<index + 1>(args, map_out, staging, tile, acc, row0, lane);
+    }
+}
+
+// The output of large BF16 tiles goes through memory that their end leaves free: of the last stage, which consumers keep, the rows
+// of A that a warpgroup has read itself; and for the other half of the columns, staging memory (first warpgroup) or where B was
+// (second). So a warpgroup writes all it has at once and begins the next tile, whose first k-blocks lie in the other stages; the
+// store warp hands the pieces to TMA and frees the stage when they are read.
+constexpr int HALF_PIECE = 64 * 128, PIECE_BYTES = WARPGROUPS * HALF_PIECE;  // a wave of one warpgroup, or of both, a chunk wide
+static_assert(HELD_STAGES == 0 || (HELD_STAGES == 1 && WARPGROUPS == 2 && WAVES_M == 2 && CHUNKS == 2 && CHUNK * OUT_BYTES == 128));
+static_assert(HELD_STAGES == 0 || (2 * HALF_PIECE <= B_BYTES && 2 * HALF_PIECE <= CONSUMER_WARPS * STAGING_BYTES));
+static_assert(OUTPUT_BARRIERS == (HELD_STAGES > 0 ? 3 : 0));
+
+DEVICE uint32 piece(uint32 warpgroup, int chunk, int wave) {
+    if (chunk == 0) return (STAGES - 1) * A_BYTES + wave * PIECE_BYTES + warpgroup * HALF_PIECE;
+    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + wave * HALF_PIECE;
+}
+
+DEVICE uint32 staged_barrier(uint32 shared, uint32 warpgroup) { return shared + OFFSET_OUTPUT_BARRIERS + warpgroup * 8; }
+DEVICE uint32 b_read_barrier(uint32 shared) { return shared + OFFSET_OUTPUT_BARRIERS + 2 * 8; }  // by the first warpgroup
+
+// One consumer warp. `phase` is of the output's barriers.
+DEVICE void stage_output(const Arguments& args, uint32 shared, const Tile& tile, const float (&acc)[WAVES][PART], uint32 warp, int lane,
+                         uint32 phase) {
+    const uint32 warpgroup = warp / 4, own_rows = warp % 4 * 16;
+    warpgroup_sync(warpgroup);  // wgmma of all four warps have read A
+    if (warpgroup == 0 && lane == 0) barrier_arrive(b_read_barrier(shared));
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        if (chunk == 1 && warpgroup == 1) barrier_wait(b_read_barrier(shared), phase);
+#pragma unroll
+        for (int w = 0; w < WAVES; ++w) stage_chunk(shared + piece(warpgroup, chunk, w) + own_rows * 128, acc[w], chunk, lane);
+    }
+    fence_async();
+    __syncwarp();
+#pragma unroll 1
+    for (int w = 0; w < WAVES; ++w) {
+        const int row = tile.row + wave_row(w) + warpgroup * 64;
+        if (is_stored_by_tma(args, tile, row, 64)) continue;
+#pragma unroll 1
+        for (int chunk = 0; chunk < CHUNKS; ++chunk)
+            copy_chunk(args, shared + piece(warpgroup, chunk, w) + own_rows * 128, tile, row + own_rows, tile.col + chunk * CHUNK, lane);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(staged_barrier(shared, warpgroup));
+}
+
+// One thread of the store warp.
+DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32 shared) {
+    TilesToLoad<true> tiles(args.problem, shared);
+    Tile tile;
+    for (uint32 phase = 0; tiles.next(tile); phase ^= 1) {
+#pragma unroll 1
+        for (uint32 warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
+            barrier_wait(staged_barrier(shared, warpgroup), phase);
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                    const int row = tile.row + wave_row(w) + warpgroup * 64, col = tile.col + chunk * CHUNK;
+                    if (row < tile.row_end && col < args.problem.n && is_stored_by_tma(args, tile, row, 64))
+                        store_chunk(map_out, shared + piece(warpgroup, chunk, w), tile, col, row);
+                }
+            commit_stores();
+        }
+        wait_stores_read<0>();
+        const uint32 empty = shared + OFFSET_STAGE_BARRIERS + (STAGES + STAGES - 1) * 8;  // as if all consumer warps had freed it
+        if constexpr (CLUSTER == 1) barrier_arrive(empty, CONSUMER_WARPS);
+        else
+            for (int block = 0; block < CLUSTER; ++block) barrier_arrive_remote(empty, block, CONSUMER_WARPS);
     }
 }
 
@@ -458,6 +553,7 @@ struct Consumer {
     uint32 scale_a, scale_b;
     uint32 barriers;  // of the stages
     int lane;
+    bool leads;  // the first warpgroup
     float acc[WAVES][PART];
     uint32 a[4][4];  // A_IN_REGISTERS: this warpgroup's rows of A in the current k-block
 };
@@ -496,9 +592,9 @@ DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
 }
 
 // One k-block out of stage `s`, the first `waves` waves of it, and the fragment of A of the next one, if there is one, out
-// of stage `next`.
+// of stage `next`. In the last round of a tile, the stages that take its output are not freed.
 template <bool last_of_tile_possible, int waves>
-DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool accumulate) {
+DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool is_last_round, bool accumulate) {
     float part[PART];
     float2 b_columns[WAVE_N / 8];
     float a_scale[2];
@@ -534,7 +630,7 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
 
         if (w == waves - 1) {
             __syncwarp();
-            release_stage(c, s);  // nothing of it is read below
+            if (s < STAGES - HELD_STAGES || !is_last_round) release_stage(c, s);  // nothing of it is read below
             // Before the promotion, so that the loads' latency hides behind it.
             if (!last_of_tile_possible || has_next) {
                 barrier_wait(c.barriers + next * 8, next_phase);
@@ -549,6 +645,12 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
     }
 }
 
+// The second warpgroup begins a tile when the first one has done LEAD k-blocks of it; so the two end tiles at different
+// times, and one multiplies while the other writes.
+DEVICE void let_follow(const Consumer& c) {
+    if (c.leads && c.lane == 0) barrier_arrive(c.barriers + OFFSET_LEAD_BARRIER - OFFSET_STAGE_BARRIERS);
+}
+
 // The k-blocks of one tile; `phase` is of the ring of stages, which the tile begins and ends at stage 0.
 template <int waves>
 DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
@@ -558,21 +660,25 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
     }
     int block = 0;
     for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
+        const bool is_last = block + STAGES == blocks;
 #pragma unroll UNROLL
-        for (int s = 0; s + 1 < STAGES; ++s)
-            multiply_block<false, waves>(c, s, s + 1, phase, true, !PROMOTE && block + s > 0);
-        multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, !PROMOTE);
+        for (int s = 0; s + 1 < STAGES; ++s) {
+            multiply_block<false, waves>(c, s, s + 1, phase, true, is_last, !PROMOTE && block + s > 0);
+            if (LEAD > 0 && s == LEAD - 1 && block == 0) let_follow(c);
+        }
+        multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last, !PROMOTE);
     }
-    if (block < blocks) {
+    if (block < max(blocks, 1)) {
 #pragma unroll 1
         for (int s = 0; block < blocks; ++s, ++block)
-            multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, !PROMOTE && block > 0);
+            multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
 #pragma unroll 1
         for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
             barrier_wait(c.barriers + s * 8, phase);
             __syncwarp();
-            release_stage(c, s);
+            if (s < STAGES - HELD_STAGES) release_stage(c, s);
         }
+        if (LEAD > 0 && blocks < STAGES) let_follow(c);  // not before: the other one has begun the tile before this one
         phase ^= 1;
     }
 }
@@ -647,6 +753,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
 
     Consumer c;
     c.lane = lane;
+    c.leads = warpgroup == 0;
     c.barriers = shared + OFFSET_STAGE_BARRIERS;
     c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
     c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
@@ -660,6 +767,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     StageRing stages(c.barriers);  // FLIGHT > 1
     uint32 phase = 0;              // of the ring of stages, else
+    uint32 tile_phase = 0;  // of barriers that everybody passes once a tile
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
@@ -670,6 +778,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
         for (int w = 0; w < WAVES; ++w)
 #pragma unroll
             for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+        if (LEAD > 0 && !c.leads) barrier_wait(shared + OFFSET_LEAD_BARRIER, tile_phase);
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
         else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
@@ -686,12 +795,17 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             const Tile done = read_tile(shared, tiles);
             release_tile(tiles);
             const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
-            write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
-                            done.row + warp_again * 16, thread % 32);
+            if constexpr (HELD_STAGES > 0) {
+                stage_output(args, shared, done, c.acc, warp_again, thread % 32, tile_phase);
+            } else {
+                write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
+                                done.row + warp_again * 16, thread % 32);
+            }
             __syncwarp();  // wgmma wants whole warps
+            tile_phase ^= 1;
         }
     }
-    wait_stores();
+    wait_stores_read<0>();  // what was written is visible when the grid ends; shared memory must be there until it is read
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
@@ -706,7 +820,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const int few_rows = has_few_rows(args.problem);
         const int writers = 1 + SCALE_WARPS + (few_rows ? 1 << few_rows_shift(args.problem) : 0);
         StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
-        TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS + few_rows);
+        TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS);
+        for (int i = 0; i < OUTPUT_BARRIERS; ++i)
+            barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, 4);
+        if (LEAD > 0) barrier_init(shared + OFFSET_LEAD_BARRIER, 4);
         barrier_init_done();
         prefetch_map(map_a);
         prefetch_map(map_b);
@@ -724,6 +841,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (threadIdx.x % 32 == 0) schedule_tiles(args.problem, shared);
         } else if (SCALE_WARPS > 0 && warp == SCALE_WARP) {
             fetch_block_scales(args, shared);
+        } else if (STORE_WARPS > 0 && warp == STORE_WARP) {
+            if (elect_one()) store_output(args, map_out, shared);
         } else if (warp == FEW_ROWS_WARP && has_few_rows(args.problem)) {
             fetch_few_row_scales(args, shared);
         }

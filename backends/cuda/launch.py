@@ -196,7 +196,7 @@ def _output_map(out: Tensor, config: GemmConfig) -> _TensorMap:
     group = out.stride(0) * size if out.dim() == 3 else row * sizes[1]
     swizzle = _SWIZZLE_128B if config.chunk * size == 128 else _NO_SWIZZLE
     dtype = _BFLOAT16 if size == 2 else _FLOAT32
-    return _tensor_map(out.data_ptr(), dtype, sizes, (row, group), (config.chunk, 16, 1), swizzle)
+    return _tensor_map(out.data_ptr(), dtype, sizes, (row, group), (config.chunk, config.out_box_rows, 1), swizzle)
 
 
 def _is_aligned(out: Tensor) -> bool:

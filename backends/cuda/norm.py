@@ -14,7 +14,7 @@ from fp8c.ops import empty_quantized, quantized_format
 _RUN = 8  # columns that a thread reads at a time
 # Blocks of 256 threads where 128 would hold more than 8 runs each.
 _THREADS, _MANY_THREADS, _RUNS = 128, 256, 8
-_STAGES = 2  # rows under way and at work
+_STAGES = 1  # rows under way or at work: what other blocks compute covers the wait, and more stages measured slower
 _THREADS_OF_ALL = 1024  # so that a thread has 64 registers
 # Of a multiprocessor, and what each block takes of it besides (CUDA programming guide, compute capability 9.0).
 _SHARED_BYTES_OF_ALL, _SHARED_BYTES_OF_DRIVER = 233_472, 1024

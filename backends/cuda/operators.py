@@ -15,8 +15,6 @@ _HOPPER = (9, 0)
 
 #: By the operator's name: the launcher, and what says which instance serves a call, whose tensors may have no data.
 KERNELS: dict[str, Callable[..., Any]] = {
-    "swiglu_quantize": swiglu.swiglu_quantize,
-    "swiglu_quantize_cached": swiglu.swiglu_quantize_cached,
     "swiglu_backward_quantize": swiglu.swiglu_backward_quantize,
     "rms_norm_quantize": norm.rms_norm_quantize,
     "quantize": columns.quantize,
@@ -26,8 +24,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "gather_requantized": columns.gather_requantized,
 }
 CONFIGS: dict[str, Callable[..., Any]] = {
-    "swiglu_quantize": swiglu.quantize_config,
-    "swiglu_quantize_cached": swiglu.quantize_cached_config,
     "swiglu_backward_quantize": swiglu.backward_config,
     "rms_norm_quantize": norm.norm_config,
     "quantize": columns.quantize_config,
@@ -45,7 +41,8 @@ def first_on_hopper(name: str, otherwise: Callable[..., Any]) -> Callable[..., A
         return otherwise
 
     def serve(*arguments: Any) -> Any:
-        if _capability(arguments[0].device.index) == _HOPPER:
+        device = arguments[0].device
+        if device.type == "cuda" and _capability(device.index) == _HOPPER:
             try:
                 return kernel(*arguments)
             except Unsupported:

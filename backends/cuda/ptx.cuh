@@ -57,12 +57,15 @@ DEVICE void barrier_init_done() {
 DEVICE void barrier_arrive(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+DEVICE void barrier_arrive(uint32 barrier, uint32 count) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
 // The same barrier of another block of the cluster. Without .release.cluster, which would cost a fence each time: the
 // arrival only says that reads are over.
-DEVICE void barrier_arrive_remote(uint32 barrier, uint32 block) {
+DEVICE void barrier_arrive_remote(uint32 barrier, uint32 block, uint32 count = 1) {
     asm volatile(
         "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier), "r"(block) : "memory");
+        "mbarrier.arrive.shared::cluster.b64 _, [remote], %2;\n\t}" ::"r"(barrier), "r"(block), "r"(count) : "memory");
 }
 DEVICE void barrier_arrive_expect(uint32 barrier, uint32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -74,6 +77,8 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
         "@done bra passed;\n\tbra again;\n"
         "passed:\n\t}" ::"r"(barrier), "r"(parity) : "memory");
 }
+// All warps of one warpgroup; hardware barrier 0 is __syncthreads's.
+DEVICE void warpgroup_sync(uint32 warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor core.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -108,7 +113,6 @@ template <int pending>
 DEVICE void wait_stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
-DEVICE void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Clusters -------------------------------------------------------------------------------------------------------
 

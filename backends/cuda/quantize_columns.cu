@@ -1,7 +1,7 @@
 // 128x1 groups of BF16, with or without 1x128 groups of the same tile: see columns.cuh.
 #include "columns.cuh"
 
-static_assert(THREADS == 256 && TILES == 1);
+static_assert(THREADS == 256);
 
 // Magnitudes of pairs, of this lane and of the one with the same columns in the other half of the warp.
 DEVICE uint32 halves_of_warp(uint32 pair) { return reduce_larger(pair & 0x7fff7fffu, 16); }
@@ -62,6 +62,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
     __shared__ uint16 row_amax[GROUP];
     __shared__ alignas(16) Reciprocal reciprocals[256];  // of the columns' scales, of the rows'
 
+    __shared__ Place kept;  // where registers are short, read again
+
     Place place = place_of(p);
     if (ROWS_TOO && p.experts != 0) quantize_tail(p, place);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -72,12 +74,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
     const uint8* data = p.data + place.tile * 256 + patch_col * 16;
     if (GATHERS != 0) {
         __shared__ int sources[GROUP];
-        if (threadIdx.x < GROUP && place.begin + threadIdx.x < place.end)
-            sources[threadIdx.x] = source_of(p, place.begin + threadIdx.x);
+        if (threadIdx.x == 0) kept = place;
+        if (threadIdx.x < GROUP) {
+            int row = place.begin + threadIdx.x;
+            sources[threadIdx.x] = row < place.end ? source_of(p, row) : -1;
+        }
         __syncthreads();
 #pragma unroll
-        for (int r = 0; r < 8; ++r)
-            x[r] = load_global4(data + bytes(p.data_row, sources[patch_row * 8 + r]), first + r < place.end);
+        for (int r = 0; r < 8; ++r) {
+            int source = sources[patch_row * 8 + r];
+            x[r] = load_global4(data + bytes(p.data_row, source), source >= 0);
+        }
     } else {
         data += bytes(p.data_row, first);
 #pragma unroll
@@ -103,6 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
     }
     __syncthreads();
 
+    if (GATHERS != 0) place = kept;
     int t = threadIdx.x;
     if (t < 128) {
         uint32 amax = 0;
@@ -121,5 +129,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
     if (ROWS_TOO) write_rows(p, place, x, reciprocals + 128, patch_row, patch_col);
     turn(x, reciprocals, turned, patch_row, patch_col);
     __syncthreads();
+    if (GATHERS != 0) place = kept;
     store_turned<8, THREADS>(p, place, turned);
 }

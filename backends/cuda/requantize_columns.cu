@@ -4,9 +4,6 @@
 // numbers at a time, which is exact: E4M3 numbers are multiples of 2^-9 below 512, so times 2^-15 they are multiples of
 // 2^-24, FP16's smallest number. Other tiles are computed in FP32.
 #include "columns.cuh"
-#ifndef KEEP
-#define KEEP 1
-#endif
 
 static_assert(THREADS == 128);
 constexpr bool IN_FP16 = KIND_IN != 0 && KIND != 0;
@@ -74,9 +71,6 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
                                 int patch_row, int patch_col) {
     int t = threadIdx.x, warp = t / 32, lane = t % 32;
     uint32 columns[8], shifts[8];
-#if KEEP
-    uint32 kept[8][8];
-#endif
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
         // 2^(exponent - top) twice in FP16; a multiple of 2^-15, which is subnormal there.
@@ -89,9 +83,6 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
             uint32 low, high;
             halves_of(word_of(x[r], j), low, high);
             low = times_halves(low, shifts[r]), high = times_halves(high, shifts[r]);
-#if KEEP
-            kept[r][2 * j] = low, kept[r][2 * j + 1] = high;
-#endif
             low &= 0x7fff7fffu, high &= 0x7fff7fffu;
             columns[2 * j] = r == 0 ? low : larger_bits(columns[2 * j], low);
             columns[2 * j + 1] = r == 0 ? high : larger_bits(columns[2 * j + 1], high);
@@ -131,13 +122,9 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
         uint32 shifted[8][2];
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
-#if KEEP
-            shifted[r][0] = kept[r][2 * word], shifted[r][1] = kept[r][2 * word + 1];
-#else
             halves_of(again(p, word_of(x[r], word)), shifted[r][0], shifted[r][1]);
             shifted[r][0] = times_halves(shifted[r][0], shifts[r]);
             shifted[r][1] = times_halves(shifted[r][1], shifts[r]);
-#endif
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -257,7 +244,7 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, const Words
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     fp8c_requantize_columns(const __grid_constant__ Columns p) {
-    __shared__ alignas(128) uint4 read[2][8 * THREADS];  // as it was read; then, in place, turned
+    __shared__ alignas(128) uint8 turned[GROUP * 128];
     __shared__ alignas(16) uint32 amaxima[THREADS / 32][128];
     __shared__ int sources[GROUP];
     __shared__ float scales_in[GROUP];
@@ -273,70 +260,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // Thread t looks after row t, and later after column t.
     bool is_row = place.begin + t < place.end;
     int source = is_row ? source_of(p, place.begin + t) : 0;
-    const uint8* scale_address = p.scale_in + bytes(p.scale_in_row, source);
     int first = place.begin + patch_row * 8;
-    const uint8* data = p.data + patch_col * 16;
+    const uint8* data = p.data + place.tile * 128 + patch_col * 16;
     if (GATHERS != 0) {
         sources[t] = source;
         __syncthreads();
     } else {
         data += bytes(p.data_row, first);
     }
-    // Copies to shared memory go on while the tile before is made. A thread reads what it copied, and no other's.
-    float next_scale = 0.0f;
-    auto copy = [&](int tile, uint4* to) {
-        if (is_row) next_scale = load_scale<KIND_IN>(scale_address + bytes(p.scale_in_col, tile), 0);
+    float scale_in = 0.0f;
+    if (is_row) scale_in = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, source) + bytes(p.scale_in_col, place.tile), 0);
+    uint4 x[8];
 #pragma unroll
-        for (int r = 0; r < 8; ++r)
-            copy_async<16>(to + r * THREADS + t,
-                           data + tile * 128 + bytes(p.data_row, GATHERS != 0 ? sources[patch_row * 8 + r] : r),
-                           first + r < place.end);
-        close_copies();
-    };
-    copy(place.tile, read[0]);
+    for (int r = 0; r < 8; ++r)
+        x[r] = load_global4(data + bytes(p.data_row, GATHERS != 0 ? sources[patch_row * 8 + r] : r), first + r < place.end);
 
-    int last = place.tile + place.tiles - 1;
-    for (int parity = 0;; parity ^= 1, ++place.tile) {
-        float scale_in = next_scale;
-        if (place.tile < last) {
-            copy(place.tile + 1, read[parity ^ 1]);
-            wait_for_copies_but<1>();
-        } else {
-            wait_for_copies_but<0>();
-        }
-        uint4 x[8];
-#pragma unroll
-        for (int r = 0; r < 8; ++r) x[r] = read[parity][r * THREADS + t];
-        uint8* turned = reinterpret_cast<uint8*>(read[parity]);  // once all have read theirs
-
-        scales_in[t] = scale_in;
-        bool is_exact = false;
-        uint32 top = 0;
-        if (IN_FP16) {
-            uint32 exponent = bits_of(scale_in) >> 23;
-            uint32 low = __reduce_min_sync(ALL_LANES, is_row ? exponent : 255);
-            uint32 high = __reduce_max_sync(ALL_LANES, is_row ? exponent : 0);
-            if (lane == 0) exponents[warp] = make_uint2(low, high);
-        }
-        __syncthreads();
-        if (IN_FP16) {
-            uint32 bottom = 255;
-#pragma unroll
-            for (int w = 0; w < THREADS / 32; ++w) bottom = min(bottom, exponents[w].x), top = max(top, exponents[w].y);
-            is_exact = bottom >= LOWEST_EXPONENT && top <= HIGHEST_EXPONENT && top - bottom <= LARGEST_SHIFT;
-        }
-        float scales[8];
-#pragma unroll
-        for (int r = 0; r < 8; ++r) scales[r] = scales_in[patch_row * 8 + r];
-
-        // The same for all threads.
-        bool is_done = IN_FP16 && is_exact &&
-                       requantized_in_fp16(p, place, x, scales, top, amaxima, factors, turned, patch_row, patch_col);
-        if (!is_done) {
-            Words<IN_FP16> words{x, data + place.tile * 128, p.data_row, sources + patch_row * 8, place.end - first};
-            requantize_in_fp32(p, place, words, scales, amaxima, divisors, lifts_of, turned, patch_row, patch_col);
-        }
-        if (place.tile == last) break;
-        __syncthreads();
+    scales_in[t] = scale_in;
+    bool is_exact = false;
+    uint32 top = 0;
+    if (IN_FP16) {
+        uint32 exponent = bits_of(scale_in) >> 23;
+        uint32 low = __reduce_min_sync(ALL_LANES, is_row ? exponent : 255);
+        uint32 high = __reduce_max_sync(ALL_LANES, is_row ? exponent : 0);
+        if (lane == 0) exponents[warp] = make_uint2(low, high);
     }
+    __syncthreads();
+    if (IN_FP16) {
+        uint32 bottom = 255;
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; ++w) bottom = min(bottom, exponents[w].x), top = max(top, exponents[w].y);
+        is_exact = bottom >= LOWEST_EXPONENT && top <= HIGHEST_EXPONENT && top - bottom <= LARGEST_SHIFT;
+    }
+    float scales[8];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) scales[r] = scales_in[patch_row * 8 + r];
+
+    // The same for all threads.
+    if (IN_FP16 && is_exact && requantized_in_fp16(p, place, x, scales, top, amaxima, factors, turned, patch_row, patch_col))
+        return;
+    Words<IN_FP16> words{x, data, p.data_row, sources + patch_row * 8, place.end - first};
+    requantize_in_fp32(p, place, words, scales, amaxima, divisors, lifts_of, turned, patch_row, patch_col);
 }

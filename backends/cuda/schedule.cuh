@@ -18,7 +18,7 @@ struct Problem {
 struct alignas(16) Tile {
     int group;        // expert, 0 when dense
     int row;          // first row of the tile in A (M-grouped: counted over all experts)
-    int row_end;      // rows from here on belong to the next group
+    int row_end;      // rows from here on belong to another tile or group
     int col;          // first row of the tile in B, within the group
     int k_begin;      // where the reduction starts along K, a multiple of 128 (K-grouped: the expert's first block)
     int k_length;     // 0: the tile is all zeros
@@ -83,9 +83,9 @@ class DenseSchedule {
         const int of_tile = halve ? whole + (index - whole) / 2 : index;
         if (of_tile >= tiles) return false;
         const int2 at = banded<BAND>(of_tile, row_tiles, col_tiles);
-        const int row = at.x * TILE_M, middle = min(row + TILE_M / 2, p.m);
+        const int row = at.x * TILE_M, middle = min(row + TILE_M / 2, p.m), end = min(row + TILE_M, p.m);
         const bool is_second = halve && (index - whole) % 2 == 1;
-        tile = {0, is_second ? middle : row, halve && !is_second ? middle : p.m, first_column(at.y), 0, p.k, 0};
+        tile = {0, is_second ? middle : row, halve && !is_second ? middle : end, first_column(at.y), 0, p.k, 0};
         index += index_step();
         return true;
     }

@@ -16,8 +16,10 @@ from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Sca
 _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one after the other in one warpgroup
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
 _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
+_HALF_TILE = 0.6  # of a whole one's time: a lone wave hides less
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
-_CLUSTER_BELOW_K = 1024  # dense fprop and dgrad with a longer K run better alone when the card is at its power limit
+_CLUSTER_FROM_K = 4096  # fprop and dgrad with a shorter K run better alone; wgrad with 128x128 scales does with any
+_WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
 _WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -94,7 +96,7 @@ def candidates(
 def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
     row_tiles, col_tiles, k = _tiles(config, shape)
     tiles = row_tiles * col_tiles
-    waves = math.ceil(tiles / shape.multiprocessors)
+    waves = _waves(config, tiles, shape.multiprocessors)
     rounds = math.ceil(math.ceil(k / BLOCK_K) / config.stages)
     tensor = config.tile_m * config.tile_n / 32 / _utilisation(config)
     traffic = (config.tile_m + config.tile_n) * BLOCK_K / _L2_BYTES_PER_CLOCK * min(1.0, tiles / shape.multiprocessors)
@@ -105,6 +107,13 @@ def estimated_clocks(config: GemmConfig, shape: Shape) -> float:
     epilogue = config.tile_m * config.tile_n * config.output.element_bytes / _EPILOGUE_BYTES_PER_CLOCK
     idle_stages = max(0, rounds * config.stages - math.ceil(k / BLOCK_K))
     return waves * (math.ceil(k / BLOCK_K) * block + idle_stages * 40 + epilogue + _TILE_CLOCKS)
+
+
+def _waves(config: GemmConfig, tiles: float, multiprocessors: int) -> float:
+    """Waves of tiles. Of a dense GEMM, a last one that at most half of the blocks have a tile in is cut into halves."""
+    whole, rest = divmod(tiles, multiprocessors)
+    has_halves = config.waves_m == 2 and config.grouping is Grouping.DENSE and 2 * rest <= multiprocessors
+    return whole + (math.ceil(rest / multiprocessors) * (_HALF_TILE if has_halves else 1.0))
 
 
 def _small_block_clocks(config: GemmConfig, shape: Shape, tiles: float) -> float:
@@ -143,9 +152,12 @@ def _utilisation(config: GemmConfig) -> float:
 
 
 def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
-    row_tiles, col_tiles, _ = _tiles(config, shape)
+    row_tiles, col_tiles, k = _tiles(config, shape)
+    if config.lead:
+        config = replace(config, band=16 if k <= _WIDE_BAND_TO_K else config.band)
     is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
-    is_light = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE and shape.k >= _CLUSTER_BELOW_K
-    if is_light or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
+    is_dense_by_blocks = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE
+    is_alone = k < _CLUSTER_FROM_K if config.lead else is_dense_by_blocks
+    if is_alone or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
         return config
     return replace(config, cluster=2)

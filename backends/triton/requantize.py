@@ -27,7 +27,7 @@ ROW_GROUP, COLUMN_GROUP = (1, 128), (128, 1)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 ROW_TILE, ROW_WARPS = 16, 4
-GATHER_ROWS, GATHER_COLS, GATHER_WARPS = 8, 256, 4
+GATHER_ROWS, GATHER_COLS, GATHER_WARPS = 64, 64, 4
 COLUMN_TILE = 64
 # Columns that a thread reads and warps; True: new scales are powers of two and nothing is masked, which takes fewer registers.
 COLUMN_SHAPES = {True: (8, 2), False: (4, 4)}
@@ -119,8 +119,9 @@ def gather_kernel(
     source = tl.load(rows_ptr + rows, mask=row_ok, other=0).to(tl.int64)
     cols = tile * COLS + tl.arange(0, COLS)
     mask = row_ok[:, None] & (cols < C)[None, :]
-    data = tl.load(q_ptr + source[:, None] * q_row + cols[None, :], mask=mask, other=0)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * out_row + cols[None, :], data, mask=mask)
+    data = tl.load(q_ptr + source[:, None] * q_row + cols[None, :], mask=mask, other=0, eviction_policy="evict_last")
+    to = out_ptr + rows.to(tl.int64)[:, None] * out_row + cols[None, :]
+    tl.store(to, data, mask=mask, eviction_policy="evict_first")
     group = tile * share + tl.arange(0, SHARE_PAD)
     scale_ok = row_ok[:, None] & (group < tl.minimum((tile + 1) * share, groups))[None, :]
     scale = tl.load(s_ptr + source[:, None] * s_row + group.to(tl.int64)[None, :] * s_col, mask=scale_ok, other=0)

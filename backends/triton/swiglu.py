@@ -30,7 +30,7 @@ from fp8c.formats import Element, Format
 from fp8c.ops import empty_quantized, is_stored_transposed, quantized_format, restarts
 from fp8c.ops.fused import plain
 
-FORWARD_ROWS, FORWARD_WARPS = 8, 1
+FORWARD_ROWS, FORWARD_WARPS = 4, 1
 ROW_TILE, ROW_WARPS = 16, 2
 COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 32, 2, 4
 

@@ -71,6 +71,7 @@ def test_the_host_never_waits(step: nn.Module) -> None:
 
 def test_lengths_and_loads_need_no_new_graph(step: nn.Module) -> None:
     session = driver.session_of(step)
+    train(step, ids())  # the graph: every test starts from a fresh Dynamo, which has forgotten the fixture's
     graphs = len(session.steps)
     with torch._dynamo.config.patch(error_on_recompile=True):  # names the guard
         for length in (192, 160, 144, 256):

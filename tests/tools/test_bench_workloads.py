@@ -71,6 +71,12 @@ def test_kernels_are_sorted_by_name() -> None:
         "triton_poi_fused_index_scaled_grouped_mm_9": "gather, scatter",
         "fp8c_gemm": "fp8 gemm",
         "columns_kernel": "quantize",
+        "fp8c_requantize_columns": "quantize",
+        "backward_rows_kernel": "swiglu, norm",
+        "fp8c_swiglu_backward": "swiglu, norm",
+        "gather_sum_kernel": "combine",
+        "gradient_kernel": "output head",
+        "gemm_kernel": "fp8 gemm",
         "something": "other",
     }
     assert {name: classify(name) for name in names} == names

@@ -27,8 +27,14 @@ def test_every_operator_is_served_and_none_is_forgotten() -> None:
 
 def test_kernels_are_served_by_triton_where_it_is_installed() -> None:
     pytest.importorskip("triton")
-    served = doctor.implementations(machine((9, 0)))
-    assert served["quantize"] == served["swiglu_backward_quantize"] == "triton"
+    assert doctor.implementations(machine((9, 0)))["quantize_weight"] == "triton"
+    assert doctor.implementations(machine((10, 0)))["swiglu_backward_quantize"] == "triton"
+
+
+def test_hopper_has_fused_kernels_of_its_own() -> None:
+    pytest.importorskip("triton")
+    assert doctor.on_gpu("swiglu_backward_quantize", machine((9, 0))) == "cuda, and triton for what it doesn't take"
+    assert "kernel cache" in doctor.on_gpu("rms_norm_quantize", machine((9, 0), None))
 
 
 def test_what_is_missing_is_said() -> None:

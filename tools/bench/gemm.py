@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fp8c.backends.cuda import tiles
 from fp8c.backends.cuda.build import build_all
-from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, two_row_waves
 from fp8c.backends.cuda.launch import launch, multiprocessors
 from fp8c.backends.gemms import candidates
 from fp8c.backends.gemms.unsupported import Unsupported
@@ -176,9 +176,10 @@ def own_configs(p: Problem, with_candidates: bool) -> dict[str, GemmConfig]:
     if scales is Scales.PER_ROW:
         configs["fp8c 128x128 activations"] = chosen(p, Scales.PER_BLOCK)
     if with_candidates:
-        for config in _candidates(configs["fp8c"], p):
-            if config not in configs.values():
-                configs[f"fp8c {label(config)}"] = config
+        for name, rule in list(configs.items()):
+            for config in _candidates(rule, p):
+                if config not in configs.values():
+                    configs[f"{name} {label(config)}"] = config
     return configs
 
 
@@ -207,13 +208,16 @@ def label(config: GemmConfig) -> str:
 
 def _candidates(rule: GemmConfig, p: Problem) -> Iterator[GemmConfig]:
     """Neighbours of the rule's choice, to check it by measurement."""
-    one = replace(rule, warpgroups=2, waves_m=1, waves_n=1, staging_bytes=4096, band=16, cluster=1, flight=1)
-    two = replace(rule, warpgroups=2, waves_m=2, waves_n=1, wave_n=128, staging_bytes=2048, band=8, cluster=1, flight=1)
+    one = replace(
+        rule, warpgroups=2, waves_m=1, waves_n=1, band=16, cluster=1, flight=1, staging_bytes=4096, held_stages=0
+    )
     if p.m * p.groups <= 128:
-        for groups, n in ((1, 16), (1, 32), (1, 64), *(((2, 32), (2, 64)) if p.m > 64 else ())):
+        for groups, n in ((1, 16), (1, 32), (1, 64), *(((2, 64),) if p.m > 64 else ())):
             yield replace(one, warpgroups=groups, wave_n=n, flight=4, staging_bytes=2048)
+        if p.m > 64:
+            yield from (replace(one, warpgroups=1, wave_n=n, flight=2) for n in (112, 128))
         return
-    yield from (replace(two, cluster=c) for c in (1, 2))
+    yield from (two_row_waves(rule.scales, rule.grouping, rule.output, cluster=c) for c in (1, 2))
     if rule.scales is Scales.PER_BLOCK and p.n < 4096:
         yield from (replace(one, wave_n=n) for n in (192, 144))
 

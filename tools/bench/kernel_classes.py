@@ -16,12 +16,15 @@ CLASSES: tuple[tuple[str, str], ...] = (
     ("gather, scatter", r"^triton_(poi|red|per)_.*(index|embedding)"),
     ("fused by inductor", r"^triton_(poi|red|per)_"),
     ("attention", r"flash|fmha|attention|sdpa|compute_dot_do_o|convert_dq|cudnn_generated"),
-    ("fp8 gemm", r"^fp8c_gemm|nvjet.*(qq|e4m3)"),
+    ("fp8 gemm", r"^(fp8c_gemm|gemm_kernel)|nvjet.*(qq|e4m3)"),
     ("bf16 gemm", r"nvjet|gemm|cutlass|cublas|xmma|wgmma"),
-    ("quantize", r"^(row|rows|column|columns|both|block|gather|dequantize|transpose|swiglu\w*)_kernel"),
+    ("swiglu, norm", r"^(forward|backward_rows|backward_columns|norm)_kernel|^fp8c_(swiglu|rms_norm)"),
+    ("quantize", r"^(row|rows|column|columns|both|block|gather|dequantize|transpose)_kernel|^fp8c_\w*quantize"),
+    ("combine", r"^gather_sum_kernel"),
+    ("output head", r"^(denominator|gradient)_kernel"),
     ("memory", r"memcpy|memset|fillfunctor|copy_kernel|catarray"),
     ("sort, top-k", r"sort|topk|radix|scan|histogram|searchsorted|cub"),
-    ("gather, scatter", r"index|gather|scatter|embedding"),
+    ("gather, scatter", r"index|gather|scatter|embedding|compute_grad_weight"),
     ("elementwise", r"elementwise|reduce_kernel|softmax|vectorized"),
 )
 

@@ -1,4 +1,4 @@
-"""`python -m fp8c.tools.bench kernels`: the Triton kernels in GB/s beside a copy of the same size, in one process.
+"""`python -m fp8c.tools.bench kernels`: what serves the operators here in GB/s beside a copy of the same size, in one process.
 
 Bytes are those that must move: every input read once, every output written once. Each figure is given beside the ratio
 to the copy, which is the ceiling.
@@ -14,16 +14,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
 from torch import Tensor
 
-from fp8c.backends.triton import gather_sum, norm, quantize, requantize, swiglu
+from fp8c.backends.cuda.operators import first_on_hopper
+from fp8c.backends.triton import KERNELS
 from fp8c.tools.bench.timing import time_in_turn
 
 SCHEMA = "fp8c.bench.kernels/1"
 EXPECTED_BYTES_PER_US = 4.0e6  # only sizes the graphs
+
+ops = SimpleNamespace(**{name: first_on_hopper(name, kernel) for name, kernel in KERNELS.items()})
 
 ROWS, COLS = 32768, 7168
 EXPERTS, CHOICES, FEATURES = 32, 4, 2048
@@ -69,41 +73,39 @@ def kernels() -> Iterator[Kernel]:
     x = torch.randn(ROWS, COLS, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     yield Kernel("copy", lambda: y.copy_(x), 2 * size_of(x))
-    yield measured("quantize 1x128", lambda: quantize.quantize(x, ACT), x, wanted=0.97)
-    yield measured("quantize 1x128 pow2", lambda: quantize.quantize(x, ACT2), x, wanted=0.97)
+    yield measured("quantize 1x128", lambda: ops.quantize(x, ACT), x, wanted=0.97)
+    yield measured("quantize 1x128 pow2", lambda: ops.quantize(x, ACT2), x, wanted=0.97)
     gain = torch.randn(COLS, device="cuda", dtype=torch.bfloat16)
-    yield measured("RMSNorm + quantize 1x128", lambda: norm.rms_norm_quantize(x, gain, 1e-6, ACT), x, gain, wanted=0.92)
-    yield measured("quantize 1x32 e8m0", lambda: quantize.quantize(x, "e4m3[1x32] e8m0"), x)
-    yield measured("quantize 1x128 e5m6", lambda: quantize.quantize(x, CACHE), x)
-    yield measured("quantize 128x1 transposed", lambda: quantize.quantize(x, ACT_T), x, wanted=0.90)
-    yield measured("quantize both", lambda: quantize.quantize_both(x, ACT, ACT_T), x, wanted=0.85)
+    yield measured("RMSNorm + quantize 1x128", lambda: ops.rms_norm_quantize(x, gain, 1e-6, ACT), x, gain, wanted=0.92)
+    yield measured("quantize 1x32 e8m0", lambda: ops.quantize(x, "e4m3[1x32] e8m0"), x)
+    yield measured("quantize 1x128 e5m6", lambda: ops.quantize(x, CACHE), x)
+    yield measured("quantize 128x1 transposed", lambda: ops.quantize(x, ACT_T), x, wanted=0.90)
+    yield measured("quantize both", lambda: ops.quantize_both(x, ACT, ACT_T), x, wanted=0.85)
     ends = ragged_ends(ROWS, EXPERTS)
-    yield measured("quantize 128x1, experts", lambda: quantize.quantize(x, ACT_T, ends), x)
-    yield measured("quantize both, experts", lambda: quantize.quantize_both(x, ACT, ACT_T, ends), x)
+    yield measured("quantize 128x1, experts", lambda: ops.quantize(x, ACT_T, ends), x)
+    yield measured("quantize both, experts", lambda: ops.quantize_both(x, ACT, ACT_T, ends), x)
     w = x.view(32, 1024, COLS)
-    yield measured("quantize 128x128", lambda: quantize.quantize(w, WEIGHT), w)
-    yield measured("quantize 128x128 both ways", lambda: quantize.quantize_weight(w, WEIGHT), w)
-    pair, pair2 = quantize.quantize(x, ACT), quantize.quantize(x, ACT2)
-    packed = quantize.quantize(x, CACHE)
-    yield measured("dequantize 1x128", lambda: requantize.dequantize(*pair, ACT, torch.bfloat16), *pair)
-    yield measured("requantize to 128x1", lambda: requantize.requantize(*pair, ACT, ACT_T), *pair)
-    yield measured("requantize to 128x1 pow2", lambda: requantize.requantize(*pair2, ACT2, ACT2_T), *pair2)
-    yield measured(
-        "requantize e5m6 to 128x1 pow2", lambda: requantize.requantize(*packed, CACHE, ACT2_T, None, COLS), *packed
-    )
+    yield measured("quantize 128x128", lambda: ops.quantize(w, WEIGHT), w)
+    yield measured("quantize 128x128 both ways", lambda: ops.quantize_weight(w, WEIGHT), w)
+    pair, pair2 = ops.quantize(x, ACT), ops.quantize(x, ACT2)
+    packed = ops.quantize(x, CACHE)
+    yield measured("dequantize 1x128", lambda: ops.dequantize(*pair, ACT, torch.bfloat16), *pair)
+    yield measured("requantize to 128x1", lambda: ops.requantize(*pair, ACT, ACT_T), *pair)
+    yield measured("requantize to 128x1 pow2", lambda: ops.requantize(*pair2, ACT2, ACT2_T), *pair2)
+    yield measured("requantize e5m6 to 128x1 pow2", lambda: ops.requantize(*packed, CACHE, ACT2_T, None, COLS), *packed)
     tokens = x[: ROWS // CHOICES]
     rows = torch.randint(0, len(tokens), (ROWS,), device="cuda").sort().values
     rows = rows[torch.randperm(ROWS, device="cuda")]
-    few = quantize.quantize(tokens, ACT2)
-    yield measured("gather 1x128", lambda: requantize.gather_quantized(*few, rows, ACT2), *few, wanted=0.85)
+    few = ops.quantize(tokens, ACT2)
+    yield measured("gather 1x128", lambda: ops.gather_quantized(*few, rows, ACT2), *few, wanted=0.85)
     yield measured(
         "gather + requantize 128x1, experts",
-        lambda: requantize.gather_requantized(*few, rows, ACT2, ACT2_T, ends),
+        lambda: ops.gather_requantized(*few, rows, ACT2, ACT2_T, ends),
         *few,
         wanted=0.85,
     )
     yield measured(
-        "gather + quantize 128x1, experts", lambda: quantize.gather_quantize(tokens, rows, ACT2_T, ends), tokens,
+        "gather + quantize 128x1, experts", lambda: ops.gather_quantize(tokens, rows, ACT2_T, ends), tokens,
         wanted=0.85,
     )  # fmt: skip
 
@@ -114,23 +116,23 @@ def activations() -> Iterator[Kernel]:
     dh = torch.randn(ROWS, FEATURES, device="cuda", dtype=torch.bfloat16)
     weight, ends = torch.rand(ROWS, device="cuda"), ragged_ends(ROWS, EXPERTS)
     gate, up = gate_up.chunk(2, -1)
-    yield measured("SwiGLU + quantize", lambda: swiglu.swiglu_quantize(gate, up, weight, ACT), gate_up, wanted=0.92)
+    yield measured("SwiGLU + quantize", lambda: ops.swiglu_quantize(gate, up, weight, ACT), gate_up, wanted=0.92)
     yield measured(
         "SwiGLU + quantize + cache",
-        lambda: swiglu.swiglu_quantize_cached(gate_up, weight, ACT, ACT),
+        lambda: ops.swiglu_quantize_cached(gate_up, weight, ACT, ACT),
         gate_up,
         wanted=0.92,
     )
-    pair = quantize.quantize(gate_up, ACT)
+    pair = ops.quantize(gate_up, ACT)
     yield measured(
         "SwiGLU backward, experts",
-        lambda: swiglu.swiglu_backward_quantize(dh, *pair, weight, ends, ACT, ACT_T, ACT, ACT_T),
+        lambda: ops.swiglu_backward_quantize(dh, *pair, weight, ends, ACT, ACT_T, ACT, ACT_T),
         *(dh, *pair),
         wanted=0.85,
     )
     rows = torch.randn(ROWS, COLS, device="cuda", dtype=torch.bfloat16)
     order, shared = torch.randperm(ROWS, device="cuda"), rows[: ROWS // 8].clone()
-    yield measured("combine", lambda: gather_sum.gather_sum(rows, order, 8, shared), rows, shared, wanted=0.85)
+    yield measured("combine", lambda: ops.gather_sum(rows, order, 8, shared), rows, shared, wanted=0.85)
 
 
 def ragged_ends(rows: int, experts: int) -> Tensor:

@@ -33,7 +33,9 @@ CONFIGS = (
     GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=112, flight=2),
     GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=32, flight=4, staging_bytes=2048, cluster=2),
     GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),
-    replace(two_row_waves(BLOCK, DENSE, BF16, cluster=2), staging_bytes=8192),
+    *(replace(two_row_waves(BLOCK, DENSE, BF16, cluster=c), lead=0) for c in (1, 2)),
+    replace(two_row_waves(BLOCK, DENSE, BF16, cluster=2), held_stages=0),
+    replace(two_row_waves(BLOCK, DENSE, BF16), held_stages=0, lead=0),
     replace(two_row_waves(ROW, DENSE, ADD, cluster=2), staging_bytes=8192),
     *(two_row_waves(ROW, DENSE, out, cluster=c) for out in Output for c in (1, 2)),
     GemmConfig(ROW, DENSE, ADD, waves_n=1, wave_n=64, unroll=False),
@@ -44,7 +46,8 @@ CONFIGS = (
     GemmConfig(BLOCK, ROWS, BF16),
     GemmConfig(BLOCK, ROWS, FP32, waves_n=1, wave_n=192, cluster=2),
     GemmConfig(BLOCK, ROWS, BF16, warpgroups=1, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),
-    replace(two_row_waves(BLOCK, ROWS, BF16, cluster=2), staging_bytes=8192),
+    replace(two_row_waves(BLOCK, ROWS, BF16, cluster=2), lead=0),
+    replace(two_row_waves(BLOCK, ROWS, BF16, cluster=2), held_stages=0, lead=0, staging_bytes=8192),
     *(two_row_waves(ROW, REDUCTION, out, cluster=c) for out in Output for c in (1, 2)),
     *(two_row_waves(BLOCK, REDUCTION, out, cluster=2) for out in (BF16, ADD)),
     GemmConfig(ROW, REDUCTION, ADD, waves_n=1, wave_n=128, unroll=False),
@@ -76,14 +79,17 @@ class Case:
         assert wrong == 0, f"{wrong} of {out.numel()} elements differ: {self.label}\n{self.config}"
 
 
-def random_case(rng: random.Random, config: GemmConfig, largest: int) -> Case:
-    """Sizes up to `largest`, half of them multiples of 128; payloads of any finite code or like quantized normals."""
+def random_case(
+    rng: random.Random, config: GemmConfig, largest: int, sizes: tuple[int, int, int] | None = None
+) -> Case:
+    """Sizes up to `largest`, half of them multiples of 128, or m, n, k as given; payloads of any finite code or like
+    quantized normals."""
 
     def size() -> int:
         n = rng.randint(1, largest)
         return n if rng.random() < 0.5 else -(-n // 128) * 128
 
-    m, n, k = size(), size(), size()
+    m, n, k = sizes or (size(), size(), size())
     splits = _random_splits(rng, k if config.grouping is REDUCTION else m)
     experts = len(splits)
     offs = (

@@ -39,8 +39,6 @@ def instances() -> list[FusedConfig]:
     weights, ends = (None, empty(300, dtype=torch.float32)), (None, empty(8, dtype=torch.int32))
     found = [backward(w, e) for w, e in itertools.product(weights, ends)]
     found += [backward(weights[1], ends[1], ROWS_2, COLUMNS_2)]
-    found += [config("swiglu_quantize_cached", empty(300, 512), w, ROWS, ROWS_2) for w in weights]
-    found += [config("swiglu_quantize", *empty(300, 512).chunk(2, -1), weights[1], ROWS)]
     return found + [config("rms_norm_quantize", empty(9, c), empty(c), 1e-6, ROWS) for c in (128, 2048, 7168, 16384)]
 
 
@@ -61,11 +59,6 @@ def test_keys_name_what_is_compiled() -> None:
 @pytest.mark.parametrize(
     "op, arguments",
     [
-        ("swiglu_quantize_cached", (empty(8, 200), None, ROWS, ROWS)),  # 100 features are no whole groups
-        ("swiglu_quantize_cached", (empty(8, 512, dtype=torch.float16), None, ROWS, ROWS)),
-        ("swiglu_quantize_cached", (empty(8, 512), None, ROWS, "e5m6[1x128] pow2")),
-        ("swiglu_quantize_cached", (empty(8, 512).t().contiguous().t(), None, ROWS, ROWS)),
-        ("swiglu_quantize", (empty(8, 257)[:, 1:], empty(8, 256), None, ROWS)),  # rows that 16 bytes don't divide
         ("rms_norm_quantize", (empty(8, 32768), empty(32768), 1e-6, ROWS)),
         ("rms_norm_quantize", (empty(8, 256), empty(256), 1e-6, "e4m3[1x32] e8m0")),
         ("rms_norm_quantize", (empty(0, 256), empty(256), 1e-6, ROWS)),
@@ -74,6 +67,21 @@ def test_keys_name_what_is_compiled() -> None:
 def test_the_rest_is_refused(op: str, arguments: tuple[Any, ...]) -> None:
     with pytest.raises(Unsupported):
         config(op, *arguments)
+
+
+def test_what_backward_refuses() -> None:
+    codes, scale = empty(8, 512, dtype=torch.float8_e4m3fn), empty(8, 4, dtype=torch.float32)
+    refused = [
+        (empty(8, 200), codes, (ROWS, COLUMNS, ROWS, COLUMNS)),  # no whole groups
+        (empty(8, 256, dtype=torch.float16), codes, (ROWS, COLUMNS, ROWS, COLUMNS)),
+        (empty(8, 257)[:, 1:], codes, (ROWS, COLUMNS, ROWS, COLUMNS)),  # rows that 16 bytes don't divide
+        (empty(8, 256), codes.t().contiguous().t(), (ROWS, COLUMNS, ROWS, COLUMNS)),
+        (empty(8, 256), codes, ("e5m6[1x128] pow2", COLUMNS, ROWS, COLUMNS)),
+        (empty(8, 256), codes, (ROWS, "e4m3[64x1] fp32", ROWS, COLUMNS)),
+    ]
+    for dh, q, formats in refused:
+        with pytest.raises(Unsupported):
+            config("swiglu_backward_quantize", dh, q, scale, None, None, *formats)
 
 
 def test_another_implementation_serves_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

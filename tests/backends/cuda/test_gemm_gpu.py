@@ -41,6 +41,15 @@ def test_larger_problems_match_the_model_bit_for_bit() -> None:
     run_random_cases(7, len(CONFIGS), 2300)
 
 
+def test_a_last_wave_in_halves_adds_each_row_once() -> None:
+    """More tiles than blocks, the rest at most half of them; seen as rows that were added twice."""
+    rng = random.Random(8)
+    for scales in (Scales.PER_ROW, Scales.PER_BLOCK):
+        for cluster in (1, 2):
+            config = two_row_waves(scales, Grouping.DENSE, Output.FP32_ADD, cluster=cluster)
+            random_case(rng, config, 0, sizes=(2304, 2176, 300)).check()
+
+
 def test_results_are_the_same_every_time() -> None:
     rng = random.Random(3)
     for config in CONFIGS:

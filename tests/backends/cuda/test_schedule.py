@@ -96,7 +96,7 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
         in_last_wave = len(tiles) % blocks
         halves = 2 * in_last_wave if 2 * in_last_wave <= blocks else 0
         half = config.tile_m // 2
-        cut = [t for t in found if t[2] != m or t[1] % config.tile_m != 0]
+        cut = [t for t in found if t[2] != min(t[1] + config.tile_m, m) or t[1] % config.tile_m != 0]
         whole = [t for t in found if t not in cut]
         middles = {(t[1], t[3]): t for t in cut if t[1] % config.tile_m == 0}
         assert len(found) == len(tiles) + halves // 2
@@ -107,6 +107,18 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
             starts = [row] if len(parts) == 1 else [row, min(row + half, m)]
             assert [t[1] for t in parts] == starts
         assert len(whole) >= len(tiles) - halves // 2
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -> None:
+    """Also where the last wave is cut into halves: FP32 outputs are added to."""
+    config = config_of(Grouping.DENSE, cluster)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    for m, n, blocks in ((2304, 2176, 132), (7168, 2048, 132), (1959, 2121, 132), (700, 130, 6), (1, 1, 2)):
+        rows: dict[int, list[int]] = {}
+        for _, row, row_end, col, _, _ in tiles_of(program, blocks, m, n, 512):
+            rows.setdefault(col, []).extend(range(row, min(row + config.tile_m, row_end)))
+        assert all(sorted(r) == list(range(m)) for r in rows.values())
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

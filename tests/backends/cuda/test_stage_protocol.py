@@ -1,0 +1,191 @@
+"""The barriers between producer, consumers and store warp of gemm.cu, played on the CPU in random orders: nobody waits forever, and
+no memory is written while somebody reads it.
+
+The players follow the code function by function; what they touch is a set of named pieces of shared memory. Loads and
+stores by TMA begin when issued and end whenever the dice say so; stores of one thread are read in order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+GROUPS, WAVES, CHUNKS = (
+    2,
+    2,
+    2,
+)  # consumer warpgroups, each played as one warp; waves of each, chunks of columns of the output
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: `count` arrivals end a phase."""
+
+    count: int
+    arrived: int = 0
+    phases: int = 0
+
+    def arrive(self, count: int = 1) -> None:
+        self.arrived += count
+        assert self.arrived <= self.count
+        if self.arrived == self.count:
+            self.arrived, self.phases = 0, self.phases + 1
+
+    def passed(self, parity: int) -> bool:
+        """try_wait.parity: the phase of this parity is over."""
+        return self.phases % 2 != parity
+
+
+@dataclass
+class Block:
+    """One thread block. `held`: stages that take the output, 0 or 1; `lead`: k-blocks of a tile that the first warpgroup does
+    before the second one begins it."""
+
+    stages: int
+    held: int
+    lead: int
+    tiles: list[int]  # k-blocks of each
+    dice: random.Random
+    reading: dict[str, int] = field(default_factory=dict)
+    writing: set[str] = field(default_factory=set)
+    in_flight: list[tuple[str, list[str], Barrier | None]] = field(default_factory=list)
+    store_groups: list[list[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.full = [Barrier(2) for _ in range(self.stages)]  # the producer's arrival and the bytes
+        self.empty = [Barrier(GROUPS) for _ in range(self.stages)]
+        self.staged = [Barrier(1) for _ in range(GROUPS)]
+        self.b_read, self.led = Barrier(1), Barrier(1)
+
+    def piece(self, chunk: int, wave: int, group: int) -> str:
+        if chunk == 0:
+            return f"A {self.stages - 1} {wave} {group}"
+        return f"staging {wave}" if group == 0 else f"B {self.stages - 1} {wave}"
+
+    def rounds(self, blocks: int) -> int:
+        return -(-max(blocks, 1) // self.stages)
+
+    # What TMA and the tensor core do to memory ------------------------------------------------------------------
+
+    def begin_write(self, pieces: list[str]) -> None:
+        for p in pieces:
+            assert not self.reading.get(p) and p not in self.writing, p
+            self.writing.add(p)
+
+    def begin_read(self, pieces: list[str]) -> None:
+        for p in pieces:
+            assert p not in self.writing, p
+            self.reading[p] = self.reading.get(p, 0) + 1
+
+    def end_read(self, pieces: list[str]) -> None:
+        for p in pieces:
+            self.reading[p] -= 1
+
+    def end_something(self) -> bool:
+        """One transfer of the copy engine, if any is under way."""
+        loads = [("load", i) for i in range(len(self.in_flight))]
+        choices = loads + ([("store", 0)] if any(self.store_groups) else [])
+        if not choices:
+            return False
+        kind, i = self.dice.choice(choices)
+        if kind == "load":
+            _, pieces, barrier = self.in_flight.pop(i)
+            self.writing -= set(pieces)
+            assert barrier is not None
+            barrier.arrive()
+        else:
+            self.end_read(next(g for g in self.store_groups if g)[:])
+            next(g for g in self.store_groups if g).clear()
+        return True
+
+    def pending_groups(self) -> int:
+        unread = [i for i, g in enumerate(self.store_groups) if g]
+        return len(self.store_groups) - unread[0] if unread else 0
+
+    # Players: each yields a condition to wait for -----------------------------------------------------------------
+
+    def producer(self) -> Iterator[object]:
+        uses = 0
+        for blocks in self.tiles:
+            for k in range(self.rounds(blocks) * self.stages):
+                s, parity = uses % self.stages, uses // self.stages % 2
+                yield lambda s=s, parity=parity: self.empty[s].passed(parity ^ 1)
+                uses += 1
+                if k >= blocks:
+                    self.full[s].arrive(2)
+                    continue
+                pieces = [f"A {s} {w} {g}" for w in range(WAVES) for g in range(GROUPS)] + [
+                    f"B {s} {w}" for w in range(WAVES)
+                ]
+                self.begin_write(pieces)
+                self.in_flight.append(("load", pieces, self.full[s]))
+                self.full[s].arrive()
+
+    def consumer(self, group: int) -> Iterator[object]:
+        parity = 0
+        for index, blocks in enumerate(self.tiles):
+            of_tile = index % 2
+            if group == 1 and self.lead:
+                yield lambda p=of_tile: self.led.passed(p)
+            for r in range(self.rounds(blocks)):
+                is_last = r == self.rounds(blocks) - 1
+                for s in range(self.stages):
+                    if r == 0 and group == 0 and blocks >= self.stages and s == self.lead > 0:
+                        self.led.arrive()
+                    yield lambda s=s, parity=parity: self.full[s].passed(parity)
+                    if r * self.stages + s < blocks:
+                        read = [f"A {s} {w} {group}" for w in range(WAVES)] + [f"B {s} {w}" for w in range(WAVES)]
+                        self.begin_read(read)
+                        yield lambda: True
+                        self.end_read(read)
+                    if s < self.stages - self.held or not is_last:
+                        self.empty[s].arrive()
+                parity ^= 1
+            if group == 0 and self.lead and blocks < self.stages:
+                self.led.arrive()
+            if not self.held:
+                continue
+            if group == 0:
+                self.b_read.arrive()
+            for chunk in range(CHUNKS):
+                if chunk == 1 and group == 1:
+                    yield lambda p=of_tile: self.b_read.passed(p)
+                for wave in range(WAVES):
+                    piece = [self.piece(chunk, wave, group)]
+                    self.begin_write(piece)
+                    yield lambda: True
+                    self.writing -= set(piece)
+            self.staged[group].arrive()
+
+    def store_warp(self) -> Iterator[object]:
+        for index, _ in enumerate(self.tiles if self.held else []):
+            for group in range(GROUPS):
+                yield lambda g=group, p=index % 2: self.staged[g].passed(p)
+                pieces = [self.piece(chunk, wave, group) for chunk in range(CHUNKS) for wave in range(WAVES)]
+                self.begin_read(pieces)
+                self.store_groups.append(pieces)
+            yield lambda: self.pending_groups() <= 0
+            self.empty[self.stages - 1].arrive(GROUPS)
+
+    def play(self) -> None:
+        players = {p: next(p, None) for p in (self.producer(), self.consumer(0), self.consumer(1), self.store_warp())}
+        while any(c is not None for c in players.values()):
+            ready = [p for p, c in players.items() if c is not None and c()]  # type: ignore[operator]
+            if (not ready or self.dice.random() < 0.3) and self.end_something():
+                continue
+            assert ready, "everybody waits"
+            p = self.dice.choice(ready)
+            players[p] = next(p, None)
+
+
+@pytest.mark.parametrize("lead", [0, 1, 2])
+@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize("held", [0, 1])
+def test_nobody_waits_forever_and_nothing_is_overwritten(stages: int, held: int, lead: int) -> None:
+    for seed in range(12):
+        dice = random.Random(seed)
+        tiles = [dice.choice((0, 1, stages - 1, stages, stages + 1, 2 * stages, 11)) for _ in range(5)]
+        Block(stages, held, lead, tiles, dice).play()
