@@ -83,4 +83,4 @@ def test_captured_into_a_graph() -> None:
         found = columns.quantize_both(x, act, act_t)
     graph.replay()
     for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
