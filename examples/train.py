@@ -139,8 +139,8 @@ def compiled(model: nn.Module, args: argparse.Namespace, world: int, device: tor
     settings["spec"] = "bf16" if args.spec == "off" else args.spec
     if args.ep:
         experts = distributed.init_mesh(device.type, ep=args.ep)
-        step = fp8c.compile(model, spec=settings["spec"], mesh=experts)
-        return step, AdamW(step, **settings)
+        step = fp8c.compile(model, spec=settings["spec"], mesh=experts, main_grad=True)
+        return step, AdamW(step, main_grad=True, **settings)
     if args.parallel == "fsdp":
         return sharded(model, args, world, device), AdamW(model, main_grad=args.micro_batches > 1, **settings)
     step = model if args.spec == "off" else fp8c.compile(model, spec=args.spec, main_grad=True)

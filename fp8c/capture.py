@@ -182,7 +182,7 @@ def _heads_last(value: fx.Node) -> fx.Node:
     return value
 
 
-def _then(value: fx.Node, method: str, arguments: tuple[int, ...]) -> fx.Node:
+def _then(value: fx.Node, method: str, arguments: tuple[Any, ...]) -> fx.Node:
     """A method of a value, behind it in the graph."""
     made = value.graph.call_method(method, (value, *arguments))
     _copy_meta(made, value)
@@ -194,9 +194,7 @@ def _as_dtype(value: fx.Node, dtype: torch.dtype) -> fx.Node:
     """The value in attention's output dtype: autocast casts the inputs of PyTorch's attention, not those of ours."""
     if value.meta["example_value"].dtype == dtype:
         return value
-    cast = value.graph.call_method("to", (value, dtype))
-    _copy_meta(cast, value)
-    return cast
+    return _then(value, "to", (dtype,))
 
 
 def _has_rank_4(given: dict[str, Any]) -> bool:

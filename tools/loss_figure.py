@@ -1,6 +1,6 @@
 """Draw the runs of `fp8c.tools.loss_gap` as one SVG: losses beside BF16 above, the gap below.
 
-    python -m fp8c.tools.loss_figure tools/bench/results/loss_gap_100m_h200.jsonl -o docs/images/loss_gap.svg
+    python -m fp8c.tools.loss_figure tools/bench/results/loss_gap_100m_h200_shared.jsonl -o docs/images/loss_gap.svg
 
 Losses are means over the seeds that BF16 and every variant of three seeds or more have in common, smoothed by an
 exponential average of 0.9 per 10 steps; variants of fewer seeds have no curve. The gap is of means over 250 steps, seed

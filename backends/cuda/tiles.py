@@ -16,7 +16,7 @@ from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Sca
 _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one after the other in one warpgroup
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
 _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
-_HALF_TILE = 0.6  # of a whole one's time: a lone wave hides less
+_HALF_TILE = 0.7  # of a whole one's time: a lone wave hides less (wgrad 7168 x 2048 x 4096)
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
 _CLUSTER_FROM_K = 4096  # fprop and dgrad with a shorter K run better alone; wgrad with 128x128 scales does with any
 _WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2

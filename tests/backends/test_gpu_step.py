@@ -7,6 +7,8 @@ quantizers must agree bit for bit, GEMMs with FP64 within the bound of FP32 summ
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch import fx
+from torch import Tensor, fx
 
 from fp8c import driver
 from fp8c.backends.reference import rounding_check
@@ -204,21 +206,34 @@ def test_every_operator_of_a_step_agrees_with_the_oracle(name: str) -> None:
     assert not session.compared.wrong, "\n".join(session.compared.wrong)
 
 
-def test_inductor_trains_on_the_gpu_and_takes_other_lengths() -> None:
-    """The same model lowered by Inductor: the loss falls, and another length runs without a new graph being wrong."""
-    loaded = load_model("hf:deepseek_v3", overrides=MODELS["deepseek_v3"], weights="random", batch=2, seq=128)
-    step = loaded.step().cuda()
-    batch = {k: v.cuda() for k, v in loaded.example_inputs.items()}
-    compiled = driver.compile(step)
-    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-2)
+#: An error of half a gradient's norm, more than FP8 makes in any parameter's here, if it is orthogonal to the gradient, leaves
+#: this share of a step's progress.
+PROGRESS = 1.0 / math.sqrt(1.0 + 0.5**2)
+
+
+def losses_of(step: Any, parameters: Any, batch: dict[str, Tensor], count: int = 12) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     losses = []
-    for _ in range(12):
-        loss = compiled(batch)
+    for _ in range(count):
+        loss = step(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
-    print(losses)
-    assert losses[-1] < 0.7 * losses[0]
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_inductor_trains_on_the_gpu_and_takes_other_lengths() -> None:
+    """The same model lowered by Inductor: the loss falls as in eager BF16, and another length runs without a new graph being
+    wrong."""
+    loaded = load_model("hf:deepseek_v3", overrides=MODELS["deepseek_v3"], weights="random", batch=2, seq=128)
+    step = loaded.step().cuda()
+    eager = copy.deepcopy(step)
+    batch = {k: v.cuda() for k, v in loaded.example_inputs.items()}
+    compiled = driver.compile(step)
+    expected = losses_of(eager, eager.parameters(), batch)
+    losses = losses_of(compiled, step.parameters(), batch)
+    print(losses, expected)
+    assert losses[0] - losses[-1] > PROGRESS * (expected[0] - expected[-1]) > 0
     longer = {k: torch.cat([v, v], 1)[:, :192] for k, v in batch.items()}
     assert torch.isfinite(compiled(longer))

@@ -81,6 +81,25 @@ def test_shared_heads_are_not_repeated(function: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=2.0**-16, atol=2.0**-16)
 
 
+@pytest.mark.parametrize("function", [with_expand, with_interleave])
+def test_autocast_casts_what_reaches_attention(function: Callable[..., Tensor]) -> None:
+    """FP32 queries, keys and values in another layout than attention's, under autocast to BF16."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, HEADS, ROWS, WIDTH),
+        heads_last(HEADS // SHARED),
+        torch.randn(2, HEADS // SHARED, ROWS, WIDTH),
+    )
+    mask = torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
+    with torch.autocast("cpu", BF16):
+        gm = captured(function, q, k, v, mask)
+        (found,) = gm(*inputs_of(gm, q=q, k=k, v=v, mask=mask))
+        expected = function(q, k, v, mask)
+    assert found.dtype is expected.dtype is BF16
+    # Probabilities and results are rounded to BF16, in one of the two in another order.
+    assert float((found - expected).float().norm()) <= 2.0**-7 * float(expected.float().norm())
+
+
 def other_count(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Keys are shared and values are not."""
     return F.scaled_dot_product_attention(q, repeat_kv(k, SHARED), v, attn_mask=mask)

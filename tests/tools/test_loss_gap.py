@@ -78,11 +78,17 @@ def test_the_gradients_of_finished_runs_are_averaged_over_seeds() -> None:
     assert gradient_report([]) == ""
 
 
-def test_the_results_in_the_repository_are_those_the_page_states() -> None:
-    setup = Setup(steps=3000, size="100m", corpus="all", batch=8, length=256, lr=6e-4, warmup=100, device="cuda")
-    found, steps = gap(read_runs(ROOT / "tools/bench/results/loss_gap_100m_h200.jsonl", setup), "spec")
+BRANCHED = dict(steps=3750, shared=750, batch=16, lr=3e-4, warmup=200)
+SCRATCH = dict(steps=3000, batch=8, lr=6e-4, warmup=100)
+
+
+@pytest.mark.parametrize(("file", "changes"), [("100m_h200_shared", BRANCHED), ("100m_h200", SCRATCH)])
+def test_the_results_in_the_repository_are_those_the_page_states(file: str, changes: dict[str, Any]) -> None:
+    setup = Setup(size="100m", corpus="all", length=256, device="cuda", **changes)
+    found, steps = gap(read_runs(ROOT / f"tools/bench/results/loss_gap_{file}.jsonl", setup), "spec")
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert f"{100 * found.mean:+.2f} % ± {100 * found.standard_error:.2f} %" in page and f"{steps:,} steps" in page
+    assert ", ".join(f"{100 * value:+.2f}" for value in found.values) in page
 
 
 @pytest.mark.parametrize("variant", loss_run.SPECS)

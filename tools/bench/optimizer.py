@@ -24,7 +24,7 @@ from fp8c.optim.ema import PIECE, fold
 
 SCHEMA = "fp8c.bench.optimizer/1"
 UPDATE_BYTES, NORM_BYTES = 22, 4  # BF16 parameter and moments, FP32 master and gradient
-EMA_ROUNDS = 5
+EMA_ROUNDS, EMA_STEPS = 4, 8
 SLEEP_CYCLES = 20_000_000  # some 10 ms
 TORCH_BYTES = 28  # FP32 parameter, gradient and moments: all four read, three written
 
@@ -123,49 +123,64 @@ def torch_rows(sizes: Sequence[tuple[int, ...]]) -> list[Row]:
     return [*rows, Row("torch clip_grad_norm_ and fused FP32", us, spread, (TORCH_BYTES + 12) * count, host)]
 
 
-def ema_rows(sizes: Sequence[tuple[int, ...]], step_ms: float, steps: int) -> dict[str, float]:
-    """Milliseconds of a loop's step without and with an EMA of every step; the loop multiplies for `step_ms`, then
-    steps.
+class EmaLoop:
+    """A training loop of one stream: products for `step_ms`, then an optimizer step, then, where asked for, the EMA."""
 
-    The two alternate, so that a drift of the machine meets both. A round ends when the stream that trains has done its
-    steps: the copy behind the last one runs beside the step that would follow.
-    """
-    params = parameters(sizes, torch.bfloat16)
-    for p in params:
-        p.main_grad = torch.randn(p.shape, device="cuda")
-    optimizer = AdamW(params, spec="deepseek_v3", max_norm=1.0)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    us, *_ = timed(lambda: a @ a)
-    products = max(1, round(step_ms * 1e3 / us))
-    ema = EMA(params, 0.999, optimizer=optimizer)
+    def __init__(self, sizes: Sequence[tuple[int, ...]], step_ms: float) -> None:
+        params = parameters(sizes, torch.bfloat16)
+        for p in params:
+            p.main_grad = torch.randn(p.shape, device="cuda")
+        self.optimizer = AdamW(params, spec="deepseek_v3", max_norm=1.0)
+        self.optimizer.step()
+        self.a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        us, *_ = timed(lambda: self.a @ self.a)
+        self.products = max(1, round(step_ms * 1e3 / us))
+        self.ema = EMA(params, 0.999, optimizer=self.optimizer)
+        self.parameters = sum(p.numel() for p in params)
+
+    def round(self, steps: int, *, averages: bool) -> float:
+        """Milliseconds a step. It ends when the stream that trains has done its steps: the copy behind the last one
+        runs beside the step that would follow.
+        """
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            for _ in range(self.products):
+                self.a @ self.a
+            self.optimizer.step()
+            if averages:
+                self.ema.update()
+        torch.cuda.current_stream().synchronize()
+        taken = (time.perf_counter() - start) / steps * 1e3
+        self.ema.flush()
+        return taken
+
+
+def measure_ema(loop: EmaLoop, rounds: int, steps: int) -> dict[str, float]:
+    """Without and with an EMA of every step, by turns, so that a drift of the machine meets both."""
+    loop.round(2, averages=True)
     found: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(EMA_ROUNDS):
-        for name in found:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(steps):
-                for _ in range(products):
-                    a @ a
-                optimizer.step()
-                if name == "with":
-                    ema.update()
-            torch.cuda.current_stream().synchronize()
-            found[name].append((time.perf_counter() - start) / steps * 1e3)
-            ema.flush()
+    for _ in range(rounds):
+        for name, values in found.items():
+            values.append(loop.round(steps, averages=name == "with"))
+    ema = loop.ema
     result = {f"{name}_ms": statistics.median(values) for name, values in found.items()}
     result |= {f"{name}_spread_ms": max(values) - min(values) for name, values in found.items()}
-    count = sum(p.numel() for p in params)
-    result |= {"waits": float(ema.waits), "updates": float(ema.updates), "parameters": float(count)}
-    result["copy_ms"] = copy_ms(ema)
+    result |= {"waits": float(ema.waits), "updates": float(ema.updates), "parameters": float(loop.parameters)}
+    result |= {"copy_ms": copy_ms(ema), "fold_ms": fold_ms(ema)}
+    ema.close()
+    return result
+
+
+def fold_ms(ema: EMA) -> float:
+    """Milliseconds in which the host folds parameters that have arrived into the average."""
     averages = list(ema.average.values())
     values = [value.bfloat16() for value in averages]
     scratch = torch.empty(PIECE)
     started = time.perf_counter()
     for average, value in zip(averages, values):
         fold(average, value, 0.999, scratch)
-    result["fold_ms"] = (time.perf_counter() - started) * 1e3
-    ema.close()
-    return result
+    return (time.perf_counter() - started) * 1e3
 
 
 def copy_ms(ema: EMA) -> float:
@@ -185,46 +200,53 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument(
-        "--ema-step-ms", type=float, default=100.0, help="length of the loop's step; 0 leaves the EMA out"
-    )
+    parser.add_argument("--only", choices=("adamw", "ema"))
+    parser.add_argument("--ema-step-ms", type=float, default=100.0, help="length of the step that the EMA is beside")
     parser.add_argument("--ema-layers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("this benchmark needs a GPU", file=sys.stderr)
         return 5
-    sizes = shapes(args.layers, args.dim, args.experts)
-    rows = adamw_rows(sizes)
-    copy = rows[0].tb_per_s
-    count = sum(torch.Size(size).numel() for size in sizes)
-    print(f"{torch.cuda.get_device_name()}, {count / 1e6:.0f} M parameters in {len(sizes)} tensors")
+    found: dict[str, object] = {
+        "schema": SCHEMA,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+    if args.only != "ema":
+        sizes = shapes(args.layers, args.dim, args.experts)
+        rows = adamw_rows(sizes)
+        count = sum(torch.Size(size).numel() for size in sizes)
+        print_rows(rows, count, len(sizes))
+        found |= {"tensors": len(sizes), "parameters": count}
+        found["rows"] = [asdict(row) | {"tb_per_s": row.tb_per_s} for row in rows]
+        write(args.json, found)
+    if args.only != "adamw":
+        loop = EmaLoop(shapes(args.ema_layers, args.dim, args.experts), args.ema_step_ms)
+        ema = measure_ema(loop, EMA_ROUNDS, EMA_STEPS)
+        print_ema(ema)
+        write(args.json, found | {"ema": ema})
+    return 0
+
+
+def print_rows(rows: Sequence[Row], count: int, tensors: int) -> None:
+    print(f"{torch.cuda.get_device_name()}, {count / 1e6:.0f} M parameters in {tensors} tensors")
     for row in rows:
-        share = f"{row.tb_per_s / copy:6.1%} of the copy"
+        share = f"{row.tb_per_s / rows[0].tb_per_s:6.1%} of the copy"
         print(
             f"{row.name:42} {row.us:9.1f} us +- {row.spread_us:6.1f}  {row.tb_per_s:5.2f} TB/s  {share}  "
             f"host {row.host_us:7.0f} us",
             flush=True,
         )
-    found: dict[str, object] = {
-        "schema": SCHEMA,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "tensors": len(sizes),
-        "parameters": count,
-        "rows": [asdict(row) | {"tb_per_s": row.tb_per_s} for row in rows],
-    }
-    write(args.json, found)
-    if args.ema_step_ms:
-        ema = ema_rows(shapes(args.ema_layers, args.dim, args.experts), args.ema_step_ms, 10)
-        found["ema"] = ema
-        print(
-            f"a step of {ema['without_ms']:.2f} ms takes {ema['with_ms']:.2f} ms with an EMA of "
-            f"{ema['parameters'] / 1e6:.0f} M parameters ({ema['with_ms'] / ema['without_ms'] - 1:+.2%}; a copy takes "
-            f"{ema['copy_ms']:.0f} ms, a fold {ema['fold_ms']:.0f} ms on the CPU; the host waited {ema['waits']:.0f} of {ema['updates']:.0f} times)"
-        )
-    write(args.json, found)
-    return 0
+
+
+def print_ema(ema: dict[str, float]) -> None:
+    print(
+        f"a step of {ema['without_ms']:.2f} ms takes {ema['with_ms']:.2f} ms with an EMA of "
+        f"{ema['parameters'] / 1e6:.0f} M parameters ({ema['with_ms'] / ema['without_ms'] - 1:+.2%}; a copy takes "
+        f"{ema['copy_ms']:.0f} ms, a fold {ema['fold_ms']:.0f} ms on the CPU; the host waited {ema['waits']:.0f} of "
+        f"{ema['updates']:.0f} times)"
+    )
 
 
 def write(path: Path | None, found: dict[str, object]) -> None:
