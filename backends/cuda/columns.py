@@ -24,10 +24,9 @@ GROUP, TILE = (128, 1), 128
 _LARGEST = 2**30  # axis: offsets in bytes are products of 32-bit numbers
 _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
-SLAB, GATHER_SLAB = (
-    4,
-    2,
-)  # tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json)
+# Tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json).
+SLAB = 4
+GATHER_SLAB = 2
 
 
 class _Columns(ctypes.Structure):
