@@ -15,13 +15,11 @@ ROOT = Path(__file__).parents[3]
 #: kernel, its constants, pointers with their element type, whole numbers that need 64 bits
 KERNELS = {
     "gather": (
-        "requantize",
-        "gather_kernel",
-        {"ROWS": 8, "COLS": 512, "G_PAD": 64},
+        *("requantize", "gather_kernel", {"ROWS": 64, "COLS": 64, "SHARE_PAD": 1}),
         "q:i32 s:i32 rows:i64 out:i32 out_s:i32",
     ),
-    "gather of few groups": (
-        *("requantize", "gather_kernel", {"ROWS": 8, "COLS": 512, "G_PAD": 2}),
+    "gather of small groups": (
+        *("requantize", "gather_kernel", {"ROWS": 64, "COLS": 64, "SHARE_PAD": 8}),
         "q:i32 s:i32 rows:i64 out:i32 out_s:i32",
     ),
     "transpose": ("transpose", "transpose_kernel", {"BLOCK_N": 128, "BLOCK_K": 128}, "q_ENK:u8 out_EKN:u8"),
