@@ -204,9 +204,8 @@ def two_row_waves(
     leave too little memory for the output: a warp has one staging buffer. BF16 outputs of forward GEMMs also go
     through the last stage, and their warpgroups end a tile at different times.
     """
-    is_forward = (
-        scales is Scales.PER_BLOCK and output is Output.BF16
-    )  # FP32 outputs fill more memory, others lack registers
+    # FP32 outputs fill more memory, others lack registers
+    is_forward = scales is Scales.PER_BLOCK and output is Output.BF16
     return GemmConfig(
         scales,
         grouping,

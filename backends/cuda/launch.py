@@ -325,7 +325,7 @@ def launch_plain(
     with torch.cuda.device(device.index):
         function = _function(config, device.index)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(current_stream(device.index))
         status = _driver().cuLaunchKernel(
             function, blocks, 1, 1, threads, 1, 1, config.shared_bytes, stream, parameters, None
         )

@@ -1,6 +1,7 @@
 """Triton kernels: every operator but attention, on any GPU with FP8 conversions (compute capability 8.9 and up).
 
-Importing this module registers them for CUDA, behind those of Hopper (`backends.cuda.operators`). A kernel is compiled at its first call, into Triton's own cache.
+Importing this module registers them for CUDA, behind those of Hopper (`backends.cuda.operators`). A kernel is compiled at
+its first call, into Triton's own cache.
 """
 
 from __future__ import annotations

@@ -139,21 +139,26 @@ class EmaLoop:
         self.parameters = sum(p.numel() for p in params)
 
     def round(self, steps: int, *, averages: bool) -> float:
-        """Milliseconds a step. It ends when the stream that trains has done its steps: the copy behind the last one
-        runs beside the step that would follow.
+        """Milliseconds a step, as in a long run: the copy behind the step before the first one is under way when the
+        clock starts, and the one behind the last, which runs beside the step that would follow, when it stops.
         """
         torch.cuda.synchronize()
+        self._step(averages)
+        torch.cuda.current_stream().synchronize()
         start = time.perf_counter()
         for _ in range(steps):
-            for _ in range(self.products):
-                self.a @ self.a
-            self.optimizer.step()
-            if averages:
-                self.ema.update()
+            self._step(averages)
         torch.cuda.current_stream().synchronize()
         taken = (time.perf_counter() - start) / steps * 1e3
         self.ema.flush()
         return taken
+
+    def _step(self, averages: bool) -> None:
+        for _ in range(self.products):
+            self.a @ self.a
+        self.optimizer.step()
+        if averages:
+            self.ema.update()
 
 
 def measure_ema(loop: EmaLoop, rounds: int, steps: int) -> dict[str, float]:
