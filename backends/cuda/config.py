@@ -50,7 +50,7 @@ class Output(enum.Enum):
 class GemmConfig:
     """One instance of the kernel.
 
-    `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A;
+    `band`: row tiles (or column tiles) that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
     `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
 
@@ -65,13 +65,19 @@ class GemmConfig:
     waves_n: int = 2
     wave_n: int = 128
     band: int = 16
+    is_band_of_columns: bool = False
     cluster: int = 1
+    shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
     unroll: bool = True
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
+    narrow_chunks: bool = False  # of 64 bytes a row: more buffers in the same memory
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
+    stagger: int = 0  # clocks from the first block's begin to the last one's, so that not all write at one time
+    a_policy: str = "0"  # L2 evicts this operand's data EVICT_FIRST, EVICT_LAST
+    b_policy: str = "0"
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -90,7 +96,17 @@ class GemmConfig:
     @property
     def a_box(self) -> int:
         """Rows of one box of A: half a tile where blocks share it, or where a tile may have an upper half only."""
-        return self.tile_m // max(self.cluster, self.waves_m)
+        return self.tile_m // max(1 if self.shares_b else self.cluster, self.waves_m)
+
+    @property
+    def b_box(self) -> int:
+        """Rows of one box of B: half a tile where blocks share it."""
+        return self.tile_n // (self.cluster if self.shares_b else 1)
+
+    def pairs(self, m: int, n: int) -> int:
+        """Tiles of a dense m x n output, in pairs of a cluster's blocks where there are any."""
+        rows, columns = (self.cluster, 1) if self.shares_b else (1, self.cluster)
+        return -(-m // (self.tile_m * rows)) * -(-n // (self.tile_n * columns))
 
     @property
     def has_one_box_of_rows(self) -> bool:
@@ -120,10 +136,16 @@ class GemmConfig:
         """Columns of the output that a warp writes at a time: 128 bytes when they divide the wave."""
         size = self.output.element_bytes
         if self.wave_n * size % 128 == 0:
-            return 128 // size
+            return (64 if self.narrow_chunks else 128) // size
         if self.output is Output.BF16:
             return self.wave_n // (2 if self.wave_n > 128 else 1)
         return math.gcd(self.wave_n, 16)
+
+    @property
+    def out_swizzle(self) -> int:
+        """Bytes of a row of a chunk that TMA permutes, 0 for none."""
+        size = self.output.element_bytes
+        return self.chunk * size if self.wave_n * size % 128 == 0 else 0
 
     @cached_property
     def stages(self) -> int:
@@ -175,8 +197,10 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
+            "STAGGER": self.stagger,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
-            "CHUNK_OF_HOST": self.chunk,
+            "CHUNK": self.chunk,
+            "OUT_SWIZZLE": self.out_swizzle,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
         }
         lines = [
@@ -184,6 +208,9 @@ class GemmConfig:
             "#pragma once",
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
+            f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
+            f"constexpr bool BAND_OF_COLUMNS = {str(self.is_band_of_columns).lower()};",
+            f"#define POLICY_A {self.a_policy}\n#define POLICY_B {self.b_policy}",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
@@ -220,6 +247,25 @@ def two_row_waves(
         staging_bytes=2048,
         held_stages=int(is_forward),
         lead=int(is_forward),
+    )
+
+
+def one_wide_wave(scales: Scales, grouping: Grouping, output: Output, cluster: int = 1) -> GemmConfig:
+    """128 x 192 tiles, each warpgroup one wave of 64 rows; memory for a whole tile of output.
+
+    A cluster's blocks share rows of B: with tiles wider than high that leaves the fewest bytes to fetch.
+    """
+    return GemmConfig(
+        scales,
+        grouping,
+        output,
+        waves_n=1,
+        wave_n=192,
+        band=8,
+        cluster=cluster,
+        shares_b=cluster > 1,
+        staging_bytes=6144 if output is Output.BF16 else 4096,
+        lead=int(output is Output.BF16),
     )
 
 

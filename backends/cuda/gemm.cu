@@ -47,6 +47,8 @@ constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES
 constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
 static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
+static_assert(!SHARES_B || (CLUSTER == 2 && TILE_N % 16 == 0), "each block fetches half of B, in groups of 8 rows");
+static_assert(!SHARES_B || WAVES_M == 1, "halves of a cluster's tiles would need the same columns");
 static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
 static_assert(WAVE_N % 8 == 0 && (WAVES + FLIGHT) * WAVE_N / 2 <= 192, "accumulators and what is in flight must fit into registers");
@@ -198,6 +200,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
     TilesToLoad<true> tiles(p, shared);
     Tile tile;
+    if (STAGGER > 0) wait_clocks(STAGGER * first_index() / index_step());
     while (tiles.next(tile)) {
         const int k_end = tile.k_begin + tile.k_length, k_stop = tile.k_begin + whole_rounds(blocks_of(tile)) * BLOCK_K;
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
@@ -220,16 +223,21 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                 }
                 // Rows and columns past the tensors' ends arrive as zeros. K starts at a whole group of scales: row k / 128.
                 barrier_arrive_expect(full, bytes);
-                if constexpr (CLUSTER == 1) {
-                    load_tile(shared + s * A_BYTES, map_a, full, k, tile.row);
+                if constexpr (CLUSTER == 1 || SHARES_B) {
+                    load_tile<POLICY_A>(shared + s * A_BYTES, map_a, full, k, tile.row);
                     if (WAVES_M == 2 && !is_half)
-                        load_tile(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
+                        load_tile<POLICY_A>(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
                 } else {  // each block of the cluster fetches one half of A for both
                     const int half = cluster_rank() * (TILE_M / 2);
                     if (!is_half || half == 0)
-                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
+                        load_tile_to_both<POLICY_A>(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
                 }
-                load_tile(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
+                if constexpr (SHARES_B) {
+                    const int half = cluster_rank() * (TILE_N / 2);
+                    load_tile_to_both<POLICY_B>(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
+                } else {
+                    load_tile<POLICY_B>(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
+                }
                 if (scales_a)
 #pragma unroll
                     for (int box = 0; box < SCALE_A_BOXES; ++box)
@@ -358,25 +366,16 @@ DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const fl
 // Epilogue -------------------------------------------------------------------------------------------------------
 
 // A warp writes its 16 x WAVE_N result in chunks of 16 x CHUNK through its own staging memory, without waiting for any
-// other warp. Chunks of 128-byte rows are swizzled like TMA does it, others are dense.
+// other warp. Chunks whose rows have 128 or 64 bytes are swizzled like TMA does it, others are dense.
 constexpr int OUT_BYTES = OUTPUT == BF16 ? 2 : 4;
-constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0;
-constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
-                      : OUTPUT == BF16 ? WAVE_N / (WAVE_N > 128 ? 2 : 1)
-                                       : greatest_common_divisor(WAVE_N, 16);
-constexpr int CHUNK_BYTES = 16 * CHUNK * OUT_BYTES, CHUNKS = WAVE_N / CHUNK;
-__device__ constexpr int staging_buffers() {
-    int buffers = STAGING_BYTES / CHUNK_BYTES;
-    while (buffers > 1 && WAVES * CHUNKS % buffers != 0) --buffers;  // the next tile starts with the first buffer
-    return buffers;
-}
-constexpr int BUFFERS = staging_buffers();
-static_assert(HELD_STAGES > 0 || CHUNK_BYTES <= STAGING_BYTES);
-static_assert(CHUNK == CHUNK_OF_HOST, "the host's output map has other boxes");
+constexpr int ROW_BYTES = CHUNK * OUT_BYTES, CHUNK_BYTES = 16 * ROW_BYTES, CHUNKS = WAVE_N / CHUNK;
+static_assert(WAVE_N % CHUNK == 0 && (OUT_SWIZZLE == 0 || OUT_SWIZZLE == ROW_BYTES));
+constexpr int FITTING = STAGING_BYTES / CHUNK_BYTES, BUFFERS = FITTING < WAVES * CHUNKS ? FITTING : WAVES * CHUNKS;
+static_assert(HELD_STAGES > 0 || BUFFERS > 0);
 
 DEVICE uint32 staged(uint32 buffer, int row, int byte) {
-    const int swizzled = OUT_SWIZZLED ? byte ^ ((row & 7) << 4) : byte;
-    return buffer + row * (CHUNK * OUT_BYTES) + swizzled;
+    const int swizzled = OUT_SWIZZLE > 0 ? byte ^ (row * ROW_BYTES / 128 % (ROW_BYTES / 16) * 16) : byte;
+    return buffer + row * ROW_BYTES + swizzled;
 }
 
 DEVICE void stage_chunk(uint32 buffer, const float (&acc)[PART], int chunk, int lane) {
@@ -462,7 +461,8 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
         const int row = row0 + wave_row(wave), col = tile.col + wave_col(wave) + chunk * CHUNK;
         if (row < tile.row_end && col < args.problem.n) {
             const uint32 buffer = staging + index % BUFFERS * CHUNK_BYTES;
-            wait_stores_read<BUFFERS - 1>();
+            // A tile begins with the first buffer, whichever the one before it ended with.
+            wait_stores_read<index == 0 && WAVES * CHUNKS % BUFFERS != 0 ? 0 : BUFFERS - 1>();
             __syncwarp();
             stage_chunk(buffer, acc[wave], chunk, lane);
             fence_async();

@@ -25,7 +25,7 @@ from fp8c.diagnostics import ExitCode, fail
 # Values of the driver's enums (cuda.h).
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _UINT8, _FLOAT32, _BFLOAT16 = 0, 7, 9  # CUtensorMapDataType
-_NO_SWIZZLE, _SWIZZLE_128B = 0, 3  # CUtensorMapSwizzle
+_NO_SWIZZLE, _SWIZZLE_64B, _SWIZZLE_128B = 0, 2, 3  # CUtensorMapSwizzle
 _PROMOTE_L2_256B = 3  # CUtensorMapL2promotion
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -194,7 +194,7 @@ def _output_map(out: Tensor, config: GemmConfig) -> _TensorMap:
     sizes = (out.shape[-1], out.shape[-2], out.shape[0] if out.dim() == 3 else 1)
     row = out.stride(-2) * size
     group = out.stride(0) * size if out.dim() == 3 else row * sizes[1]
-    swizzle = _SWIZZLE_128B if config.chunk * size == 128 else _NO_SWIZZLE
+    swizzle = {0: _NO_SWIZZLE, 64: _SWIZZLE_64B, 128: _SWIZZLE_128B}[config.out_swizzle]
     dtype = _BFLOAT16 if size == 2 else _FLOAT32
     return _tensor_map(out.data_ptr(), dtype, sizes, (row, group), (config.chunk, config.out_box_rows, 1), swizzle)
 
@@ -280,7 +280,7 @@ def prepare(
         # The blocks of a cluster share a pair of SMs: whoever takes one of them takes the pair.
         sms = max(config.cluster, multiprocessors(index) - _reserved * config.cluster)
         rows_a = min(a.shape[0], config.a_box) if config.has_one_box_of_rows else config.a_box
-        map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.tile_n)
+        map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.b_box)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)
         map_scale_b = _scale_map(b_scale, config.tile_n) if config.scales is Scales.PER_ROW else map_a
         is_aligned = _is_aligned(out)
@@ -306,7 +306,7 @@ def prepare(
     parameters = (ctypes.c_void_p * 6)(*(m.address for m in maps), ctypes.addressof(arguments))
     grid = sms
     if config.grouping is Grouping.DENSE:
-        grid = min(sms, -(-a.shape[0] // config.tile_m) * -(-n // (config.tile_n * config.cluster)) * config.cluster)
+        grid = min(sms, config.pairs(a.shape[0], n) * config.cluster)
     grid -= grid % config.cluster
     attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
     attribute.value[0] = 1

@@ -45,6 +45,14 @@ DEVICE int again(int value) {
     return value;
 }
 
+// Do nothing for this many clocks of the multiprocessor.
+DEVICE void wait_clocks(uint32 count) {
+    uint32 start, now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(start));
+    do asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+    while (now - start < count);
+}
+
 // Barriers in shared memory --------------------------------------------------------------------------------------
 
 DEVICE void barrier_init(uint32 barrier, uint32 arrivals) {
@@ -87,17 +95,32 @@ DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 DEVICE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+// `policy`: what L2 is to do with the data, 0 for nothing special. Values: CUTLASS, TMA::CacheHintSm90.
+constexpr uint64 EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000;
+template <uint64 policy = 0>
 DEVICE void load_tile(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            destination), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
+    if constexpr (policy == 0)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+                destination), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y), "l"(policy) : "memory");
 }
 // To the same place in both blocks of a cluster of two, and to the same barrier in each.
+template <uint64 policy = 0>
 DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
-        "h"(static_cast<uint16>(3)) : "memory");
+    if constexpr (policy == 0)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
+            "h"(static_cast<uint16>(3)) : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+            "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
+            "h"(static_cast<uint16>(3)), "l"(policy) : "memory");
 }
 DEVICE void store_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

@@ -49,23 +49,30 @@ struct Ring {
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The two blocks of a cluster take neighbouring column tiles (one of them none, where their number is odd), so that they
-// share the rows of A. Schedules count such pairs.
+// The two blocks of a cluster take neighbouring tiles of a row (or, with SHARES_B, of a column), so that they share the rows of
+// A (or of B). Schedules count such pairs; where the number of tiles is odd, one block of the last pair gets none of the output.
+constexpr int PAIRED_ROWS = SHARES_B ? CLUSTER : 1, PAIRED_COLUMNS = SHARES_B ? 1 : CLUSTER;
 DEVICE int first_index() { return blockIdx.x / CLUSTER; }
 DEVICE int index_step() { return grid_blocks_again() / CLUSTER; }
-DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * CLUSTER); }
+DEVICE int row_groups(int m) { return ceil_div(m, TILE_M * PAIRED_ROWS); }
+DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * PAIRED_COLUMNS); }
+DEVICE int first_row(int row_group) { return (row_group * PAIRED_ROWS + (PAIRED_ROWS > 1 ? cluster_rank() : 0)) * TILE_M; }
 DEVICE int first_column(int column_group) {
-    return (column_group * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0)) * TILE_N;
+    return (column_group * PAIRED_COLUMNS + (PAIRED_COLUMNS > 1 ? cluster_rank() : 0)) * TILE_N;
 }
 
-// Walk the grid of row_tiles x col_tiles in bands of `height_limit` row tiles: the tiles that run at one time then share few
-// rows and columns, so most operand reads hit L2.
-template <int height_limit>
+// Walk the grid of row_tiles x col_tiles in bands of `BAND` row tiles (or column tiles): the tiles that run at one time then
+// share few rows and columns, so most operand reads hit L2.
+DEVICE int2 banded_along(uint32 index, uint32 across, uint32 along) {
+    const uint32 band = index / (BAND * along);
+    const uint32 height = min(BAND, across - band * BAND);
+    const uint32 rest = index - band * BAND * along;
+    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
+}
 DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
-    const uint32 band = index / (height_limit * col_tiles);
-    const uint32 height = min(height_limit, row_tiles - band * height_limit);
-    const uint32 rest = index - band * height_limit * col_tiles;
-    return {static_cast<int>(band * height_limit + rest % height), static_cast<int>(rest / height)};
+    if (!BAND_OF_COLUMNS) return banded_along(index, row_tiles, col_tiles);
+    const int2 at = banded_along(index, col_tiles, row_tiles);
+    return {at.y, at.x};
 }
 
 // The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into
@@ -77,13 +84,13 @@ class DenseSchedule {
   public:
     DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
+        const int row_tiles = row_groups(p.m), col_tiles = column_groups(p.n);
         const int tiles = row_tiles * col_tiles, last = tiles % index_step(), whole = tiles - last;
         const bool halve = WAVES_M == 2 && 2 * last <= index_step() && index >= whole;
         const int of_tile = halve ? whole + (index - whole) / 2 : index;
         if (of_tile >= tiles) return false;
-        const int2 at = banded<BAND>(of_tile, row_tiles, col_tiles);
-        const int row = at.x * TILE_M, middle = min(row + TILE_M / 2, p.m), end = min(row + TILE_M, p.m);
+        const int2 at = banded(of_tile, row_tiles, col_tiles);
+        const int row = first_row(at.x), middle = min(row + TILE_M / 2, p.m), end = min(row + TILE_M, p.m);
         const bool is_second = halve && (index - whole) % 2 == 1;
         tile = {0, is_second ? middle : row, halve && !is_second ? middle : end, first_column(at.y), 0, p.k, 0};
         index += index_step();
@@ -103,15 +110,15 @@ class RowGroupSchedule {
     DEVICE bool next(Tile& tile) {
         const int col_tiles = column_groups(p.n);
 #pragma unroll 1
-        for (int tiles = ceil_div(end - begin, TILE_M) * col_tiles; index >= tiles;) {
+        for (int tiles = row_groups(end - begin) * col_tiles; index >= tiles;) {
             index -= tiles;
             if (++group > p.groups) return false;
             begin = end;
             end = group < p.groups ? min(max(__ldg(p.group_ends + group), begin), p.m) : p.m;
-            tiles = ceil_div(end - begin, TILE_M) * col_tiles;
+            tiles = row_groups(end - begin) * col_tiles;
         }
-        const int2 at = banded<BAND>(index, ceil_div(end - begin, TILE_M), col_tiles);
-        tile = {group, begin + at.x * TILE_M, end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0};
+        const int2 at = banded(index, row_groups(end - begin), col_tiles);
+        tile = {group, begin + first_row(at.x), end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0};
         index += index_step();
         return true;
     }
@@ -128,7 +135,7 @@ class ReductionGroupSchedule {
   public:
     DEVICE explicit ReductionGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = ceil_div(again(p.m), TILE_M), col_tiles = column_groups(again(p.n));
+        const int row_tiles = row_groups(again(p.m)), col_tiles = column_groups(again(p.n));
 #pragma unroll 1
         while (group < 0 || (skip_empty && begin == end) || index >= row_tiles * col_tiles) {
             if (group >= 0 && !(skip_empty && begin == end)) index -= row_tiles * col_tiles;
@@ -136,9 +143,9 @@ class ReductionGroupSchedule {
             begin = end;
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
         }
-        const int2 at = banded<BAND>(index, row_tiles, col_tiles);
+        const int2 at = banded(index, row_tiles, col_tiles);
         const int block = begin / 128 + group;  // the blocks of the experts before it: tokens are stored in whole blocks
-        tile = {group, at.x * TILE_M, p.m, first_column(at.y), block * 128, end - begin, 0};
+        tile = {group, first_row(at.x), p.m, first_column(at.y), block * 128, end - begin, 0};
         index += index_step();
         return true;
     }

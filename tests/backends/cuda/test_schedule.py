@@ -4,12 +4,13 @@ import itertools
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fp8c.backends.cuda import config as gemm_config
-from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales
+from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, one_wide_wave
 
 SOURCES = Path(gemm_config.__file__).parent
 
@@ -79,10 +80,24 @@ def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) ->
     )
 
 
+def sharing_columns(grouping: Grouping, is_band_of_columns: bool) -> GemmConfig:
+    """Clusters whose blocks lie below each other."""
+    config = one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster=2)
+    return replace(config, band=3, is_band_of_columns=is_band_of_columns)
+
+
 def columns(n: int, config: GemmConfig) -> list[int]:
     """First columns of all tiles; a cluster's second block may get one past the end."""
-    step = config.tile_n * config.cluster
-    return [c * step + r * config.tile_n for c in range(-(-n // step)) for r in range(config.cluster)]
+    return _starts(n, config.tile_n, 1 if config.shares_b else config.cluster)
+
+
+def rows(m: int, config: GemmConfig) -> list[int]:
+    """First rows of all tiles, as `columns`."""
+    return _starts(m, config.tile_m, config.cluster if config.shares_b else 1)
+
+
+def _starts(size: int, tile: int, together: int) -> list[int]:
+    return list(range(0, -(-size // (tile * together)) * tile * together, tile))
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -109,6 +124,16 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
         assert len(whole) >= len(tiles) - halves // 2
 
 
+@pytest.mark.parametrize("is_band_of_columns", [False, True])
+def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, is_band_of_columns: bool) -> None:
+    config = sharing_columns(Grouping.DENSE, is_band_of_columns)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    for m, n, blocks in ((1, 1, 2), (4096, 2112, 132), (700, 130, 6), (128 * 7, 192 * 5, 8)):
+        found = tiles_of(program, blocks, m, n, 512)
+        expected = [(0, r, min(r + config.tile_m, m), c, 0, 512) for r in rows(m, config) for c in columns(n, config)]
+        assert sorted(found) == sorted(expected)
+
+
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -> None:
     """Also where the last wave is cut into halves: FP32 outputs are added to."""
@@ -121,23 +146,30 @@ def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -
         assert all(sorted(r) == list(range(m)) for r in rows.values())
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, cluster: int) -> None:
-    config = config_of(Grouping.ROW_GROUPS, cluster)
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(config_of(Grouping.ROW_GROUPS, cluster) for cluster in (1, 2)),
+        *(sharing_columns(Grouping.ROW_GROUPS, of_columns) for of_columns in (False, True)),
+    ],
+)
+def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, config: GemmConfig) -> None:
     program = compiled(tmp_path, config, "RowGroupSchedule")
-    rng = random.Random(cluster)
+    rng = random.Random(1)
     for _ in range(20):
         sizes = [rng.choice((0, 0, 1, 17, 255, 256, 257, 900)) for _ in range(rng.randint(1, 6))]
         past_end = rng.choice((0, 40))
         ends = list(itertools.accumulate(sizes))
+        starts = [0, *ends]
         m, n, k = ends[-1] + past_end, 300, 640
         found = tiles_of(program, rng.choice((2, 6, 132)), m, n, k, *ends)
         expected = [
             (group, row, end, col, 0, k if group < len(sizes) else 0)
             for group, (start, end) in enumerate(zip([0, *ends], [*ends, m]))
-            for row in range(start, end, config.tile_m)
+            for row in rows(end - start, config)
             for col in columns(n, config)
         ]
+        expected = [(group, starts[group] + row, *rest) for group, row, *rest in expected]
         assert sorted(found) == sorted(expected)
 
 
@@ -159,6 +191,14 @@ def test_reduction_groups_restart_their_scales(tmp_path: Path, output: Output, s
             for col in columns(n, config)
         ]
         assert sorted(found) == sorted(expected)
+
+
+def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:
+    config = sharing_columns(Grouping.DENSE, False)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    found = tiles_of(program, 2, 2000, 1000, 128)
+    first, second = found[: len(found) // 2], found[len(found) // 2 :]
+    assert [(t[1] + config.tile_m, t[3]) for t in first] == [(t[1], t[3]) for t in second]
 
 
 def test_blocks_of_a_cluster_share_rows(tmp_path: Path) -> None:
