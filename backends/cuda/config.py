@@ -70,14 +70,12 @@ class GemmConfig:
     shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
     unroll: bool = True
+    narrow: int = 0  # columns of the wave that a last tile of no more columns takes
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     narrow_chunks: bool = False  # of 64 bytes a row: more buffers in the same memory
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
-    stagger: int = 0  # clocks from the first block's begin to the last one's, so that not all write at one time
-    a_policy: str = "0"  # L2 evicts this operand's data EVICT_FIRST, EVICT_LAST
-    b_policy: str = "0"
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -189,6 +187,7 @@ class GemmConfig:
             "WAVES_N": self.waves_n,
             "WAVE_N": self.wave_n,
             "STAGES": self.stages,
+            "NARROW": self.narrow,
             "CLUSTER": self.cluster,
             "FLIGHT": self.flight,
             "UNROLL": max(self.stages - 1, 1) if self.unroll else 1,
@@ -197,7 +196,6 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
-            "STAGGER": self.stagger,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK": self.chunk,
             "OUT_SWIZZLE": self.out_swizzle,
@@ -210,7 +208,6 @@ class GemmConfig:
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
             f"constexpr bool BAND_OF_COLUMNS = {str(self.is_band_of_columns).lower()};",
-            f"#define POLICY_A {self.a_policy}\n#define POLICY_B {self.b_policy}",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
@@ -218,7 +215,7 @@ class GemmConfig:
         ]
         return {
             "config.cuh": "\n".join(lines) + "\n",
-            "wgmma.cuh": wgmma_header(self.wave_n, self.a_type, self.b_type),
+            "wgmma.cuh": wgmma_header((self.wave_n, self.narrow), self.a_type, self.b_type),
         }
 
 

@@ -7,10 +7,11 @@
 
 // Promotion ------------------------------------------------------------------------------------------------------
 
-DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[PART], const float (&a)[2],
+template <int count>  // of a narrow tile, fewer than PART
+DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[count], const float (&a)[2],
                            const float (&b)[SEGMENT_SLOTS]) {
 #pragma unroll
-    for (int segment = 0; segment < SEGMENTS; ++segment) {
+    for (int segment = 0; segment < SEGMENTS * count / PART; ++segment) {
         const float s0 = a[0] * b[segment], s1 = a[1] * b[segment];
 #pragma unroll
         for (int i = segment * (SEGMENT / 8); i < (segment + 1) * (SEGMENT / 8); ++i) {
@@ -80,11 +81,18 @@ DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
     }
 }
 
-// One k-block out of stage `s`, the first `waves` waves of it, and the fragment of A of the next one, if there is one, out
+// The registers that a wave's result goes to: `part`, or without promotion the accumulators themselves.
+template <int count>
+DEVICE float (&result_of(float (&part)[count], float (&acc)[PART]))[count] {
+    if constexpr (PROMOTE) return part;
+    else return acc;
+}
+
+// One k-block out of stage `s`, the first `waves` waves of it, `columns` columns of each, and the fragment of A of the next one, if there is one, out
 // of stage `next`. In the last round of a tile, the stages that take its output are not freed.
-template <bool last_of_tile_possible, int waves>
+template <bool last_of_tile_possible, int waves, int columns>
 DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool is_last_round, bool accumulate) {
-    float part[PART];
+    float part[columns / 2];
     float2 b_columns[WAVE_N / 8];
     float a_scale[2];
 #pragma unroll
@@ -98,7 +106,7 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
         if constexpr (SCALES == PER_BLOCK)
             load_block_scales(b_scale, c.scale_b + s * SCALE_B_STRIDE + wn * SEGMENT_SLOTS * 4);
 
-        float(&result)[PART] = PROMOTE ? part : c.acc[w];
+        float(&result)[columns / 2] = result_of(part, c.acc[w]);
         pin(result);
         wgmma_begin();
 #pragma unroll
@@ -141,8 +149,9 @@ DEVICE void let_follow(const Consumer& c) {
 }
 
 // The k-blocks of one tile; `phase` is of the ring of stages, which the tile begins and ends at stage 0.
-template <int waves>
+template <int waves, int columns = WAVE_N>
 DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
+    if (NARROW > 0 && columns == WAVE_N) c.a_descriptor = uniform64(c.a_descriptor), c.b_descriptor = uniform64(c.b_descriptor);
     if (blocks > 0) {
         barrier_wait(c.barriers, phase);
         if constexpr (A_IN_REGISTERS) load_a(c, 0);
@@ -152,15 +161,15 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
         const bool is_last = block + STAGES == blocks;
 #pragma unroll UNROLL
         for (int s = 0; s + 1 < STAGES; ++s) {
-            multiply_block<false, waves>(c, s, s + 1, phase, true, is_last, !PROMOTE && block + s > 0);
+            multiply_block<false, waves, columns>(c, s, s + 1, phase, true, is_last, !PROMOTE && block + s > 0);
             if (LEAD > 0 && s == LEAD - 1 && block == 0) let_follow(c);
         }
-        multiply_block<true, waves>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last, !PROMOTE);
+        multiply_block<true, waves, columns>(c, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last, !PROMOTE);
     }
     if (block < max(blocks, 1)) {
 #pragma unroll 1
         for (int s = 0; block < blocks; ++s, ++block)
-            multiply_block<true, waves>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
+            multiply_block<true, waves, columns>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
 #pragma unroll 1
         for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
             barrier_wait(c.barriers + s * 8, phase);
@@ -271,6 +280,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
         else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
+        else if (NARROW > 0 && uniform(is_narrow(args.problem, tile.col))) multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
         else multiply_tile<WAVES>(c, blocks, phase);
 
         if constexpr (SCALES == PER_TENSOR) {

@@ -19,7 +19,6 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
     TilesToLoad<true> tiles(p, shared);
     Tile tile;
-    if (STAGGER > 0) wait_clocks(STAGGER * first_index() / index_step());
     while (tiles.next(tile)) {
         const int k_end = tile.k_begin + tile.k_length, k_stop = tile.k_begin + whole_rounds(blocks_of(tile)) * BLOCK_K;
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
@@ -27,7 +26,8 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         const bool is_half = HALVES && tile.row_end - tile.row <= TILE_M / 2;
         const int a_bytes = is_half ? A_BYTES / 2 : ONE_BOX_OF_ROWS ? min(p.m, TILE_M) * BLOCK_K : A_BYTES;
         const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
-        const int bytes = a_bytes + B_BYTES + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
+        const bool is_narrow_tile = SHARES_B && is_narrow(p, tile.col);  // B comes in two boxes then, of which it takes one
+        const int bytes = a_bytes + (is_narrow_tile ? B_BYTES / 2 : B_BYTES) + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
 #pragma unroll 1
         for (int round = tile.k_begin; round < k_stop; round += ROUND * BLOCK_K, stages.advance(ROUND)) {
             const uint32 base = FLIGHT == 1 ? 0 : stages.slot(), phase = stages.phase();
@@ -43,19 +43,20 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                 // Rows and columns past the tensors' ends arrive as zeros. K starts at a whole group of scales: row k / 128.
                 barrier_arrive_expect(full, bytes);
                 if constexpr (CLUSTER == 1 || SHARES_B) {
-                    load_tile<POLICY_A>(shared + s * A_BYTES, map_a, full, k, tile.row);
+                    load_tile(shared + s * A_BYTES, map_a, full, k, tile.row);
                     if (WAVES_M == 2 && !is_half)
-                        load_tile<POLICY_A>(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
+                        load_tile(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
                 } else {  // each block of the cluster fetches one half of A for both
                     const int half = cluster_rank() * (TILE_M / 2);
                     if (!is_half || half == 0)
-                        load_tile_to_both<POLICY_A>(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
+                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
                 }
                 if constexpr (SHARES_B) {
                     const int half = cluster_rank() * (TILE_N / 2);
-                    load_tile_to_both<POLICY_B>(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
+                    if (!is_narrow_tile || half == 0)
+                        load_tile_to_both(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
                 } else {
-                    load_tile<POLICY_B>(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
+                    load_tile(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
                 }
                 if (scales_a)
 #pragma unroll
@@ -70,9 +71,10 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
 }
 
 // One warp: a lane fetches the scales of one k-block for all waves, some rounds of k-blocks at a time, and hands them over
-// when its stage is free; the stages of a round at once.
+// when its stage is free. Lanes that wait together go on together, when the last of their stages is free: with few stages the
+// ring would run empty each time, so they come one by one.
 DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
-    constexpr int AT_ONCE = 32 / ROUND * ROUND;
+    constexpr int AT_ONCE = 32 / ROUND * ROUND, TOGETHER = FLIGHT == 1 ? 1 : ROUND;
     const Problem& p = args.problem;
     const int lane = threadIdx.x % 32, last_row = ceil_div(p.n, 128) - 1;
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
@@ -93,8 +95,8 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
                         values[w][j] = __ldg(scales + row * args.scale_b_row + (first + lane) * args.scale_b_col);
                 }
 #pragma unroll 1
-            for (int i = 0; i < min(AT_ONCE, padded - first); i += ROUND, stages.advance(ROUND)) {
-                if (lane >= i && lane < i + ROUND) {
+            for (int i = 0; i < min(AT_ONCE, padded - first); i += TOGETHER, stages.advance(TOGETHER)) {
+                if (lane >= i && lane < i + TOGETHER) {
                     const uint32 s = stages.slot() + lane - i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
                     barrier_wait(full + STAGES * 8, stages.phase() ^ 1);
                     const uint32 slot = shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE;

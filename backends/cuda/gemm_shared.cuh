@@ -29,6 +29,7 @@ constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES
 static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
 static_assert(!SHARES_B || (CLUSTER == 2 && TILE_N % 16 == 0), "each block fetches half of B, in groups of 8 rows");
 static_assert(!SHARES_B || WAVES_M == 1, "halves of a cluster's tiles would need the same columns");
+static_assert(NARROW == 0 || (WAVES == 1 && PROMOTE && FLIGHT == 1 && SCALES == PER_BLOCK && 2 * NARROW <= WAVE_N));
 static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
 static_assert(WAVE_N % 8 == 0 && (WAVES + FLIGHT) * WAVE_N / 2 <= 192, "accumulators and what is in flight must fit into registers");
@@ -45,6 +46,7 @@ DEVICE constexpr int wave_col(int w) { return WAVES_N == 1 ? 0 : w * WAVE_N; }
 // holds one number a segment, so that a wave may straddle blocks in any way.
 constexpr int SEGMENT = greatest_common_divisor(WAVE_N, 128), SEGMENTS = WAVE_N / SEGMENT;
 constexpr int SEGMENT_SLOTS = SEGMENTS <= 2 ? SEGMENTS : (SEGMENTS + 3) / 4 * 4;  // read as vectors
+static_assert(NARROW % SEGMENT == 0);
 constexpr int BLOCKS_OF_WAVE = (WAVE_N + 255 - SEGMENT) / 128;  // that a wave can touch
 
 // Of a tile with no more than half of its rows only the first wave of a warpgroup is needed. With K groups the code for this

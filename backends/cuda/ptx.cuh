@@ -17,6 +17,7 @@ DEVICE uint32 shared_address(const void* p) { return static_cast<uint32>(__cvta_
 
 // A value that is the same in all lanes: the compiler may then keep it, and what follows from it, in uniform registers.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
+DEVICE uint64 uniform64(uint64 x) { return static_cast<uint64>(uniform(x >> 32)) << 32 | uniform(static_cast<uint32>(x)); }
 
 // True in one lane of the warp. Unlike `lane == 0`, it tells the compiler that there is only one: around each TMA
 // instruction it then needs no loop over active lanes.
@@ -43,14 +44,6 @@ DEVICE uint32 grid_blocks_again() {
 DEVICE int again(int value) {
     asm volatile("" : "+r"(value));
     return value;
-}
-
-// Do nothing for this many clocks of the multiprocessor.
-DEVICE void wait_clocks(uint32 count) {
-    uint32 start, now;
-    asm volatile("mov.u32 %0, %%clock;" : "=r"(start));
-    do asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
-    while (now - start < count);
 }
 
 // Barriers in shared memory --------------------------------------------------------------------------------------
@@ -95,32 +88,17 @@ DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 DEVICE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-// `policy`: what L2 is to do with the data, 0 for nothing special. Values: CUTLASS, TMA::CacheHintSm90.
-constexpr uint64 EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000;
-template <uint64 policy = 0>
 DEVICE void load_tile(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
-    if constexpr (policy == 0)
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-                destination), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
-    else
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-            "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y), "l"(policy) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            destination), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
 // To the same place in both blocks of a cluster of two, and to the same barrier in each.
-template <uint64 policy = 0>
 DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
-    if constexpr (policy == 0)
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
-            "h"(static_cast<uint16>(3)) : "memory");
-    else
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-            "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
-            "h"(static_cast<uint16>(3)), "l"(policy) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
+        "h"(static_cast<uint16>(3)) : "memory");
 }
 DEVICE void store_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

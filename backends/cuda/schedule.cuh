@@ -61,6 +61,18 @@ DEVICE int first_column(int column_group) {
     return (column_group * PAIRED_COLUMNS + (PAIRED_COLUMNS > 1 ? cluster_rank() : 0)) * TILE_N;
 }
 
+// Where the last tile of a row has no more than NARROW columns, it is a job of its own kind that takes a fraction of a tile's time,
+// and such jobs are dealt out separately: to the last block first, so that who has a tile fewer begins, and each when the
+// band that it belongs to is over, while its rows of A are in L2.
+DEVICE bool has_narrow_tiles(int n) { return NARROW > 0 && n % TILE_N > 0 && n % TILE_N <= NARROW; }
+DEVICE int first_narrow_index() { return index_step() - 1 - first_index(); }
+DEVICE int whole_columns(int n) { return has_narrow_tiles(n) ? n / TILE_N : column_groups(n); }
+DEVICE bool is_narrow(const Problem& p, int col) { return NARROW > 0 && p.n - col <= NARROW; }
+DEVICE bool is_narrow_next(int narrow, int index, int row_tiles, int col_tiles) {
+    return narrow < row_tiles && index >= min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles;
+}
+static_assert(NARROW == 0 || (PAIRED_COLUMNS == 1 && WAVES_M == 1 && !BAND_OF_COLUMNS && GROUPING != REDUCTION_GROUPS));
+
 // Walk the grid of row_tiles x col_tiles in bands of `BAND` row tiles (or column tiles): the tiles that run at one time then
 // share few rows and columns, so most operand reads hit L2.
 DEVICE int2 banded_along(uint32 index, uint32 across, uint32 along) {
@@ -79,12 +91,19 @@ DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
 // halves of TILE_M / 2 rows: for those a warpgroup makes one of its two waves.
 class DenseSchedule {
     const Problem& p;
-    int index;
+    int index, narrow;
 
   public:
-    DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(first_index()) {}
+    DEVICE explicit DenseSchedule(const Problem& problem)
+        : p(problem), index(first_index()), narrow(has_narrow_tiles(p.n) ? first_narrow_index() : row_groups(p.m)) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = row_groups(p.m), col_tiles = column_groups(p.n);
+        const int row_tiles = row_groups(p.m), col_tiles = whole_columns(p.n);
+        if (NARROW > 0 && is_narrow_next(narrow, index, row_tiles, col_tiles)) {
+            const int row = first_row(narrow);
+            tile = {0, row, min(row + TILE_M, p.m), col_tiles * TILE_N, 0, p.k, 0};
+            narrow += index_step();
+            return true;
+        }
         const int tiles = row_tiles * col_tiles, last = tiles % index_step(), whole = tiles - last;
         const bool halve = WAVES_M == 2 && 2 * last <= index_step() && index >= whole;
         const int of_tile = halve ? whole + (index - whole) / 2 : index;
@@ -102,23 +121,34 @@ class DenseSchedule {
 // is empty: their output is zero.
 class RowGroupSchedule {
     const Problem& p;
-    int index;  // of the next tile, counted from the current group's first
+    int index;       // of the next tile, counted from the current group's first
+    int narrow = 0;  // of the next narrow one, as well
     int group = -1, begin = 0, end = 0;
 
   public:
-    DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
+    DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {
+        if (has_narrow_tiles(p.n)) narrow = first_narrow_index();
+    }
     DEVICE bool next(Tile& tile) {
-        const int col_tiles = column_groups(p.n);
+        const int col_tiles = whole_columns(p.n), narrow_columns = has_narrow_tiles(p.n) ? 1 : 0;
+        int row_tiles = row_groups(end - begin);
 #pragma unroll 1
-        for (int tiles = row_groups(end - begin) * col_tiles; index >= tiles;) {
-            index -= tiles;
+        while (index >= row_tiles * col_tiles && narrow >= row_tiles * narrow_columns) {
+            index -= row_tiles * col_tiles;
+            narrow -= row_tiles * narrow_columns;
             if (++group > p.groups) return false;
             begin = end;
             end = group < p.groups ? min(max(__ldg(p.group_ends + group), begin), p.m) : p.m;
-            tiles = row_groups(end - begin) * col_tiles;
+            row_tiles = row_groups(end - begin);
         }
-        const int2 at = banded(index, row_groups(end - begin), col_tiles);
-        tile = {group, begin + first_row(at.x), end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0};
+        const int k = group < p.groups ? p.k : 0;
+        if (narrow_columns > 0 && is_narrow_next(narrow, index, row_tiles, col_tiles)) {
+            tile = {group, begin + first_row(narrow), end, col_tiles * TILE_N, 0, k, 0};
+            narrow += index_step();
+            return true;
+        }
+        const int2 at = banded(index, row_tiles, col_tiles);
+        tile = {group, begin + first_row(at.x), end, first_column(at.y), 0, k, 0};
         index += index_step();
         return true;
     }
