@@ -4,6 +4,7 @@ import itertools
 import random
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
-// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length
+// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length block
 int main(int count, char** arguments) {
     std::vector<int> x;
     for (int i = 1; i < count; ++i) x.push_back(std::atoi(arguments[i]));
@@ -49,7 +50,7 @@ int main(int count, char** arguments) {
         SCHEDULE schedule(p);
         Tile t;
         while (schedule.next(t))
-            std::printf("%d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length);
+            std::printf("%d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, blockIdx.x);
     }
 }
 """
@@ -70,8 +71,13 @@ def compiled(folder: Path, config: GemmConfig, schedule: str) -> Path:
 
 
 def tiles_of(program: Path, *arguments: int) -> list[tuple[int, ...]]:
+    return [tile for tile, _ in tiles_and_blocks(program, *arguments)]
+
+
+def tiles_and_blocks(program: Path, *arguments: int) -> list[tuple[tuple[int, ...], int]]:
     result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
-    return [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    lines = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    return [(line[:-1], line[-1]) for line in lines]
 
 
 def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) -> GemmConfig:
@@ -84,6 +90,10 @@ def sharing_columns(grouping: Grouping, is_band_of_columns: bool) -> GemmConfig:
     """Clusters whose blocks lie below each other."""
     config = one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster=2)
     return replace(config, band=3, is_band_of_columns=is_band_of_columns)
+
+
+def with_narrow_tiles(grouping: Grouping) -> GemmConfig:
+    return replace(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster=2), band=3, narrow=64)
 
 
 def columns(n: int, config: GemmConfig) -> list[int]:
@@ -124,11 +134,16 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
         assert len(whole) >= len(tiles) - halves // 2
 
 
-@pytest.mark.parametrize("is_band_of_columns", [False, True])
-def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, is_band_of_columns: bool) -> None:
-    config = sharing_columns(Grouping.DENSE, is_band_of_columns)
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(sharing_columns(Grouping.DENSE, of_columns) for of_columns in (False, True)),
+        with_narrow_tiles(Grouping.DENSE),
+    ],
+)
+def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, config: GemmConfig) -> None:
     program = compiled(tmp_path, config, "DenseSchedule")
-    for m, n, blocks in ((1, 1, 2), (4096, 2112, 132), (700, 130, 6), (128 * 7, 192 * 5, 8)):
+    for m, n, blocks in ((1, 1, 2), (4096, 2112, 132), (4096, 4096, 132), (2900, 64, 6), (700, 448, 6), (896, 960, 8)):
         found = tiles_of(program, blocks, m, n, 512)
         expected = [(0, r, min(r + config.tile_m, m), c, 0, 512) for r in rows(m, config) for c in columns(n, config)]
         assert sorted(found) == sorted(expected)
@@ -151,6 +166,7 @@ def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -
     [
         *(config_of(Grouping.ROW_GROUPS, cluster) for cluster in (1, 2)),
         *(sharing_columns(Grouping.ROW_GROUPS, of_columns) for of_columns in (False, True)),
+        with_narrow_tiles(Grouping.ROW_GROUPS),
     ],
 )
 def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, config: GemmConfig) -> None:
@@ -161,7 +177,7 @@ def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, config: Gem
         past_end = rng.choice((0, 40))
         ends = list(itertools.accumulate(sizes))
         starts = [0, *ends]
-        m, n, k = ends[-1] + past_end, 300, 640
+        m, n, k = ends[-1] + past_end, rng.choice((40, 300, 420)), 640
         found = tiles_of(program, rng.choice((2, 6, 132)), m, n, k, *ends)
         expected = [
             (group, row, end, col, 0, k if group < len(sizes) else 0)
@@ -191,6 +207,31 @@ def test_reduction_groups_restart_their_scales(tmp_path: Path, output: Output, s
             for col in columns(n, config)
         ]
         assert sorted(found) == sorted(expected)
+
+
+def test_narrow_tiles_are_shared_out_evenly(tmp_path: Path) -> None:
+    """4096 columns are 21 tiles of 192 and 64 more; who has a whole tile fewer has the most narrow ones."""
+    program = compiled(tmp_path, with_narrow_tiles(Grouping.ROW_GROUPS), "RowGroupSchedule")
+    ends = [8192 * (expert + 1) for expert in range(4)]
+    whole, narrow = Counter[int](), Counter[int]()
+    for tile, block in tiles_and_blocks(program, 132, ends[-1], 4096, 7168, *ends):
+        (narrow if tile[3] == 4032 else whole)[block] += 1
+    assert sum(whole.values()) == 21 * 256 and sum(narrow.values()) == 256
+    assert set(whole.values()) == {40, 41} and set(narrow.values()) == {1, 2}
+    assert all(narrow[block] == 2 for block, count in whole.items() if count == 40)
+
+
+def test_narrow_tiles_come_when_their_band_is_over(tmp_path: Path) -> None:
+    """Their rows of A are then in L2."""
+    config = with_narrow_tiles(Grouping.DENSE)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    found = tiles_of(program, 2, 4096, 4096, 512)  # one cluster: the order is that of time
+    band = config.band * config.tile_m * config.cluster
+    order = [tile for tile in found if tile[1] % (2 * config.tile_m) == 0]
+    for at, tile in enumerate(order):
+        if tile[3] == 4032:
+            assert all(before[1] // band <= tile[1] // band for before in order[:at])
+            assert not any(after[1] // band == tile[1] // band and after[3] < 4032 for after in order[at:])
 
 
 def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:

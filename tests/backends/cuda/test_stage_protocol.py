@@ -1,4 +1,4 @@
-"""The barriers between producer, consumers and store warp of gemm.cu, played on the CPU in random orders: nobody waits forever, and
+"""The barriers between producer, scale warp, consumers and store warp of the GEMM (backends/cuda/gemm*.cuh), played on the CPU in random orders: nobody waits forever, and
 no memory is written while somebody reads it.
 
 The players follow the code function by function; what they touch is a set of named pieces of shared memory. Loads and
@@ -49,13 +49,14 @@ class Block:
     lead: int
     tiles: list[int]  # k-blocks of each
     dice: random.Random
+    stop_after: int | None = None  # k-blocks, then consumers stand still
     reading: dict[str, int] = field(default_factory=dict)
     writing: set[str] = field(default_factory=set)
     in_flight: list[tuple[str, list[str], Barrier | None]] = field(default_factory=list)
     store_groups: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.full = [Barrier(2) for _ in range(self.stages)]  # the producer's arrival and the bytes
+        self.full = [Barrier(3) for _ in range(self.stages)]  # the producer's arrival, the bytes, the scale warp's
         self.empty = [Barrier(GROUPS) for _ in range(self.stages)]
         self.staged = [Barrier(1) for _ in range(GROUPS)]
         self.b_read, self.led = Barrier(1), Barrier(1)
@@ -115,7 +116,7 @@ class Block:
                 yield lambda s=s, parity=parity: self.empty[s].passed(parity ^ 1)
                 uses += 1
                 if k >= blocks:
-                    self.full[s].arrive(2)
+                    self.full[s].arrive(2)  # as if the bytes had come
                     continue
                 pieces = [f"A {s} {w} {g}" for w in range(WAVES) for g in range(GROUPS)] + [
                     f"B {s} {w}" for w in range(WAVES)
@@ -124,8 +125,17 @@ class Block:
                 self.in_flight.append(("load", pieces, self.full[s]))
                 self.full[s].arrive()
 
+    def scale_warp(self) -> Iterator[object]:
+        uses = 0
+        for blocks in self.tiles:
+            for _ in range(self.rounds(blocks) * self.stages):
+                s, parity = uses % self.stages, uses // self.stages % 2
+                yield lambda s=s, parity=parity: self.empty[s].passed(parity ^ 1)
+                uses += 1
+                self.full[s].arrive()
+
     def consumer(self, group: int) -> Iterator[object]:
-        parity = 0
+        parity, done = 0, 0
         for index, blocks in enumerate(self.tiles):
             of_tile = index % 2
             if group == 1 and self.lead:
@@ -143,6 +153,9 @@ class Block:
                         self.end_read(read)
                     if s < self.stages - self.held or not is_last:
                         self.empty[s].arrive()
+                    done += 1
+                    if done == self.stop_after:
+                        return
                 parity ^= 1
             if group == 0 and self.lead and blocks < self.stages:
                 self.led.arrive()
@@ -171,11 +184,14 @@ class Block:
             self.empty[self.stages - 1].arrive(GROUPS)
 
     def play(self) -> None:
-        players = {p: next(p, None) for p in (self.producer(), self.consumer(0), self.consumer(1), self.store_warp())}
+        everybody = (self.producer(), self.scale_warp(), self.consumer(0), self.consumer(1), self.store_warp())
+        players = {p: next(p, None) for p in everybody}
         while any(c is not None for c in players.values()):
             ready = [p for p, c in players.items() if c is not None and c()]  # type: ignore[operator]
             if (not ready or self.dice.random() < 0.3) and self.end_something():
                 continue
+            if not ready and self.stop_after is not None:
+                return
             assert ready, "everybody waits"
             p = self.dice.choice(ready)
             players[p] = next(p, None)
@@ -189,3 +205,11 @@ def test_nobody_waits_forever_and_nothing_is_overwritten(stages: int, held: int,
         dice = random.Random(seed)
         tiles = [dice.choice((0, 1, stages - 1, stages, stages + 1, 2 * stages, 11)) for _ in range(5)]
         Block(stages, held, lead, tiles, dice).play()
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 4, 5, 6, 7])
+def test_a_stage_fills_again_as_soon_as_it_is_free(done: int) -> None:
+    """The scale warp used to hand over a round of stages at a time: the ring ran empty at the end of each round."""
+    block = Block(4, held=0, lead=0, tiles=[12], dice=random.Random(done), stop_after=done)
+    block.play()
+    assert sum(barrier.phases for barrier in block.full) == done + 4
