@@ -209,7 +209,7 @@ def test_nobody_waits_forever_and_nothing_is_overwritten(stages: int, held: int,
 
 @pytest.mark.parametrize("done", [1, 2, 3, 4, 5, 6, 7])
 def test_a_stage_fills_again_as_soon_as_it_is_free(done: int) -> None:
-    """The scale warp used to hand over a round of stages at a time: the ring ran empty at the end of each round."""
+    """Were scales handed over for a round of stages at a time, the ring would run empty at the end of each round."""
     block = Block(4, held=0, lead=0, tiles=[12], dice=random.Random(done), stop_after=done)
     block.play()
     assert sum(barrier.phases for barrier in block.full) == done + 4
