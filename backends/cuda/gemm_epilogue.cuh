@@ -29,14 +29,16 @@ DEVICE void stage_chunk(uint32 buffer, const float (&acc)[PART], int chunk, int 
                 store_matrices2(staged(buffer, row, i * 16), pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
         }
     } else {
+        // Of the columns 2q and 2q + 1 of a thread, those with q = 2 or 3 store the second one first: so the 32 words of a store
+        // lie in 32 banks. Not as pairs: wanting the accumulators in adjacent registers makes ptxas spill in the main loop.
         const int row = lane / 4, byte = lane % 4 * 8;
+        const bool swap = lane & 2;
 #pragma unroll
         for (int i = 0; i < CHUNK / 8; ++i) {
             const float* v = acc + 4 * (chunk * (CHUNK / 8) + i);
-            // Not as pairs: wanting the accumulators in adjacent registers makes ptxas spill in the main loop.
-            const uint32 upper = staged(buffer, row, i * 32 + byte), lower = staged(buffer, row + 8, i * 32 + byte);
-            store_shared(upper, v[0]), store_shared(upper + 4, v[1]);
-            store_shared(lower, v[2]), store_shared(lower + 4, v[3]);
+            const uint32 upper = staged(buffer, row, i * 32 + byte + swap * 4), lower = staged(buffer, row + 8, i * 32 + byte + swap * 4);
+            store_shared(upper, swap ? v[1] : v[0]), store_shared(upper ^ 4, swap ? v[0] : v[1]);
+            store_shared(lower, swap ? v[3] : v[2]), store_shared(lower ^ 4, swap ? v[2] : v[3]);
         }
     }
 }
