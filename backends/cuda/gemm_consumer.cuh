@@ -297,7 +297,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             if constexpr (HELD_STAGES > 0) {
                 stage_output(args, shared, done, c.acc, warp_again, thread % 32, tile_phase);
             } else {
-                write_chunks<0>(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
+                write_output(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
                                 done.row + warp_again * 16, thread % 32);
             }
             __syncwarp();  // wgmma wants whole warps

@@ -111,18 +111,52 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
     }
 }
 
+// The same where there is memory for all chunks: they wait once, and are handed over together.
+template <int index, bool is_staging>
+DEVICE void write_all_chunks(const Arguments& args, const TensorMap& map_out, uint32 staging, const Tile& tile,
+                             const float (&acc)[WAVES][PART], int row0, int lane) {
+    if constexpr (index < WAVES * CHUNKS) {
+        constexpr int wave = index / CHUNKS, chunk = index % CHUNKS;
+        const int row = row0 + wave_row(wave), col = tile.col + wave_col(wave) + chunk * CHUNK;
+        const uint32 buffer = staging + index * CHUNK_BYTES;
+        if constexpr (is_staging) stage_chunk(buffer, acc[wave], chunk, lane);
+        else if (row < tile.row_end && col < args.problem.n) {
+            if (!is_stored_by_tma(args, tile, row, 16)) copy_chunk(args, buffer, tile, row, col, lane);
+            else if (elect_one()) store_chunk(map_out, buffer, tile, col, row);
+        }
+        write_all_chunks<index + 1, is_staging>(args, map_out, staging, tile, acc, row0, lane);
+    }
+}
+
+DEVICE void write_output(const Arguments& args, const TensorMap& map_out, uint32 staging, const Tile& tile,
+                         const float (&acc)[WAVES][PART], int row0, int lane) {
+    if constexpr (BUFFERS == WAVES * CHUNKS && CHUNKS > 1) {
+        wait_stores_read<0>();
+        __syncwarp();
+        write_all_chunks<0, true>(args, map_out, staging, tile, acc, row0, lane);
+        fence_async();
+        __syncwarp();
+        write_all_chunks<0, false>(args, map_out, staging, tile, acc, row0, lane);
+        commit_stores();
+    } else {
+        write_chunks<0>(args, map_out, staging, tile, acc, row0, lane);
+    }
+}
+
 // The output of large BF16 tiles goes through memory that their end leaves free: of the last stage, which consumers keep, the rows
 // of A that a warpgroup has read itself; and for the other half of the columns, staging memory (first warpgroup) or where B was
 // (second). So a warpgroup writes all it has at once and begins the next tile, whose first k-blocks lie in the other stages; the
 // store warp hands the pieces to TMA and frees the stage when they are read.
 constexpr int HALF_PIECE = 64 * 128, PIECE_BYTES = WARPGROUPS * HALF_PIECE;  // a wave of one warpgroup, or of both, a chunk wide
-static_assert(HELD_STAGES == 0 || (HELD_STAGES == 1 && WARPGROUPS == 2 && WAVES_M == 2 && CHUNKS == 2 && CHUNK * OUT_BYTES == 128));
-static_assert(HELD_STAGES == 0 || (2 * HALF_PIECE <= B_BYTES && 2 * HALF_PIECE <= CONSUMER_WARPS * STAGING_BYTES));
+constexpr int PIECES_BESIDE_A = (CHUNKS - 1) * WAVES;  // of one warpgroup
+static_assert(HELD_STAGES == 0 || (HELD_STAGES == 1 && WARPGROUPS == 2 && WAVES_N == 1 && ROW_BYTES == 128));
+static_assert(HELD_STAGES == 0 || PIECES_BESIDE_A * HALF_PIECE <= B_BYTES);
+static_assert(HELD_STAGES == 0 || PIECES_BESIDE_A * HALF_PIECE <= CONSUMER_WARPS * STAGING_BYTES);
 static_assert(OUTPUT_BARRIERS == (HELD_STAGES > 0 ? 3 : 0));
 
 DEVICE uint32 piece(uint32 warpgroup, int chunk, int wave) {
     if (chunk == 0) return (STAGES - 1) * A_BYTES + wave * PIECE_BYTES + warpgroup * HALF_PIECE;
-    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + wave * HALF_PIECE;
+    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + ((chunk - 1) * WAVES + wave) * HALF_PIECE;
 }
 
 DEVICE uint32 staged_barrier(uint32 shared, uint32 warpgroup) { return shared + OFFSET_OUTPUT_BARRIERS + warpgroup * 8; }

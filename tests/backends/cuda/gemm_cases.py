@@ -36,6 +36,8 @@ CONFIGS = (
     *(one_wide_wave(BLOCK, DENSE, BF16, cluster=c) for c in (1, 2)),
     *(replace(one_wide_wave(BLOCK, DENSE, out, cluster=2), narrow=64, band=2) for out in (BF16, ADD)),
     replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), is_band_of_columns=True, lead=0),
+    *(replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=c), staging_bytes=2048, held_stages=1) for c in (1, 2)),
+    replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), staging_bytes=2048, held_stages=1, lead=0, narrow=64),
     GemmConfig(BLOCK, DENSE, BF16, cluster=2, shares_b=True),
     GemmConfig(BLOCK, DENSE, FP32, waves_n=1, wave_n=144, cluster=2, shares_b=True),
     *(replace(two_row_waves(BLOCK, DENSE, BF16, cluster=c), lead=0) for c in (1, 2)),
@@ -52,6 +54,10 @@ CONFIGS = (
     *(two_row_waves(BLOCK, ROWS, BF16, cluster=c) for c in (1, 2)),
     *(one_wide_wave(BLOCK, ROWS, BF16, cluster=c) for c in (1, 2)),
     *(replace(one_wide_wave(BLOCK, ROWS, BF16, cluster=c), narrow=64) for c in (1, 2)),
+    *(
+        replace(one_wide_wave(BLOCK, ROWS, BF16, cluster=c), staging_bytes=2048, held_stages=1, lead=c - 1)
+        for c in (1, 2)
+    ),
     replace(one_wide_wave(BLOCK, ROWS, BF16, cluster=2), is_band_of_columns=True, band=3),
     GemmConfig(BLOCK, ROWS, BF16),
     GemmConfig(BLOCK, ROWS, FP32, waves_n=1, wave_n=192, cluster=2),

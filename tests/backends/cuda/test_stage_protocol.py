@@ -13,11 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-GROUPS, WAVES, CHUNKS = (
-    2,
-    2,
-    2,
-)  # consumer warpgroups, each played as one warp; waves of each, chunks of columns of the output
+GROUPS = 2  # consumer warpgroups, each played as one warp
 
 
 @dataclass
@@ -42,13 +38,15 @@ class Barrier:
 @dataclass
 class Block:
     """One thread block. `held`: stages that take the output, 0 or 1; `lead`: k-blocks of a tile that the first warpgroup does
-    before the second one begins it."""
+    before the second one begins it; `waves` of each warpgroup, `chunks` of columns of the output."""
 
     stages: int
     held: int
     lead: int
     tiles: list[int]  # k-blocks of each
     dice: random.Random
+    waves: int = 2
+    chunks: int = 2
     stop_after: int | None = None  # k-blocks, then consumers stand still
     reading: dict[str, int] = field(default_factory=dict)
     writing: set[str] = field(default_factory=set)
@@ -64,7 +62,12 @@ class Block:
     def piece(self, chunk: int, wave: int, group: int) -> str:
         if chunk == 0:
             return f"A {self.stages - 1} {wave} {group}"
-        return f"staging {wave}" if group == 0 else f"B {self.stages - 1} {wave}"
+        place = (chunk - 1) * self.waves + wave
+        return f"staging {place}" if group == 0 else f"B {self.stages - 1} {place}"
+
+    def pieces_of_b(self, stage: int) -> list[str]:
+        """As long as a wave's half chunk; a piece more or less doesn't matter to anybody."""
+        return [f"B {stage} {place}" for place in range((self.chunks - 1) * self.waves + 1)]
 
     def rounds(self, blocks: int) -> int:
         return -(-max(blocks, 1) // self.stages)
@@ -118,9 +121,7 @@ class Block:
                 if k >= blocks:
                     self.full[s].arrive(2)  # as if the bytes had come
                     continue
-                pieces = [f"A {s} {w} {g}" for w in range(WAVES) for g in range(GROUPS)] + [
-                    f"B {s} {w}" for w in range(WAVES)
-                ]
+                pieces = [f"A {s} {w} {g}" for w in range(self.waves) for g in range(GROUPS)] + self.pieces_of_b(s)
                 self.begin_write(pieces)
                 self.in_flight.append(("load", pieces, self.full[s]))
                 self.full[s].arrive()
@@ -147,7 +148,7 @@ class Block:
                         self.led.arrive()
                     yield lambda s=s, parity=parity: self.full[s].passed(parity)
                     if r * self.stages + s < blocks:
-                        read = [f"A {s} {w} {group}" for w in range(WAVES)] + [f"B {s} {w}" for w in range(WAVES)]
+                        read = [f"A {s} {w} {group}" for w in range(self.waves)] + self.pieces_of_b(s)
                         self.begin_read(read)
                         yield lambda: True
                         self.end_read(read)
@@ -163,10 +164,10 @@ class Block:
                 continue
             if group == 0:
                 self.b_read.arrive()
-            for chunk in range(CHUNKS):
+            for chunk in range(self.chunks):
                 if chunk == 1 and group == 1:
                     yield lambda p=of_tile: self.b_read.passed(p)
-                for wave in range(WAVES):
+                for wave in range(self.waves):
                     piece = [self.piece(chunk, wave, group)]
                     self.begin_write(piece)
                     yield lambda: True
@@ -177,7 +178,7 @@ class Block:
         for index, _ in enumerate(self.tiles if self.held else []):
             for group in range(GROUPS):
                 yield lambda g=group, p=index % 2: self.staged[g].passed(p)
-                pieces = [self.piece(chunk, wave, group) for chunk in range(CHUNKS) for wave in range(WAVES)]
+                pieces = [self.piece(chunk, wave, group) for chunk in range(self.chunks) for wave in range(self.waves)]
                 self.begin_read(pieces)
                 self.store_groups.append(pieces)
             yield lambda: self.pending_groups() <= 0
@@ -198,13 +199,15 @@ class Block:
 
 
 @pytest.mark.parametrize("lead", [0, 1, 2])
-@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize(("stages", "waves", "chunks"), [(3, 2, 2), (4, 2, 2), (5, 1, 3)])
 @pytest.mark.parametrize("held", [0, 1])
-def test_nobody_waits_forever_and_nothing_is_overwritten(stages: int, held: int, lead: int) -> None:
+def test_nobody_waits_forever_and_nothing_is_overwritten(
+    stages: int, waves: int, chunks: int, held: int, lead: int
+) -> None:
     for seed in range(12):
         dice = random.Random(seed)
         tiles = [dice.choice((0, 1, stages - 1, stages, stages + 1, 2 * stages, 11)) for _ in range(5)]
-        Block(stages, held, lead, tiles, dice).play()
+        Block(stages, held, lead, tiles, dice, waves, chunks).play()
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 4, 5, 6, 7])
