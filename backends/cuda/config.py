@@ -50,7 +50,7 @@ class Output(enum.Enum):
 class GemmConfig:
     """One instance of the kernel.
 
-    `band`: row tiles (or column tiles) that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
+    `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
     `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
 
@@ -65,7 +65,6 @@ class GemmConfig:
     waves_n: int = 2
     wave_n: int = 128
     band: int = 16
-    is_band_of_columns: bool = False
     cluster: int = 1
     shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
@@ -73,8 +72,8 @@ class GemmConfig:
     narrow: int = 0  # columns of the wave that a last tile of no more columns takes
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
-    narrow_chunks: bool = False  # of 64 bytes a row: more buffers in the same memory
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
+    meets: bool = False  # warpgroups begin each tile together
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -134,16 +133,10 @@ class GemmConfig:
         """Columns of the output that a warp writes at a time: 128 bytes when they divide the wave."""
         size = self.output.element_bytes
         if self.wave_n * size % 128 == 0:
-            return (64 if self.narrow_chunks else 128) // size
+            return 128 // size
         if self.output is Output.BF16:
             return self.wave_n // (2 if self.wave_n > 128 else 1)
         return math.gcd(self.wave_n, 16)
-
-    @property
-    def out_swizzle(self) -> int:
-        """Bytes of a row of a chunk that TMA permutes, 0 for none."""
-        size = self.output.element_bytes
-        return self.chunk * size if self.wave_n * size % 128 == 0 else 0
 
     @cached_property
     def stages(self) -> int:
@@ -197,8 +190,7 @@ class GemmConfig:
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
-            "CHUNK": self.chunk,
-            "OUT_SWIZZLE": self.out_swizzle,
+            "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
         }
         lines = [
@@ -207,7 +199,7 @@ class GemmConfig:
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
-            f"constexpr bool BAND_OF_COLUMNS = {str(self.is_band_of_columns).lower()};",
+            f"constexpr bool MEETS = {str(self.meets).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
@@ -247,10 +239,13 @@ def two_row_waves(
     )
 
 
-def one_wide_wave(scales: Scales, grouping: Grouping, output: Output, cluster: int = 1) -> GemmConfig:
-    """128 x 192 tiles, each warpgroup one wave of 64 rows; memory for a whole tile of output.
+def one_wide_wave(
+    scales: Scales, grouping: Grouping, output: Output, cluster: int = 1, narrow: int = 0, meets: bool = False
+) -> GemmConfig:
+    """128 x 192 tiles, each warpgroup one wave of 64 rows; BF16 outputs have memory for a whole tile.
 
-    A cluster's blocks share rows of B: with tiles wider than high that leaves the fewest bytes to fetch.
+    A cluster's blocks share rows of B: with tiles wider than high that leaves the fewest bytes to fetch. Where the last
+    tile of a row has no more than `narrow` columns, only as many are multiplied.
     """
     return GemmConfig(
         scales,
@@ -258,11 +253,12 @@ def one_wide_wave(scales: Scales, grouping: Grouping, output: Output, cluster: i
         output,
         waves_n=1,
         wave_n=192,
-        band=8,
+        band=8 if cluster > 1 else 16,
         cluster=cluster,
         shares_b=cluster > 1,
+        narrow=narrow,
         staging_bytes=6144 if output is Output.BF16 else 4096,
-        lead=int(output is Output.BF16),
+        meets=meets,
     )
 
 

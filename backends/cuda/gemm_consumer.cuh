@@ -276,6 +276,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
         for (int w = 0; w < WAVES; ++w)
 #pragma unroll
             for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+        if constexpr (MEETS) consumers_sync();
         if (LEAD > 0 && !c.leads) barrier_wait(shared + OFFSET_LEAD_BARRIER, tile_phase);
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);

@@ -4,16 +4,20 @@
 #include "gemm_shared.cuh"
 
 // A warp writes its 16 x WAVE_N result in chunks of 16 x CHUNK through its own staging memory, without waiting for any
-// other warp. Chunks whose rows have 128 or 64 bytes are swizzled like TMA does it, others are dense.
+// other warp. Chunks of 128-byte rows are swizzled like TMA does it, others are dense.
 constexpr int OUT_BYTES = OUTPUT == BF16 ? 2 : 4;
-constexpr int ROW_BYTES = CHUNK * OUT_BYTES, CHUNK_BYTES = 16 * ROW_BYTES, CHUNKS = WAVE_N / CHUNK;
-static_assert(WAVE_N % CHUNK == 0 && (OUT_SWIZZLE == 0 || OUT_SWIZZLE == ROW_BYTES));
+constexpr bool OUT_SWIZZLED = WAVE_N * OUT_BYTES % 128 == 0;
+constexpr int CHUNK = OUT_SWIZZLED ? 128 / OUT_BYTES
+                      : OUTPUT == BF16 ? WAVE_N / (WAVE_N > 128 ? 2 : 1)
+                                       : greatest_common_divisor(WAVE_N, 16);
+constexpr int CHUNK_BYTES = 16 * CHUNK * OUT_BYTES, CHUNKS = WAVE_N / CHUNK;
 constexpr int FITTING = STAGING_BYTES / CHUNK_BYTES, BUFFERS = FITTING < WAVES * CHUNKS ? FITTING : WAVES * CHUNKS;
 static_assert(HELD_STAGES > 0 || BUFFERS > 0);
+static_assert(CHUNK == CHUNK_OF_HOST, "the host's output map has other boxes");
 
 DEVICE uint32 staged(uint32 buffer, int row, int byte) {
-    const int swizzled = OUT_SWIZZLE > 0 ? byte ^ (row * ROW_BYTES / 128 % (ROW_BYTES / 16) * 16) : byte;
-    return buffer + row * ROW_BYTES + swizzled;
+    const int swizzled = OUT_SWIZZLED ? byte ^ ((row & 7) << 4) : byte;
+    return buffer + row * (CHUNK * OUT_BYTES) + swizzled;
 }
 
 DEVICE void stage_chunk(uint32 buffer, const float (&acc)[PART], int chunk, int lane) {
@@ -29,16 +33,14 @@ DEVICE void stage_chunk(uint32 buffer, const float (&acc)[PART], int chunk, int 
                 store_matrices2(staged(buffer, row, i * 16), pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
         }
     } else {
-        // Of the columns 2q and 2q + 1 of a thread, those with q = 2 or 3 store the second one first: so the 32 words of a store
-        // lie in 32 banks. Not as pairs: wanting the accumulators in adjacent registers makes ptxas spill in the main loop.
         const int row = lane / 4, byte = lane % 4 * 8;
-        const bool swap = lane & 2;
 #pragma unroll
         for (int i = 0; i < CHUNK / 8; ++i) {
             const float* v = acc + 4 * (chunk * (CHUNK / 8) + i);
-            const uint32 upper = staged(buffer, row, i * 32 + byte + swap * 4), lower = staged(buffer, row + 8, i * 32 + byte + swap * 4);
-            store_shared(upper, swap ? v[1] : v[0]), store_shared(upper ^ 4, swap ? v[0] : v[1]);
-            store_shared(lower, swap ? v[3] : v[2]), store_shared(lower ^ 4, swap ? v[2] : v[3]);
+            // Not as pairs: wanting the accumulators in adjacent registers makes ptxas spill in the main loop.
+            const uint32 upper = staged(buffer, row, i * 32 + byte), lower = staged(buffer, row + 8, i * 32 + byte);
+            store_shared(upper, v[0]), store_shared(upper + 4, v[1]);
+            store_shared(lower, v[2]), store_shared(lower + 4, v[3]);
         }
     }
 }
@@ -148,15 +150,13 @@ DEVICE void write_output(const Arguments& args, const TensorMap& map_out, uint32
 // (second). So a warpgroup writes all it has at once and begins the next tile, whose first k-blocks lie in the other stages; the
 // store warp hands the pieces to TMA and frees the stage when they are read.
 constexpr int HALF_PIECE = 64 * 128, PIECE_BYTES = WARPGROUPS * HALF_PIECE;  // a wave of one warpgroup, or of both, a chunk wide
-constexpr int PIECES_BESIDE_A = (CHUNKS - 1) * WAVES;  // of one warpgroup
-static_assert(HELD_STAGES == 0 || (HELD_STAGES == 1 && WARPGROUPS == 2 && WAVES_N == 1 && ROW_BYTES == 128));
-static_assert(HELD_STAGES == 0 || PIECES_BESIDE_A * HALF_PIECE <= B_BYTES);
-static_assert(HELD_STAGES == 0 || PIECES_BESIDE_A * HALF_PIECE <= CONSUMER_WARPS * STAGING_BYTES);
+static_assert(HELD_STAGES == 0 || (HELD_STAGES == 1 && WARPGROUPS == 2 && WAVES_M == 2 && CHUNKS == 2 && CHUNK * OUT_BYTES == 128));
+static_assert(HELD_STAGES == 0 || (2 * HALF_PIECE <= B_BYTES && 2 * HALF_PIECE <= CONSUMER_WARPS * STAGING_BYTES));
 static_assert(OUTPUT_BARRIERS == (HELD_STAGES > 0 ? 3 : 0));
 
 DEVICE uint32 piece(uint32 warpgroup, int chunk, int wave) {
     if (chunk == 0) return (STAGES - 1) * A_BYTES + wave * PIECE_BYTES + warpgroup * HALF_PIECE;
-    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + ((chunk - 1) * WAVES + wave) * HALF_PIECE;
+    return (warpgroup == 0 ? OFFSET_STAGING : OFFSET_B + (STAGES - 1) * B_BYTES) + wave * HALF_PIECE;
 }
 
 DEVICE uint32 staged_barrier(uint32 shared, uint32 warpgroup) { return shared + OFFSET_OUTPUT_BARRIERS + warpgroup * 8; }

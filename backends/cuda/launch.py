@@ -25,7 +25,7 @@ from fp8c.diagnostics import ExitCode, fail
 # Values of the driver's enums (cuda.h).
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _UINT8, _FLOAT32, _BFLOAT16 = 0, 7, 9  # CUtensorMapDataType
-_NO_SWIZZLE, _SWIZZLE_64B, _SWIZZLE_128B = 0, 2, 3  # CUtensorMapSwizzle
+_NO_SWIZZLE, _SWIZZLE_128B = 0, 3  # CUtensorMapSwizzle
 _PROMOTE_L2_256B = 3  # CUtensorMapL2promotion
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -194,7 +194,7 @@ def _output_map(out: Tensor, config: GemmConfig) -> _TensorMap:
     sizes = (out.shape[-1], out.shape[-2], out.shape[0] if out.dim() == 3 else 1)
     row = out.stride(-2) * size
     group = out.stride(0) * size if out.dim() == 3 else row * sizes[1]
-    swizzle = {0: _NO_SWIZZLE, 64: _SWIZZLE_64B, 128: _SWIZZLE_128B}[config.out_swizzle]
+    swizzle = _SWIZZLE_128B if config.chunk * size == 128 else _NO_SWIZZLE
     dtype = _BFLOAT16 if size == 2 else _FLOAT32
     return _tensor_map(out.data_ptr(), dtype, sizes, (row, group), (config.chunk, config.out_box_rows, 1), swizzle)
 

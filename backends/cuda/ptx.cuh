@@ -80,6 +80,8 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
 }
 // All warps of one warpgroup; hardware barrier 0 is __syncthreads's.
 DEVICE void warpgroup_sync(uint32 warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
+// All warps of two warpgroups.
+DEVICE void consumers_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor core.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

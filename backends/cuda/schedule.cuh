@@ -71,20 +71,15 @@ DEVICE bool is_narrow(const Problem& p, int col) { return NARROW > 0 && p.n - co
 DEVICE bool is_narrow_next(int narrow, int index, int row_tiles, int col_tiles) {
     return narrow < row_tiles && index >= min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles;
 }
-static_assert(NARROW == 0 || (PAIRED_COLUMNS == 1 && WAVES_M == 1 && !BAND_OF_COLUMNS && GROUPING != REDUCTION_GROUPS));
+static_assert(NARROW == 0 || (PAIRED_COLUMNS == 1 && WAVES_M == 1 && GROUPING != REDUCTION_GROUPS));
 
-// Walk the grid of row_tiles x col_tiles in bands of `BAND` row tiles (or column tiles): the tiles that run at one time then
-// share few rows and columns, so most operand reads hit L2.
-DEVICE int2 banded_along(uint32 index, uint32 across, uint32 along) {
-    const uint32 band = index / (BAND * along);
-    const uint32 height = min(BAND, across - band * BAND);
-    const uint32 rest = index - band * BAND * along;
-    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
-}
+// Walk the grid of row_tiles x col_tiles in bands of BAND row tiles (or pairs): the tiles that run at one time then share few
+// rows and columns, so most operand reads hit L2.
 DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
-    if (!BAND_OF_COLUMNS) return banded_along(index, row_tiles, col_tiles);
-    const int2 at = banded_along(index, col_tiles, row_tiles);
-    return {at.y, at.x};
+    const uint32 band = index / (BAND * col_tiles);
+    const uint32 height = min(BAND, row_tiles - band * BAND);
+    const uint32 rest = index - band * BAND * col_tiles;
+    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
 }
 
 // The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into

@@ -86,14 +86,13 @@ def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) ->
     )
 
 
-def sharing_columns(grouping: Grouping, is_band_of_columns: bool) -> GemmConfig:
+def sharing_columns(grouping: Grouping) -> GemmConfig:
     """Clusters whose blocks lie below each other."""
-    config = one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster=2)
-    return replace(config, band=3, is_band_of_columns=is_band_of_columns)
+    return replace(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster=2), band=3)
 
 
 def with_narrow_tiles(grouping: Grouping) -> GemmConfig:
-    return replace(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster=2), band=3, narrow=64)
+    return replace(sharing_columns(grouping), narrow=64)
 
 
 def columns(n: int, config: GemmConfig) -> list[int]:
@@ -137,7 +136,7 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        *(sharing_columns(Grouping.DENSE, of_columns) for of_columns in (False, True)),
+        sharing_columns(Grouping.DENSE),
         with_narrow_tiles(Grouping.DENSE),
     ],
 )
@@ -165,7 +164,7 @@ def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -
     "config",
     [
         *(config_of(Grouping.ROW_GROUPS, cluster) for cluster in (1, 2)),
-        *(sharing_columns(Grouping.ROW_GROUPS, of_columns) for of_columns in (False, True)),
+        sharing_columns(Grouping.ROW_GROUPS),
         with_narrow_tiles(Grouping.ROW_GROUPS),
     ],
 )
@@ -233,7 +232,7 @@ def test_narrow_tiles_come_when_their_band_is_over(tmp_path: Path) -> None:
 
 
 def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:
-    config = sharing_columns(Grouping.DENSE, False)
+    config = sharing_columns(Grouping.DENSE)
     program = compiled(tmp_path, config, "DenseSchedule")
     found = tiles_of(program, 2, 2000, 1000, 128)
     first, second = found[: len(found) // 2], found[len(found) // 2 :]
