@@ -15,6 +15,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -62,15 +63,18 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     backward = torch.ops.aten.embedding_dense_backward.default
     if backward in table:
         table[backward] = embedding.decomposition(table[backward])
-    # What Inductor rewrites in a graph before it is split, it rewrites in a half as well; the gradient of a loss, say, is
-    # compared with the labels where it is needed, not scattered into a matrix of zeros.
-    decomposed = retrace(gm, table)
-    mark_row_counts(decomposed.graph)
-    values = [n.meta["val"] for n in decomposed.graph.find_nodes(op="placeholder")]
-    with detect_fake_mode(values) or nullcontext():
-        decomposed = joint_graph_passes(decomposed)
-        rewrite_for_inductor(decomposed)
-    return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
+    # What has a size that changes is laid out as if the size were unknown. Else Inductor asks whether operands whose rows
+    # are padded are contiguous at the first size, and a graph made for a multiple of 16 holds for such sizes alone.
+    with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        decomposed = retrace(gm, table)
+        mark_row_counts(decomposed.graph)
+        values = [n.meta["val"] for n in decomposed.graph.find_nodes(op="placeholder")]
+        # What Inductor rewrites in a graph before it is split, it rewrites in a half as well; the gradient of a loss, say,
+        # is compared with the labels where it is needed, not scattered into a matrix of zeros.
+        with detect_fake_mode(values) or nullcontext():
+            decomposed = joint_graph_passes(decomposed)
+            rewrite_for_inductor(decomposed)
+        return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 
 
 def mark_row_counts(graph: fx.Graph) -> None:
