@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from fp8c import ops
 from fp8c.backends import lowering
-from fp8c.backends.lowering import mark_row_counts
+from fp8c.backends.lowering_sizes import mark_row_counts
 from fp8c.graph import aten
 
 
