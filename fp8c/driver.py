@@ -112,15 +112,17 @@ class Session:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend: differentiate, rewrite, lower."""
+        device = _device(example_inputs)
+        how = self.lowering or lowering.choose_lowering(device)
+        if not self.plan_only:
+            lowering.start_compilers(device, how)
         names = capture.input_names(gm)
         self.examples = capture.input_examples(gm)
         if self.want_baseline:
             self.baseline = Baseline(gm, example_inputs)
         for done in capture.prepare_forward(gm):
             log.info("%s", done)
-        device = _device(example_inputs)
         lowering.register_kernels(device)
-        how = self.lowering or lowering.choose_lowering(device)
         compile_forward = functools.partial(self._lower_half, how=how, is_backward=False)
         compile_backward = functools.partial(self._lower_half, how=how, is_backward=True)
         backend = aot_autograd(

@@ -65,10 +65,13 @@ def test_the_first_calls_compile_nothing(
     """Through the driver: Dynamo's fake tensors are about when the step is planned."""
     monkeypatch.setenv("FP8C_CACHE_DIR", str(tmp_path / "fp8c"))
     monkeypatch.setattr(driver, "_device", lambda inputs: "cuda")
+    order: list[str] = []
+    monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: order.append("Inductor's processes"))
     graphs: list[fx.Graph] = []
 
     def compile_beside(found: list[fx.Graph], target: TargetRecord) -> None:
         graphs.extend(found)
+        order.append("fp8c's threads")
         for thread in beside.run_beside(beside.jobs_of(found, target), threads=2):
             thread.join()
 
@@ -78,7 +81,7 @@ def test_the_first_calls_compile_nothing(
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path / "triton")
         step(torch.randn(128, 256, dtype=torch.bfloat16)).backward()
-        assert len(graphs) == 2
+        assert len(graphs) == 2 and order == ["Inductor's processes", "fp8c's threads"]
         monkeypatch.setattr(build, "compile_cubin", lambda config: pytest.fail(f"compiled again: {config}"))
         served, fused = prebuilt.serve_gemms(graphs, H200), prebuilt.serve_fused(graphs, H200)
         for who in (*served.values(), *fused.values()):
@@ -95,6 +98,7 @@ def test_the_first_calls_compile_nothing(
 def test_accumulators_have_instances_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """`main_grad=True` makes other GEMMs of the backward half than the graph that was captured has."""
     monkeypatch.setattr(driver, "_device", lambda inputs: "cuda")
+    monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: None)
     operators: list[str] = []
     monkeypatch.setattr(
         driver,
