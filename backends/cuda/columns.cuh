@@ -12,9 +12,7 @@
 #pragma once
 
 #include "config.cuh"
-#include "numerics.cuh"
-
-constexpr int GROUP = 128;
+#include "groups.cuh"
 
 struct Columns {
     const uint8* data;      // BF16 [., columns], or E4M3 codes
@@ -72,21 +70,8 @@ DEVICE Place place_of(const Columns& p) {
         place.end = min(place.begin + GROUP, p.rows);
         return place;
     }
-    // Expert e has scale rows from start_e / 128 + e on: fp8c.ops.scale_shape. Every warp looks for itself.
-    int lane = threadIdx.x % 32, before = 0, start = 0, stop = 0, index = 0;
-    for (int first = 0; first < p.experts; first += 32) {
-        int e = first + lane;
-        int own_end = e < p.experts ? __ldg(p.ends + e) : 0;
-        int own_start = __shfl_up_sync(ALL_LANES, own_end, 1);
-        if (lane == 0) own_start = before;
-        uint32 candidates = __ballot_sync(ALL_LANES, e < p.experts && own_start / GROUP + e <= group);
-        if (candidates == 0) break;
-        int last = 31 - __clz(candidates);
-        start = __shfl_sync(ALL_LANES, own_start, last), stop = __shfl_sync(ALL_LANES, own_end, last), index = first + last;
-        before = __shfl_sync(ALL_LANES, own_end, 31);
-    }
-    place.begin = start + (group - (start / GROUP + index)) * GROUP;
-    place.end = min(place.begin + GROUP, stop);
+    const Rows rows = rows_of(p.ends, p.experts, group);
+    place.begin = rows.begin, place.end = rows.end;
     return place;
 }
 
@@ -107,7 +92,8 @@ DEVICE int chunk_at(int column, int chunk) {
     return column * GROUP + ((chunk ^ (column / spread & 7)) << 4);
 }
 
-template <int spread, int threads>
+// `swaps`: columns from 64 on have the halves of each chunk in the other order, so that lanes 8 apart meet other banks.
+template <int spread, int threads, bool swaps = false>
 DEVICE void store_turned(const Columns& p, const Place& place, const uint8* turned) {
     // Blocks of experts are filled up with zeros; else the rows end within a tile, at a chunk.
     int rows = p.experts != 0 ? GROUP : place.end - place.begin;
@@ -119,6 +105,7 @@ DEVICE void store_turned(const Columns& p, const Place& place, const uint8* turn
     for (int step = 0; step < 128 * 8 / threads; ++step) {
         int column = first + step * (threads / 8);
         uint4 v = *reinterpret_cast<const uint4*>(turned + chunk_at<spread>(column, chunk));
+        if (swaps && step * (threads / 8) >= 64) v = make_uint4(v.z, v.w, v.x, v.y);
         store_global4(out + bytes(p.out_col, step * (threads / 8)), v);
     }
 }

@@ -147,7 +147,8 @@ def _instance(
         source, threads, blocks = "requantize_columns.cu", 128, 5 if ScaleKind.FP32 in (kind_in, kind) else 7
     else:
         source, threads, blocks = "quantize_columns.cu", 256, 3 if has_rows else 5 if index_bits else 4
-    return FusedConfig(source, threads, blocks, ctypes.sizeof(_Columns), constants, includes=("columns.cuh",))
+    includes = ("columns.cuh", "groups.cuh", *(("halves.cuh",) if is_from_fp8 else ()))
+    return FusedConfig(source, threads, blocks, ctypes.sizeof(_Columns), constants, includes=includes)
 
 
 # Launch -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include "columns.cuh"
 
 static_assert(THREADS == 256);
+constexpr bool SWAPS = !ROWS_TOO;  // one more register, which the rows don't leave
 
 // Magnitudes of pairs, of this lane and of the one with the same columns in the other half of the warp.
 DEVICE uint32 halves_of_warp(uint32 pair) { return reduce_larger(pair & 0x7fff7fffu, 16); }
@@ -17,11 +18,14 @@ DEVICE void write_rows(const Columns& p, const Place& place, const uint4 (&x)[8]
     }
 }
 
+// Where the reciprocal of a column's scale is: moved where lanes read each eighth column and would meet the same banks.
+DEVICE int slot_of(int column) { return SWAPS ? column % 8 * 16 + column / 8 : column; }
+
 DEVICE void turn(const uint4 (&x)[8], const Reciprocal* reciprocals, uint8* turned, int patch_row, int patch_col) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         int column = patch_col * 8 + j;
-        Reciprocal reciprocal = reciprocals[column];
+        Reciprocal reciprocal = reciprocals[slot_of(column)];
         float q[8];
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
@@ -29,7 +33,7 @@ DEVICE void turn(const uint4 (&x)[8], const Reciprocal* reciprocals, uint8* turn
             q[r] = quotient<KIND>(j % 2 == 0 ? first_of(pair) : second_of(pair), reciprocal);
         }
         uint2 codes = make_uint2(encode<E4M3>(q[0], q[1], q[2], q[3]), encode<E4M3>(q[4], q[5], q[6], q[7]));
-        *reinterpret_cast<uint2*>(turned + chunk_at<8>(column, patch_row / 2) + patch_row % 2 * 8) = codes;
+        *reinterpret_cast<uint2*>(turned + chunk_at<8>(column, patch_row / 2) + (patch_row % 2 ^ (SWAPS ? column / 64 : 0)) * 8) = codes;
     }
 }
 
@@ -117,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
 #pragma unroll
         for (int w = 0; w < THREADS / 32; ++w) amax = max(amax, static_cast<uint32>(column_amax[w][t]));
         float scale = scale_of<E4M3, KIND>(first_of(amax));
-        reciprocals[t] = reciprocal<KIND>(scale);
+        reciprocals[slot_of(t)] = reciprocal<KIND>(scale);
         store_column_scale(p, place, t, scale);
     } else if (ROWS_TOO) {
         int row = t - 128;
@@ -130,5 +134,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
     turn(x, reciprocals, turned, patch_row, patch_col);
     __syncthreads();
     if (GATHERS != 0) place = kept;
-    store_turned<8, THREADS>(p, place, turned);
+    store_turned<8, THREADS, SWAPS>(p, place, turned);
 }

@@ -4,42 +4,12 @@
 // numbers at a time, which is exact: E4M3 numbers are multiples of 2^-9 below 512, so times 2^-15 they are multiples of
 // 2^-24, FP16's smallest number. Other tiles are computed in FP32.
 #include "columns.cuh"
+#include "halves.cuh"
 
 static_assert(THREADS == 128);
 constexpr bool IN_FP16 = KIND_IN != 0 && KIND != 0;
-constexpr int LARGEST_SHIFT = 15;
-
-// Exponents of scales that are far enough from FP32's smallest and largest.
-constexpr int LOWEST_EXPONENT = 127 - 60, HIGHEST_EXPONENT = 127 + 60;
-
 constexpr float SMALL = 0x1p-64f, LIFT = 0x1p64f;
 
-DEVICE uint32 bits_of(float x) { return __float_as_uint(x); }
-DEVICE float float_of(uint32 x) { return __uint_as_float(x); }
-
-// Four codes as two FP16 pairs; exact.
-DEVICE void halves_of(uint32 codes, uint32& low, uint32& high) {
-    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, l;\n\tcvt.rn.f16x2.e4m3x2 %1, h;\n\t}"
-        : "=r"(low), "=r"(high) : "r"(codes));
-}
-DEVICE uint32 times_halves(uint32 a, uint32 b) {
-    uint32 d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-// Two FP16 pairs as E4M3 codes.
-DEVICE uint32 codes_of_halves(uint32 a, uint32 b) {
-    uint32 packed;
-    asm("{\n\t.reg .b16 low, high;\n\tcvt.rn.satfinite.e4m3x2.f16x2 low, %1;\n\t"
-        "cvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n\tmov.b32 %0, {low, high};\n\t}"
-        : "=r"(packed) : "r"(a), "r"(b));
-    return packed;
-}
-DEVICE float low_half(uint32 x) {
-    float f;
-    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %1;\n\tcvt.f32.f16 %0, l;\n\t}" : "=f"(f) : "r"(x));
-    return f;
-}
 // The word itself, which the compiler can't know: so what follows from it is computed again, and takes no registers before.
 DEVICE uint32 again(const Columns& p, uint32 word) { return word ^ (static_cast<uint32>(p.rows) >> 31); }
 
@@ -73,23 +43,21 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint
     uint32 columns[8], shifts[8];
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
-        // 2^(exponent - top) twice in FP16; a multiple of 2^-15, which is subnormal there.
-        uint32 exponent = bits_of(scales[r]) >> 23;
-        int shift = static_cast<int>(exponent) - static_cast<int>(top);
-        uint32 factor = exponent == 0 ? 0u : shift >= -14 ? static_cast<uint32>(shift + 15) << 10 : 0x200u;
-        shifts[r] = factor | factor << 16;
+        // 2^(exponent - top), a multiple of 2^-15; 0 where there is no row.
+        shifts[r] = twice_half(__fmul_rn(scales[r], float_of((254 - top) << 23)));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             uint32 low, high;
             halves_of(word_of(x[r], j), low, high);
             low = times_halves(low, shifts[r]), high = times_halves(high, shifts[r]);
-            low &= 0x7fff7fffu, high &= 0x7fff7fffu;
-            columns[2 * j] = r == 0 ? low : larger_bits(columns[2 * j], low);
-            columns[2 * j + 1] = r == 0 ? high : larger_bits(columns[2 * j + 1], high);
+            columns[2 * j] = r == 0 ? low : larger_halves(columns[2 * j], low);
+            columns[2 * j + 1] = r == 0 ? high : larger_halves(columns[2 * j + 1], high);
         }
     }
     // Lanes l, l ^ 8, l ^ 16, l ^ 24 have the same columns: each ends up with two words of four.
     bool upper = lane & 8, second = lane & 16;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) columns[j] &= 0x7fff7fffu;
     uint32 part[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) part[j] = exchange_larger(columns[j], columns[4 + j], 8, upper);
