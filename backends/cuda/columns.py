@@ -21,12 +21,17 @@ from fp8c.ops import empty_quantized, quantized_format, restarts
 Pair = tuple[Tensor, Tensor]
 
 GROUP, TILE = (128, 1), 128
+THREADS = 256  # of a block
 _LARGEST = 2**30  # axis: offsets in bytes are products of 32-bit numbers
 _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 # Tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json).
 SLAB = 4
 GATHER_SLAB = 2
+# Tiles that a block requantizes, one after another, and such runs of a slab (tools/bench/results/h200_kernels5_2026-11-22.json).
+RUN, WIDE = 2, 1
+# Two tiles with their scales and exponents, where rows come from, the columns' factors and divisors.
+_REQUANTIZE_SHARED_BYTES = 2 * (TILE * TILE + TILE * 4 + 4 * 8) + THREADS * 16 + TILE * 4 + TILE * (2 + 12)
 
 
 class _Columns(ctypes.Structure):
@@ -142,13 +147,13 @@ def _instance(
         ("GATHERS", index_bits),
         *((name, 0 if k is None else kind_of(k)) for name, k in kinds),
     )
+    size, includes = ctypes.sizeof(_Columns), ("columns.cuh", "groups.cuh")
     if is_from_fp8:
-        # Blocks of an SM: FP32 scales take more registers.
-        source, threads, blocks = "requantize_columns.cu", 128, 5 if ScaleKind.FP32 in (kind_in, kind) else 7
-    else:
-        source, threads, blocks = "quantize_columns.cu", 256, 3 if has_rows else 5 if index_bits else 4
-    includes = ("columns.cuh", "groups.cuh", *(("halves.cuh",) if is_from_fp8 else ()))
-    return FusedConfig(source, threads, blocks, ctypes.sizeof(_Columns), constants, includes=includes)
+        blocks, includes = 3 if ScaleKind.FP32 in (kind_in, kind) else 4, (*includes, "halves.cuh")
+        constants, shared_bytes = (*constants, ("WIDE", WIDE)), _REQUANTIZE_SHARED_BYTES
+        return FusedConfig("requantize_columns.cu", THREADS, blocks, size, constants, shared_bytes, includes)
+    blocks = 3 if has_rows else 5 if index_bits else 4
+    return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes)
 
 
 # Launch -------------------------------------------------------------------------------------------------------------
@@ -172,14 +177,15 @@ def _launch(
     ends = None if offs is None else offs.to(torch.int32).contiguous()
     row_data, row_scale = row_out or (None, None)
     groups, tiles = out[1].shape[0], width // TILE
-    slab = tiles if row_out is not None else SLAB if rows is None else GATHER_SLAB
+    slab = RUN if scale is not None else tiles if row_out is not None else SLAB if rows is None else GATHER_SLAB
     arguments = _Columns(
         *(address(t) for t in (data, scale, rows, ends, *out, row_data, row_scale)),
         _stride(data, 0), _stride(scale, 0), _stride(scale, 1), _stride(out[0], 1), _stride(out[1], 0),
         _stride(row_data, 0), _stride(row_scale, 0), _stride(row_scale, 1),
         height, width, groups, 0 if ends is None else ends.shape[0], slab,
     )  # fmt: skip
-    start_blocks(config, groups * tiles, arguments, data.device)
+    blocks = groups * (tiles if scale is None else -(-tiles // RUN))
+    start_blocks(config, blocks, arguments, data.device)
     return out, row_out
 
 
