@@ -149,9 +149,9 @@ def _instance(
     )
     size, includes = ctypes.sizeof(_Columns), ("columns.cuh", "groups.cuh")
     if is_from_fp8:
-        blocks, includes = 3 if ScaleKind.FP32 in (kind_in, kind) else 4, (*includes, "halves.cuh")
-        constants, shared_bytes = (*constants, ("WIDE", WIDE)), _REQUANTIZE_SHARED_BYTES
-        return FusedConfig("requantize_columns.cu", THREADS, blocks, size, constants, shared_bytes, includes)
+        blocks, shared_bytes = 3 if ScaleKind.FP32 in (kind_in, kind) else 4, _REQUANTIZE_SHARED_BYTES
+        own = (*constants, ("WIDE", WIDE))
+        return FusedConfig("requantize_columns.cu", THREADS, blocks, size, own, shared_bytes, (*includes, "halves.cuh"))
     blocks = 3 if has_rows else 5 if index_bits else 4
     return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes)
 

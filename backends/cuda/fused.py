@@ -33,6 +33,7 @@ class FusedConfig:
     constants: tuple[tuple[str, int], ...]
     shared_bytes: int = 0
     includes: tuple[str, ...] = ()
+    then: FusedConfig | None = None  # what has to run after it
 
     options: ClassVar[tuple[str, ...]] = ("-std=c++17",)  # with the GEMM's options the compiler spills
 
