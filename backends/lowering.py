@@ -15,10 +15,9 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import fx
 from torch._guards import detect_fake_mode
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 from fp8c.backends.inductor_rewrites import rewrite_for_inductor
+from fp8c.backends.lowering_sizes import mark_row_counts, padded_rows_are_strided
 from fp8c.ops import embedding
 from fp8c.retrace import retrace
 
@@ -62,31 +61,16 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     backward = torch.ops.aten.embedding_dense_backward.default
     if backward in table:
         table[backward] = embedding.decomposition(table[backward])
-    # What Inductor rewrites in a graph before it is split, it rewrites in a half as well; the gradient of a loss, say, is
-    # compared with the labels where it is needed, not scattered into a matrix of zeros.
-    decomposed = retrace(gm, table)
-    mark_row_counts(decomposed.graph)
-    values = [n.meta["val"] for n in decomposed.graph.find_nodes(op="placeholder")]
-    with detect_fake_mode(values) or nullcontext():
-        decomposed = joint_graph_passes(decomposed)
-        rewrite_for_inductor(decomposed)
-    return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
-
-
-def mark_row_counts(graph: fx.Graph) -> None:
-    """Let Inductor take numbers that nobody knows before the step, such as rows from other ranks, for sizes.
-
-    It sorts the strides of operands. Up to torch 2.12 it gives up where that compares `4 * ((rows + 3) // 4)` with 1,
-    unless `rows` is said to be a size, which stands for two or more in such decisions.
-    """
-    for node in graph.nodes:
-        for value in pytree.tree_leaves(node.meta.get("val")):
-            numbers = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
-            for number in (n for n in numbers if isinstance(n, torch.SymInt)):
-                environment = number.node.shape_env
-                for symbol in free_unbacked_symbols(number):
-                    if environment.bound_sympy(symbol).lower >= 0:
-                        environment.size_like.add(symbol)
+    with padded_rows_are_strided(gm.graph):
+        decomposed = retrace(gm, table)
+        mark_row_counts(decomposed.graph)
+        values = [n.meta["val"] for n in decomposed.graph.find_nodes(op="placeholder")]
+        # What Inductor rewrites in a graph before it is split, it rewrites in a half as well; the gradient of a loss, say,
+        # is compared with the labels where it is needed, not scattered into a matrix of zeros.
+        with detect_fake_mode(values) or nullcontext():
+            decomposed = joint_graph_passes(decomposed)
+            rewrite_for_inductor(decomposed)
+        return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 
 
 def choose_lowering(device: str) -> str:

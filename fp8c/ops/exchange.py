@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -122,6 +123,16 @@ def chunks(experts: int, ranks: int) -> tuple[int, ...]:
     return tuple(max(0, min(each, experts - rank * each)) for rank in range(ranks))
 
 
+def rows_of_ranks(counts: Tensor, owned: tuple[int, ...]) -> Tensor:
+    """i32 [E] rows of every expert -> i32 [W] of every rank, which owns so many experts (`chunks`).
+
+    Differences of the cumulative counts, read at `min(each * (rank + 1), E) - 1`, would do as well, but Inductor on a GPU
+    gives up on that Min once it has joined the read with a concatenation (seen with torch 2.11 and 2.13).
+    """
+    missing = len(owned) * owned[0] - counts.shape[0]
+    return F.pad(counts, (0, missing)).view(len(owned), owned[0]).sum(1, dtype=torch.int32)
+
+
 def plan_travel(ends: Tensor, rows: int, ranks: Ranks) -> tuple[Travel, Tensor]:
     """Exchange the counts of a decision of so many rows, i32 [E] cumulative, and read them on the host once.
 
@@ -130,8 +141,7 @@ def plan_travel(ends: Tensor, rows: int, ranks: Ranks) -> tuple[Travel, Tensor]:
     world, mine = len(ranks.owned), ranks.owned[ranks.rank]
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     arriving = all_to_all(counts, [mine] * world, list(ranks.owned), ranks.control).view(world, mine)
-    last = torch.arange(1, world + 1, device=ends.device).mul(ranks.owned[0]).clamp(max=sum(ranks.owned)) - 1
-    per_rank = torch.diff(ends[last], prepend=ends.new_zeros(1))
+    per_rank = rows_of_ranks(counts, ranks.owned)
     # One copy to the host for both directions.
     both = torch.cat([per_rank, arriving.sum(1, dtype=torch.int32)]).cpu()
     if ranks.planned:
