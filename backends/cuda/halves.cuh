@@ -45,5 +45,3 @@ DEVICE float low_half(uint32 x) {
     asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %1;\n\tcvt.f32.f16 %0, l;\n\t}" : "=f"(f) : "r"(x));
     return f;
 }
-// 2^shift in FP16; subnormal for -15.
-DEVICE uint32 half_of_exponent(int shift) { return shift >= -14 ? static_cast<uint32>(shift + 15) << 10 : 0x200u; }
