@@ -73,6 +73,16 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
         return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
 
 
+def start_compilers(device: str, how: str) -> None:
+    """Start the processes in which Inductor compiles Triton kernels: they take seconds, and until they are there it compiles
+    one kernel after the other. torch.compile's own backend starts them at the same place; one that calls the inner compiler
+    has to do so itself."""
+    if device == "cuda" and how == "inductor":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
 def choose_lowering(device: str) -> str:
     """Inductor on a GPU; on the CPU, where the reference is the point, the graph as it is."""
     return "inductor" if device == "cuda" and torch.cuda.is_available() else "reference"

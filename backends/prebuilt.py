@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -98,7 +98,7 @@ def graphs_that_run(halves: tuple[fx.GraphModule, fx.GraphModule]) -> Iterator[f
         yield from (chain.run.graph for chain in chains)
 
 
-def serve_gemms(graphs: list[fx.Graph], target: TargetRecord) -> dict[fx.Node, GemmConfig | str]:
+def serve_gemms(graphs: Sequence[fx.Graph], target: TargetRecord) -> dict[fx.Node, GemmConfig | str]:
     """Who serves each GEMM: an instance of the CUDA kernel, "triton", or "portable"."""
     from fp8c.backends.triton import ahead
 
@@ -114,7 +114,7 @@ def serve_gemms(graphs: list[fx.Graph], target: TargetRecord) -> dict[fx.Node, G
     return served
 
 
-def serve_fused(graphs: list[fx.Graph], target: TargetRecord) -> dict[fx.Node, FusedConfig]:
+def serve_fused(graphs: Sequence[fx.Graph], target: TargetRecord) -> dict[fx.Node, FusedConfig]:
     """The fused operators that are not Triton's on this target."""
     from fp8c.backends.triton import ahead
 

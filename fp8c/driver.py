@@ -30,6 +30,7 @@ import fp8c.ops  # noqa: F401  (defines the operators)
 from fp8c import capture, pipeline
 from fp8c import graph as g
 from fp8c.backends import lowering
+from fp8c.backends.beside import compile_beside
 from fp8c.backends.costs import load_machine, machine_names
 from fp8c.backends.gemms import choice
 from fp8c.backends.target import load_target
@@ -111,29 +112,31 @@ class Session:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend: differentiate, rewrite, lower."""
+        device = _device(example_inputs)
+        how = self.lowering or lowering.choose_lowering(device)
+        if not self.plan_only:
+            lowering.start_compilers(device, how)
         names = capture.input_names(gm)
         self.examples = capture.input_examples(gm)
         if self.want_baseline:
             self.baseline = Baseline(gm, example_inputs)
         for done in capture.prepare_forward(gm):
             log.info("%s", done)
-        device = _device(example_inputs)
         lowering.register_kernels(device)
-        how = self.lowering or lowering.choose_lowering(device)
         compile_forward = functools.partial(self._lower_half, how=how, is_backward=False)
         compile_backward = functools.partial(self._lower_half, how=how, is_backward=True)
         backend = aot_autograd(
             fw_compiler=compile_forward,
             bw_compiler=compile_backward,
             inference_compiler=functools.partial(self._infer, names=names, how=how),
-            partition_fn=functools.partial(self._partition, names=names),
+            partition_fn=functools.partial(self._partition, names=names, how=how if device == "cuda" else ""),
             decompositions={},
             keep_inference_input_mutations=True,
         )
         return backend(gm, example_inputs)
 
     def _partition(
-        self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, names: tuple[str, ...], **_: Any
+        self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, names: tuple[str, ...], how: str, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         if self.on_joint is not None:
             self.on_joint()
@@ -156,6 +159,9 @@ class Session:
         if communicates(joint.graph):
             module = self.model() if self.model is not None else None
             agree_on(step_facts(rewritten, module is None or owns_evenly(module)), members_of(joint.graph))
+        if how == "inductor":
+            halves = (rewritten.halves.forward, rewritten.halves.backward)
+            compile_beside([(split_gradients(h)[0] if self.main_grad else h).graph for h in halves], self.target)
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower_half(

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -105,6 +106,14 @@ def compile_step(
     gemms: the scaled GEMMs that Triton serves (`triton_serves`); none of the others are compiled here
     without: operators that something else serves
     """
+    launches = launches_of(graphs, architecture, gemms, without)
+    return [compile_launch(launch, CAPABILITY[architecture]) for launch in launches]
+
+
+def launches_of(
+    graphs: Iterable[fx.Graph], architecture: str, gemms: Iterable[fx.Node] = (), without: Container[fx.Node] = ()
+) -> list[Launch]:
+    """What `compile_step` compiles, with the same arguments."""
     launches: dict[str, Launch] = {}
     with recording(launches), gemm.compiled_for(architecture):
         for node in (node for graph in graphs for node in graph.nodes):
@@ -113,7 +122,7 @@ def compile_step(
                 launcher(*fx.map_arg(node.args, as_meta), **fx.map_arg(node.kwargs, as_meta))
         for node in gemms:
             getattr(gemm, operator_name(node))(*fx.map_arg(node.args, as_meta))
-    return [compile_launch(launch, CAPABILITY[architecture]) for launch in launches.values()]
+    return list(launches.values())
 
 
 def triton_serves(node: fx.Node, architecture: str) -> bool:
@@ -142,11 +151,14 @@ def as_meta(node: fx.Node) -> Any:
 
 @contextlib.contextmanager
 def recording(launches: dict[str, Launch]) -> Iterator[None]:
-    """Collect launches instead of making them."""
+    """Collect this thread's launches instead of making them."""
+    thread = get_ident()
 
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if get_ident() != thread:
+            return original(kernel, *args, grid=grid, warmup=warmup, **kwargs)
         launch = launch_of(kernel, args, kwargs)
-        launches.setdefault(launch.name, launch)
+        return launches.setdefault(launch.name, launch)
 
     original: Callable[..., Any] = JITFunction.run
     JITFunction.run = record
@@ -188,6 +200,14 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     group = get_cache_manager(compiled.hash).get_group(f"{name}.json") or {}
     metadata = Path(group[f"{name}.json"]).read_text(encoding="utf-8")
     return Compiled(launch.name, compiled.asm["ptx"], compiled.asm["cubin"], registers, spilled_bytes, metadata, launch)
+
+
+def fill_cache(launch: Launch, capability: int) -> None:
+    """Put a kernel, and on a machine with its GPU the launcher of its signature, into Triton's cache."""
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source_of(launch, capability), target=target, options=dict(launch.options))
+    if torch.cuda.is_available():
+        triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def source_of(launch: Launch, capability: int) -> ASTSource:
