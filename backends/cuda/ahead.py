@@ -60,4 +60,5 @@ def fused_instance(op: str, arguments: tuple[Any, ...]) -> FusedConfig | None:
 
 def compile_instances(configs: Iterable[GemmConfig | FusedConfig]) -> list[CompiledInstance]:
     """Machine code of each, from the kernel cache where it has it. Raises: E0430, E0431."""
-    return [CompiledInstance(build.source_key(c), c, build.cubin(c)) for c in dict.fromkeys(configs)]
+    launched = [k for c in configs for k in ((c, c.then) if isinstance(c, FusedConfig) and c.then else (c,))]
+    return [CompiledInstance(build.source_key(c), c, build.cubin(c)) for c in dict.fromkeys(launched)]

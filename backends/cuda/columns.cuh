@@ -2,9 +2,8 @@
 // from E4M3 data with 1x128 scales. Rows may be gathered and groups may restart at each expert. Bit for bit what
 // `backends/triton/numerics.py` says; its docstring has the reasons.
 //
-// One block makes a tile of 128 rows by 128 columns. A thread keeps 8 rows of 8 or 16 columns in registers as they were
-// read; each of the tile's scales is made by one thread and handed around in shared memory, where the result is also
-// turned. Columns come in slabs, slab by slab over all rows: rows that are read several times are then found in the L2.
+// A tile is 128 rows by 128 columns. Columns come in slabs, slab by slab over all rows: rows that are read several times are
+// then found in the L2.
 //
 // config.cuh, from `columns.py`: ROWS_TOO (also 1x128 groups of the same tile), GATHERS (0, or the bits of an
 // index), KIND_IN, KIND_ROW, KIND, the kinds of the scales (numerics.cuh); THREADS of a block.
@@ -12,9 +11,7 @@
 #pragma once
 
 #include "config.cuh"
-#include "numerics.cuh"
-
-constexpr int GROUP = 128;
+#include "groups.cuh"
 
 struct Columns {
     const uint8* data;      // BF16 [., columns], or E4M3 codes
@@ -40,16 +37,6 @@ DEVICE int64 bytes(uint32 stride, int index) {
     return static_cast<int64>(static_cast<unsigned long long>(stride) * static_cast<uint32>(index));
 }
 
-// Zeros where `is_there` is false.
-DEVICE uint4 load_global4(const uint8* p, bool is_there) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(static_cast<uint32>(is_there)));
-    return v;
-}
-DEVICE void store_global4(uint8* p, uint4 v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
 DEVICE void store_global2(uint8* p, uint2 v, bool is_there) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\t@p st.global.v2.u32 [%0], {%1, %2};\n\t}"
                  ::"l"(p), "r"(v.x), "r"(v.y), "r"(static_cast<uint32>(is_there)) : "memory");
@@ -62,34 +49,6 @@ struct Place {
     int begin, end;  // rows that the group has
 };
 
-DEVICE Place place_of(const Columns& p) {
-    int tiles = p.columns / 128, block = blockIdx.x;
-    int slab = block / (p.groups * p.slab), within = block - slab * p.groups * p.slab;
-    int width = min(p.slab, tiles - slab * p.slab), group = within / width;
-    Place place{slab * p.slab + within - group * width, group, 0, 0};
-    if (p.experts == 0) {
-        place.begin = group * GROUP;
-        place.end = min(place.begin + GROUP, p.rows);
-        return place;
-    }
-    // Expert e has scale rows from start_e / 128 + e on: fp8c.ops.scale_shape. Every warp looks for itself.
-    int lane = threadIdx.x % 32, before = 0, start = 0, stop = 0, index = 0;
-    for (int first = 0; first < p.experts; first += 32) {
-        int e = first + lane;
-        int own_end = e < p.experts ? __ldg(p.ends + e) : 0;
-        int own_start = __shfl_up_sync(ALL_LANES, own_end, 1);
-        if (lane == 0) own_start = before;
-        uint32 candidates = __ballot_sync(ALL_LANES, e < p.experts && own_start / GROUP + e <= group);
-        if (candidates == 0) break;
-        int last = 31 - __clz(candidates);
-        start = __shfl_sync(ALL_LANES, own_start, last), stop = __shfl_sync(ALL_LANES, own_end, last), index = first + last;
-        before = __shfl_sync(ALL_LANES, own_end, 31);
-    }
-    place.begin = start + (group - (start / GROUP + index)) * GROUP;
-    place.end = min(place.begin + GROUP, stop);
-    return place;
-}
-
 DEVICE int source_of(const Columns& p, int row) {
     if (GATHERS == 0) return row;
     return GATHERS == 64 ? static_cast<int>(__ldg(static_cast<const int64*>(p.gathered) + row))
@@ -98,27 +57,4 @@ DEVICE int source_of(const Columns& p, int row) {
 
 DEVICE void store_column_scale(const Columns& p, const Place& place, int column, float scale) {
     store_scale<KIND>(p.scale + bytes(p.scale_row, place.group), place.tile * 128 + column, scale);
-}
-
-// A tile of codes in shared memory, column by column; 16-byte chunks are permuted so that no bank is used twice.
-// `spread`: columns of a thread.
-template <int spread>
-DEVICE int chunk_at(int column, int chunk) {
-    return column * GROUP + ((chunk ^ (column / spread & 7)) << 4);
-}
-
-template <int spread, int threads>
-DEVICE void store_turned(const Columns& p, const Place& place, const uint8* turned) {
-    // Blocks of experts are filled up with zeros; else the rows end within a tile, at a chunk.
-    int rows = p.experts != 0 ? GROUP : place.end - place.begin;
-    int chunk = threadIdx.x % 8;
-    if (chunk * 16 >= rows) return;
-    int first = threadIdx.x / 8;
-    uint8* out = p.out + bytes(GROUP, place.group) + chunk * 16 + bytes(p.out_col, place.tile * 128 + first);
-#pragma unroll
-    for (int step = 0; step < 128 * 8 / threads; ++step) {
-        int column = first + step * (threads / 8);
-        uint4 v = *reinterpret_cast<const uint4*>(turned + chunk_at<spread>(column, chunk));
-        store_global4(out + bytes(p.out_col, step * (threads / 8)), v);
-    }
 }

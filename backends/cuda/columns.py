@@ -21,12 +21,15 @@ from fp8c.ops import empty_quantized, quantized_format, restarts
 Pair = tuple[Tensor, Tensor]
 
 GROUP, TILE = (128, 1), 128
+THREADS = 256  # of a block
 _LARGEST = 2**30  # axis: offsets in bytes are products of 32-bit numbers
 _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 # Tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json).
 SLAB = 4
 GATHER_SLAB = 2
+# Two tiles with their scales and exponents, where rows come from, the columns' factors and divisors.
+_REQUANTIZE_SHARED_BYTES = 2 * (TILE * TILE + TILE * 4 + 4 * 8) + THREADS * 16 + TILE * 4 + TILE * (2 + 12)
 
 
 class _Columns(ctypes.Structure):
@@ -142,12 +145,20 @@ def _instance(
         ("GATHERS", index_bits),
         *((name, 0 if k is None else kind_of(k)) for name, k in kinds),
     )
+    size, includes = ctypes.sizeof(_Columns), ("columns.cuh", "groups.cuh")
     if is_from_fp8:
-        # Blocks of an SM: FP32 scales take more registers.
-        source, threads, blocks = "requantize_columns.cu", 128, 5 if ScaleKind.FP32 in (kind_in, kind) else 7
-    else:
-        source, threads, blocks = "quantize_columns.cu", 256, 3 if has_rows else 5 if index_bits else 4
-    return FusedConfig(source, threads, blocks, ctypes.sizeof(_Columns), constants, includes=("columns.cuh",))
+        is_fp32 = ScaleKind.FP32 in (kind_in, kind)
+        blocks, shared_bytes = 3 if is_fp32 else 4, _REQUANTIZE_SHARED_BYTES
+        own = (*constants, ("WIDE", _order(is_fp32, index_bits != 0)[1]))
+        return FusedConfig("requantize_columns.cu", THREADS, blocks, size, own, shared_bytes, (*includes, "halves.cuh"))
+    blocks = 3 if has_rows else 5 if index_bits else 4
+    return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes)
+
+
+def _order(is_fp32: bool, gathers: bool) -> tuple[int, int]:
+    """Tiles that a block requantizes, one after another, and such runs of a slab. Measured
+    (tools/bench/results/h200_kernel_shapes_2026-11-22.json): a run has its rows looked up once, a wide slab reads longer lines."""
+    return (4, 1) if is_fp32 else (3, 1) if gathers else (1, 2)
 
 
 # Launch -------------------------------------------------------------------------------------------------------------
@@ -171,14 +182,16 @@ def _launch(
     ends = None if offs is None else offs.to(torch.int32).contiguous()
     row_data, row_scale = row_out or (None, None)
     groups, tiles = out[1].shape[0], width // TILE
-    slab = tiles if row_out is not None else SLAB if rows is None else GATHER_SLAB
+    kinds = dict(config.constants)
+    run = 1 if scale is None else _order(0 in (kinds["KIND_IN"], kinds["KIND"]), rows is not None)[0]
+    slab = run if scale is not None else tiles if row_out is not None else SLAB if rows is None else GATHER_SLAB
     arguments = _Columns(
         *(address(t) for t in (data, scale, rows, ends, *out, row_data, row_scale)),
         _stride(data, 0), _stride(scale, 0), _stride(scale, 1), _stride(out[0], 1), _stride(out[1], 0),
         _stride(row_data, 0), _stride(row_scale, 0), _stride(row_scale, 1),
         height, width, groups, 0 if ends is None else ends.shape[0], slab,
     )  # fmt: skip
-    start_blocks(config, groups * tiles, arguments, data.device)
+    start_blocks(config, groups * -(-tiles // run), arguments, data.device)
     return out, row_out
 
 

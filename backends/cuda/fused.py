@@ -33,6 +33,7 @@ class FusedConfig:
     constants: tuple[tuple[str, int], ...]
     shared_bytes: int = 0
     includes: tuple[str, ...] = ()
+    then: FusedConfig | None = None  # what has to run after it
 
     options: ClassVar[tuple[str, ...]] = ("-std=c++17",)  # with the GEMM's options the compiler spills
 
@@ -70,11 +71,10 @@ def kind_of(kind: ScaleKind) -> int:
 
 
 def check_rows(*tensors: Tensor) -> None:
-    """Raises: `Unsupported` unless a thread can read and write 16 bytes (8 of FP8 data) of each row at once."""
+    """Raises: `Unsupported` unless a thread can read 16 bytes of each row at once."""
     for x in tensors:
-        unit = ACCESS_BYTES if x.element_size() > 1 else ACCESS_BYTES // 2
         row_bytes = x.stride(0) * x.element_size()
-        if x.stride(1) != 1 or row_bytes % unit or x.data_ptr() % unit or row_bytes > _LARGEST_STRIDE:
+        if x.stride(1) != 1 or row_bytes % ACCESS_BYTES or x.data_ptr() % ACCESS_BYTES or row_bytes > _LARGEST_STRIDE:
             raise Unsupported(f"the fused kernels don't read strides {x.stride()}")
 
 

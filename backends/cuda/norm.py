@@ -7,17 +7,14 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fp8c.backends.cuda.fused import ACCESS_BYTES, FusedConfig, address, check_rows, codes_of, start
+from fp8c.backends.cuda.fused import FusedConfig, address, check_rows, codes_of, start_blocks
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.ops import empty_quantized, quantized_format
 
 _RUN = 8  # columns that a thread reads at a time
 # Blocks of 256 threads where 128 would hold more than 8 runs each.
 _THREADS, _MANY_THREADS, _RUNS = 128, 256, 8
-_STAGES = 1  # rows under way or at work: what other blocks compute covers the wait, and more stages measured slower
-_THREADS_OF_ALL = 1024  # so that a thread has 64 registers
-# Of a multiprocessor, and what each block takes of it besides (CUDA programming guide, compute capability 9.0).
-_SHARED_BYTES_OF_ALL, _SHARED_BYTES_OF_DRIVER = 233_472, 1024
+_THREADS_OF_ALL = 896  # of a multiprocessor: a thread has 72 registers
 
 
 class _Arguments(ctypes.Structure):
@@ -49,10 +46,8 @@ def norm_config(x: Tensor, weight: Tensor, eps: float, fmt: str) -> FusedConfig:
     check_rows(x.reshape(-1, columns))
     threads = _THREADS if columns <= _THREADS * _RUN * _RUNS else _MANY_THREADS
     chunks = -(-columns // (threads * _RUN))
-    shared_bytes = (_STAGES + 1) * chunks * threads * ACCESS_BYTES + 2 * threads // 32 * 4
-    blocks = min(_SHARED_BYTES_OF_ALL // (shared_bytes + _SHARED_BYTES_OF_DRIVER), _THREADS_OF_ALL // threads)
-    constants = (*codes_of(parsed), ("CHUNKS", chunks), ("STAGES", _STAGES))
-    return FusedConfig("rms_norm.cu", threads, blocks, ctypes.sizeof(_Arguments), constants, shared_bytes)
+    constants = (*codes_of(parsed), ("CHUNKS", chunks))
+    return FusedConfig("rms_norm.cu", threads, _THREADS_OF_ALL // threads, ctypes.sizeof(_Arguments), constants)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,5 +60,5 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, fmt: str) -> tuple[
         *(address(t) for t in (rows, weight, q, s, factor)),
         rows.stride(0), q.stride(0), *s.stride(), *rows.shape, eps,
     )  # fmt: skip
-    start(config, rows.shape[0], arguments, x.device)
+    start_blocks(config, rows.shape[0], arguments, x.device)
     return q, s, factor

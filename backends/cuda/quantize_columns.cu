@@ -1,7 +1,58 @@
 // 128x1 groups of BF16, with or without 1x128 groups of the same tile: see columns.cuh.
+//
+// One block makes a tile. A thread keeps 8 rows of 8 columns in registers as they were read; each of the tile's scales is made
+// by one thread and handed around in shared memory, where the result is also turned.
 #include "columns.cuh"
 
 static_assert(THREADS == 256);
+// Columns from 64 on have the halves of each chunk in the other order, so that lanes 8 apart meet other banks. It takes one more
+// register, which the rows don't leave.
+constexpr bool SWAPS = !ROWS_TOO;
+
+// Zeros where `is_there` is false.
+DEVICE uint4 load_global4(const uint8* p, bool is_there) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(static_cast<uint32>(is_there)));
+    return v;
+}
+DEVICE void store_global4(uint8* p, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+DEVICE Place place_of(const Columns& p) {
+    int tiles = p.columns / 128, block = blockIdx.x;
+    int slab = block / (p.groups * p.slab), within = block - slab * p.groups * p.slab;
+    int width = min(p.slab, tiles - slab * p.slab), group = within / width;
+    Place place{slab * p.slab + within - group * width, group, 0, 0};
+    if (p.experts == 0) {
+        place.begin = group * GROUP;
+        place.end = min(place.begin + GROUP, p.rows);
+        return place;
+    }
+    const Rows rows = rows_of(p.ends, p.experts, group);
+    place.begin = rows.begin, place.end = rows.end;
+    return place;
+}
+
+// A tile of codes in shared memory, column by column; 16-byte chunks are permuted so that no bank is used twice.
+DEVICE int chunk_at(int column, int chunk) { return column * GROUP + ((chunk ^ (column / 8 & 7)) << 4); }
+
+DEVICE void store_turned(const Columns& p, const Place& place, const uint8* turned) {
+    // Blocks of experts are filled up with zeros; else the rows end within a tile, at a chunk.
+    int rows = p.experts != 0 ? GROUP : place.end - place.begin;
+    int chunk = threadIdx.x % 8;
+    if (chunk * 16 >= rows) return;
+    constexpr int STEP = THREADS / 8;  // columns at a time
+    int first = threadIdx.x / 8;
+    uint8* out = p.out + bytes(GROUP, place.group) + chunk * 16 + bytes(p.out_col, place.tile * 128 + first);
+#pragma unroll
+    for (int step = 0; step < 128 / STEP; ++step) {
+        uint4 v = *reinterpret_cast<const uint4*>(turned + chunk_at(first + step * STEP, chunk));
+        if (SWAPS && step * STEP >= 64) v = make_uint4(v.z, v.w, v.x, v.y);  // as `turn` stored them
+        store_global4(out + bytes(p.out_col, step * STEP), v);
+    }
+}
 
 // Magnitudes of pairs, of this lane and of the one with the same columns in the other half of the warp.
 DEVICE uint32 halves_of_warp(uint32 pair) { return reduce_larger(pair & 0x7fff7fffu, 16); }
@@ -17,11 +68,14 @@ DEVICE void write_rows(const Columns& p, const Place& place, const uint4 (&x)[8]
     }
 }
 
+// Where the reciprocal of a column's scale is: moved where lanes read each eighth column and would meet the same banks.
+DEVICE int slot_of(int column) { return SWAPS ? column % 8 * 16 + column / 8 : column; }
+
 DEVICE void turn(const uint4 (&x)[8], const Reciprocal* reciprocals, uint8* turned, int patch_row, int patch_col) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         int column = patch_col * 8 + j;
-        Reciprocal reciprocal = reciprocals[column];
+        Reciprocal reciprocal = reciprocals[slot_of(column)];
         float q[8];
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
@@ -29,7 +83,7 @@ DEVICE void turn(const uint4 (&x)[8], const Reciprocal* reciprocals, uint8* turn
             q[r] = quotient<KIND>(j % 2 == 0 ? first_of(pair) : second_of(pair), reciprocal);
         }
         uint2 codes = make_uint2(encode<E4M3>(q[0], q[1], q[2], q[3]), encode<E4M3>(q[4], q[5], q[6], q[7]));
-        *reinterpret_cast<uint2*>(turned + chunk_at<8>(column, patch_row / 2) + patch_row % 2 * 8) = codes;
+        *reinterpret_cast<uint2*>(turned + chunk_at(column, patch_row / 2) + (patch_row % 2 ^ (SWAPS ? column / 64 : 0)) * 8) = codes;
     }
 }
 
@@ -117,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
 #pragma unroll
         for (int w = 0; w < THREADS / 32; ++w) amax = max(amax, static_cast<uint32>(column_amax[w][t]));
         float scale = scale_of<E4M3, KIND>(first_of(amax));
-        reciprocals[t] = reciprocal<KIND>(scale);
+        reciprocals[slot_of(t)] = reciprocal<KIND>(scale);
         store_column_scale(p, place, t, scale);
     } else if (ROWS_TOO) {
         int row = t - 128;
@@ -130,5 +184,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
     turn(x, reciprocals, turned, patch_row, patch_col);
     __syncthreads();
     if (GATHERS != 0) place = kept;
-    store_turned<8, THREADS>(p, place, turned);
+    store_turned(p, place, turned);
 }

@@ -1,303 +1,278 @@
 // 128x1 groups of E4M3 data with 1x128 scales: see columns.cuh.
 //
+// A tile's codes are copied into shared memory as they are. Half a warp then takes 8 columns, a lane 8 rows of each: maxima are
+// exchanged between lanes, and because a lane's rows follow each other, its codes are stored as they come, 128 bytes of a
+// column by half a warp. So warps wait for each other once, and nothing is turned.
+//
 // Where old and new scales are powers of two and the tile's old ones are close together, it is computed in FP16, two
 // numbers at a time, which is exact: E4M3 numbers are multiples of 2^-9 below 512, so times 2^-15 they are multiples of
 // 2^-24, FP16's smallest number. Other tiles are computed in FP32.
 #include "columns.cuh"
+#include "halves.cuh"
 
-static_assert(THREADS == 128);
-constexpr bool IN_FP16 = KIND_IN != 0 && KIND != 0;
-constexpr int LARGEST_SHIFT = 15;
-
-// Exponents of scales that are far enough from FP32's smallest and largest.
-constexpr int LOWEST_EXPONENT = 127 - 60, HIGHEST_EXPONENT = 127 + 60;
+static_assert(THREADS == 256);
+constexpr bool IN_FP16 = KIND_IN != FP32 && KIND != FP32;
+constexpr int ROWS = 8, COLUMNS = 8, PAIRS = COLUMNS / 2, WARPS = THREADS / 32;  // ROWS, COLUMNS of a lane
 
 constexpr float SMALL = 0x1p-64f, LIFT = 0x1p64f;
 
-DEVICE uint32 bits_of(float x) { return __float_as_uint(x); }
-DEVICE float float_of(uint32 x) { return __uint_as_float(x); }
+struct Divisor {
+    float lifted, inverse, lift;
+};
+struct Shared {
+    uint4 tile[2][GROUP][8];  // of 16 codes; moved by the row's block of 8. The one at work and the next
+    uint4 sources[THREADS];  // of each thread's copies
+    int scale_sources[GROUP];
+    float scales_in[2][GROUP];
+    uint2 exponents[2][GROUP / 32];
+    uint16 factors[WARPS][2][COLUMNS];
+    Divisor divisors[WARPS][2][COLUMNS];
+};
 
-// Four codes as two FP16 pairs; exact.
-DEVICE void halves_of(uint32 codes, uint32& low, uint32& high) {
-    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, l;\n\tcvt.rn.f16x2.e4m3x2 %1, h;\n\t}"
-        : "=r"(low), "=r"(high) : "r"(codes));
-}
-DEVICE uint32 times_halves(uint32 a, uint32 b) {
-    uint32 d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-// Two FP16 pairs as E4M3 codes.
-DEVICE uint32 codes_of_halves(uint32 a, uint32 b) {
-    uint32 packed;
-    asm("{\n\t.reg .b16 low, high;\n\tcvt.rn.satfinite.e4m3x2.f16x2 low, %1;\n\t"
-        "cvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n\tmov.b32 %0, {low, high};\n\t}"
-        : "=r"(packed) : "r"(a), "r"(b));
-    return packed;
-}
-DEVICE float low_half(uint32 x) {
-    float f;
-    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %1;\n\tcvt.f32.f16 %0, l;\n\t}" : "=f"(f) : "r"(x));
-    return f;
-}
-// The word itself, which the compiler can't know: so what follows from it is computed again, and takes no registers before.
-DEVICE uint32 again(const Columns& p, uint32 word) { return word ^ (static_cast<uint32>(p.rows) >> 31); }
+static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "columns.py knows the layout of shared memory");
 
-// What divides any x: (lifted scale, its reciprocal); `is_small` where x has to be lifted as well.
-template <int KIND>
-DEVICE float2 wide_divisor_of(float scale, bool& is_small) {
-    is_small = false;
-    if (KIND != FP32) return make_float2(reciprocal<KIND>(scale).high, 0.0f);
-    is_small = scale < SMALL;
-    float lifted = is_small ? __fmul_rn(scale, LIFT) : scale;
-    float inverse = reciprocal_approximate(lifted);
-    inverse = __fmaf_rn(__fmaf_rn(-inverse, lifted, 1.0f), inverse, inverse);
-    if ((bits_of(lifted) & 0x007fffffu) == 0x007fffffu) inverse = float_of(bits_of(inverse) + 1);
-    return make_float2(lifted, inverse);
+struct Lane {
+    int lane, warp, half, block, stage;  // `half`: of 16 columns; `block`: of 8 rows
+};
+// Lanes that read at the same time have both halves of 8 different 16 bytes.
+DEVICE Lane lane_of(int stage) {
+    const int lane = threadIdx.x % 32;
+    return {lane, static_cast<int>(threadIdx.x / 32), lane / 8 % 2, lane % 8 + lane / 16 * 8, stage};
 }
-template <int KIND, bool LIFTS>
-DEVICE float wide_quotient(float x, float2 divisor, float lift) {
-    if (KIND != FP32) return __fmul_rn(x, divisor.x);
-    if (LIFTS) x = __fmul_rn(x, lift);
-    float q = __fmul_rn(x, divisor.y);
-    // The signs keep a negative zero: see numerics.py.
-    q = __fmaf_rn(__fmaf_rn(q, divisor.x, -x), -divisor.y, q);
-    return __fmaf_rn(__fmaf_rn(q, divisor.x, -x), -divisor.y, q);
+DEVICE uint2 codes_at(const Shared& shared, const Lane& at, int row) {
+    return reinterpret_cast<const uint2*>(&shared.tile[at.stage][at.block * ROWS + row][at.warp ^ at.block % 8])[at.half];
 }
 
-// The tile in FP16, relative to the largest scale, 2^(top - 127); false where a column's numbers are too small for that.
-DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, const uint4 (&x)[8], const float (&scales)[8],
-                                uint32 top, uint32 (&amaxima)[THREADS / 32][128], uint16* factors, uint8* turned,
-                                int patch_row, int patch_col) {
-    int t = threadIdx.x, warp = t / 32, lane = t % 32;
-    uint32 columns[8], shifts[8];
-#pragma unroll
-    for (int r = 0; r < 8; ++r) {
-        // 2^(exponent - top) twice in FP16; a multiple of 2^-15, which is subnormal there.
-        uint32 exponent = bits_of(scales[r]) >> 23;
-        int shift = static_cast<int>(exponent) - static_cast<int>(top);
-        uint32 factor = exponent == 0 ? 0u : shift >= -14 ? static_cast<uint32>(shift + 15) << 10 : 0x200u;
-        shifts[r] = factor | factor << 16;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            uint32 low, high;
-            halves_of(word_of(x[r], j), low, high);
-            low = times_halves(low, shifts[r]), high = times_halves(high, shifts[r]);
-            low &= 0x7fff7fffu, high &= 0x7fff7fffu;
-            columns[2 * j] = r == 0 ? low : larger_bits(columns[2 * j], low);
-            columns[2 * j + 1] = r == 0 ? high : larger_bits(columns[2 * j + 1], high);
-        }
-    }
-    // Lanes l, l ^ 8, l ^ 16, l ^ 24 have the same columns: each ends up with two words of four.
-    bool upper = lane & 8, second = lane & 16;
-    uint32 part[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) part[j] = exchange_larger(columns[j], columns[4 + j], 8, upper);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) part[j] = exchange_larger(part[j], part[2 + j], 16, second);
-    *reinterpret_cast<uint2*>(&amaxima[warp][patch_col * 8 + (upper ? 4 : 0) + (second ? 2 : 0)]) =
-        make_uint2(part[0], part[1]);
-    __syncthreads();
-
-    uint32 amax = 0;
-#pragma unroll
-    for (int w = 0; w < THREADS / 32; ++w)
-        amax = max(amax, static_cast<uint32>(reinterpret_cast<const uint16*>(amaxima[w])[t]));
-    float scale = 1.0f;
-    int shift = 0;
-    uint32 factor = 0x3c00u;
-    if (amax > 0x7c00u) {
-        scale = float_of(NAN_BITS);
-        factor = 0x7fffu;
-    } else if (amax != 0) {
-        scale = scale_of<E4M3, KIND>(__fmul_rn(low_half(amax), float_of(top << 23)));
-        shift = static_cast<int>(top) - static_cast<int>(bits_of(scale) >> 23);
-        factor = static_cast<uint32>(shift + 15) << 10;
-    }
-    factors[t] = static_cast<uint16>(factor);
-    if (__syncthreads_or(shift > LARGEST_SHIFT)) return false;
-    store_column_scale(p, place, t, scale);
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-        uint32 shifted[8][2];
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-            halves_of(again(p, word_of(x[r], word)), shifted[r][0], shifted[r][1]);
-            shifted[r][0] = times_halves(shifted[r][0], shifts[r]);
-            shifted[r][1] = times_halves(shifted[r][1], shifts[r]);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int column = patch_col * 16 + word * 4 + half * 2;
-            uint32 pair = *reinterpret_cast<const uint32*>(&factors[column]);
-            uint32 codes[4];  // rows 2i, 2i + 1 of both columns
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                codes[i] = codes_of_halves(times_halves(shifted[2 * i][half], pair),
-                                           times_halves(shifted[2 * i + 1][half], pair));
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                uint32 order = side == 0 ? 0x6420 : 0x7531;
-                *reinterpret_cast<uint2*>(turned + chunk_at<16>(column + side, patch_row / 2) + patch_row % 2 * 8) =
-                    make_uint2(__byte_perm(codes[0], codes[1], order), __byte_perm(codes[2], codes[3], order));
-            }
-        }
-    }
-    __syncthreads();
-    store_turned<16, THREADS>(p, place, turned);
-    return true;
-}
-
-// The patch's codes in 4-byte words: as they were read, or read again. Tiles whose FP16 form did not fit are few, and
-// keeping what they need would cost all the others registers.
-template <bool REREADS>
-struct Words {
-    const uint4 (&x)[8];
-    const uint8* data;
+struct Output {
+    uint8* out;
     uint32 stride;
-    const int* sources;
-    int rows;
-
-    DEVICE uint32 at(int r, int word) const {
-        if (!REREADS) return word_of(x[r], word);
-        uint32 codes = 0;
-        if (r < rows)
-            codes = *reinterpret_cast<const uint32*>(data + bytes(stride, GATHERS != 0 ? sources[r] : r) + word * 4);
-        return codes;
+    bool exists;
+    DEVICE void store(int column, uint32 first, uint32 second) const {
+        store_global2(out + static_cast<uint64>(stride) * column, make_uint2(first, second), exists);
     }
 };
 
-template <bool REREADS>
-DEVICE void amaxima_of(const Words<REREADS>& words, const float (&scales)[8], uint32* amaxima, int patch_col) {
-#pragma unroll REREADS ? 1 : 4
-    for (int word = 0; word < 4; ++word) {
-        uint32 amax[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-            float numbers[4];
-            decode<E4M3>(words.at(r, word), numbers);
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                amax[j] = max(amax[j], bits_of(__fmul_rn(numbers[j], scales[r])) & 0x7fffffffu);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            amax[j] = max(amax[j], __shfl_xor_sync(ALL_LANES, amax[j], 8));
-            amax[j] = max(amax[j], __shfl_xor_sync(ALL_LANES, amax[j], 16));
-        }
-        if (threadIdx.x % 32 < 8)
-            *reinterpret_cast<uint4*>(amaxima + patch_col * 16 + word * 4) =
-                make_uint4(amax[0], amax[1], amax[2], amax[3]);
-    }
+// The larger magnitude, NaN above all, with a sign that means nothing.
+DEVICE uint32 larger_float(uint32 a, uint32 b) {
+    float x;
+    asm("max.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(x) : "f"(float_of(a)), "f"(float_of(b)));
+    return bits_of(x);
+}
+DEVICE uint32 exchange_words(uint32 a, uint32 b, int distance, bool keeps_second) {
+    const uint32 kept = keeps_second ? b : a, given = keeps_second ? a : b;
+    return max(kept, __shfl_xor_sync(ALL_LANES, given, distance));
 }
 
-template <bool REREADS, bool LIFTS>
-DEVICE void turn(const Columns& p, const Words<REREADS>& words, const float (&scales)[8], const float2* divisors, const float* lifts_of,
-                 uint8* turned, int patch_row, int patch_col) {
-#pragma unroll REREADS ? 1 : 4
-    for (int word = 0; word < 4; ++word) {
-        float q[4][8];
+// The tile in FP16, relative to the largest scale, 2^(top - 127); false where a column's numbers are too small for that.
+DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, Shared& shared, const Lane& at, uint32 top, const Output& output) {
+    uint32 x[ROWS][PAIRS], amax[PAIRS];
+    const float unit = float_of((254 - top) << 23);
+    const float4* scales = reinterpret_cast<const float4*>(&shared.scales_in[at.stage][at.block * ROWS]);
 #pragma unroll
-        for (int r = 0; r < 8; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
+        const float4 four = scales[r / 4];
+        const float scale = r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
+        const uint32 factor = twice_half(__fmul_rn(scale, unit));  // a multiple of 2^-15; 0 where there is no row
+        const uint2 codes = codes_at(shared, at, r);
+        halves_of(codes.x, x[r][0], x[r][1]);
+        halves_of(codes.y, x[r][2], x[r][3]);
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            x[r][i] = times_halves(x[r][i], factor);
+            amax[i] = r == 0 ? x[r][i] : larger_halves(amax[i], x[r][i]);
+        }
+    }
+    const bool bit16 = at.lane & 16, bit4 = at.lane & 4, bit2 = at.lane & 2;
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) amax[i] &= 0x7fff7fffu;
+    uint32 both = exchange_larger(exchange_larger(amax[0], amax[2], 16, bit16), exchange_larger(amax[1], amax[3], 16, bit16), 4, bit4);
+    both = reduce_larger(reduce_larger(both, 2), 1);
+    const int own = (bit16 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0);
+    const uint32 own_amax = bit2 ? both >> 16 : both & 0xffffu;
+    float scale = 1.0f;
+    int shift = 0;
+    uint32 factor = 0x3c00u;
+    if (own_amax > 0x7c00u) {
+        scale = float_of(NAN_BITS);
+        factor = 0x7fffu;
+    } else if (own_amax != 0) {
+        scale = scale_of<E4M3, KIND>(__fmul_rn(low_half(own_amax), float_of(top << 23)));
+        shift = static_cast<int>(top) - static_cast<int>(bits_of(scale) >> 23);
+        factor = static_cast<uint32>(shift + 15) << 10;
+    }
+    if (__any_sync(ALL_LANES, shift > LARGEST_SHIFT)) return false;
+    if (at.lane % 2 == 0) {
+        shared.factors[at.warp][at.half][own] = static_cast<uint16>(factor);
+        store_column_scale(p, place, at.warp * 16 + at.half * 8 + own, scale);
+    }
+    __syncwarp();
+    const uint4 factors = *reinterpret_cast<const uint4*>(shared.factors[at.warp][at.half]);
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+        const uint32 of = word_of(factors, i);
+        uint32 codes[4];  // rows 2k, 2k + 1 of both columns
+#pragma unroll
+        for (int k = 0; k < 4; ++k) codes[k] = codes_of_halves(times_halves(x[2 * k][i], of), times_halves(x[2 * k + 1][i], of));
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const uint32 order = side == 0 ? 0x6420 : 0x7531;
+            output.store(2 * i + side, __byte_perm(codes[0], codes[1], order), __byte_perm(codes[2], codes[3], order));
+        }
+    }
+    return true;
+}
+
+// What divides any x: (lifted scale, its reciprocal, what x is lifted with).
+DEVICE Divisor divisor_of(float scale) {
+    if (KIND != FP32) return {reciprocal<KIND>(scale).high, 0.0f, 1.0f};
+    const float lift = scale < SMALL ? LIFT : 1.0f, lifted = __fmul_rn(scale, lift);
+    float inverse = reciprocal_approximate(lifted);
+    inverse = __fmaf_rn(__fmaf_rn(-inverse, lifted, 1.0f), inverse, inverse);
+    if ((bits_of(lifted) & 0x007fffffu) == 0x007fffffu) inverse = float_of(bits_of(inverse) + 1);
+    return {lifted, inverse, lift};
+}
+template <bool LIFTS>
+DEVICE float wide_quotient(float x, const Divisor& divisor) {
+    if (KIND != FP32) return __fmul_rn(x, divisor.lifted);
+    if (LIFTS) x = __fmul_rn(x, divisor.lift);
+    float q = __fmul_rn(x, divisor.inverse);
+    // The signs keep a negative zero: see numerics.py.
+    q = __fmaf_rn(__fmaf_rn(q, divisor.lifted, -x), -divisor.inverse, q);
+    return __fmaf_rn(__fmaf_rn(q, divisor.lifted, -x), -divisor.inverse, q);
+}
+
+template <bool LIFTS>
+DEVICE void divide(const Shared& shared, const Lane& at, const float (&scales)[ROWS], const Divisor* divisors, const Output& output) {
+#pragma unroll 1
+    for (int word = 0; word < 2; ++word) {
+        float q[4][ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const uint2 codes = codes_at(shared, at, r);
             float numbers[4];
-            decode<E4M3>(again(p, words.at(r, word)), numbers);
+            decode<E4M3>(word == 0 ? codes.x : codes.y, numbers);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                int column = patch_col * 16 + word * 4 + j;
-                q[j][r] = wide_quotient<KIND, LIFTS>(__fmul_rn(numbers[j], scales[r]), divisors[column],
-                                                     LIFTS ? lifts_of[column] : 1.0f);
-            }
+            for (int j = 0; j < 4; ++j) q[j][r] = __fmul_rn(numbers[j], scales[r]);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            int column = patch_col * 16 + word * 4 + j;
-            uint2 codes = make_uint2(encode<E4M3>(q[j][0], q[j][1], q[j][2], q[j][3]),
-                                     encode<E4M3>(q[j][4], q[j][5], q[j][6], q[j][7]));
-            *reinterpret_cast<uint2*>(turned + chunk_at<16>(column, patch_row / 2) + patch_row % 2 * 8) = codes;
+            const Divisor divisor = divisors[word * 4 + j];
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) q[j][r] = wide_quotient<LIFTS>(q[j][r], divisor);
+            output.store(word * 4 + j, encode<E4M3>(q[j][0], q[j][1], q[j][2], q[j][3]), encode<E4M3>(q[j][4], q[j][5], q[j][6], q[j][7]));
         }
     }
 }
 
 // The tile in FP32.
-template <bool REREADS>
-DEVICE void requantize_in_fp32(const Columns& p, const Place& place, const Words<REREADS>& words, const float (&scales)[8],
-                               uint32 (&amaxima)[THREADS / 32][128], float2* divisors, float* lifts_of, uint8* turned,
-                               int patch_row, int patch_col) {
-    int t = threadIdx.x;
-    amaxima_of(words, scales, amaxima[t / 32], patch_col);
-    __syncthreads();
-    uint32 amax = 0;
+DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& shared, const Lane& at, const Output& output) {
+    float scales[ROWS];
+    uint32 amax[COLUMNS] = {};
 #pragma unroll
-    for (int w = 0; w < THREADS / 32; ++w) amax = max(amax, amaxima[w][t]);
-    float scale = scale_of<E4M3, KIND>(float_of(amax));
-    bool is_small;
-    divisors[t] = wide_divisor_of<KIND>(scale, is_small);
-    store_column_scale(p, place, t, scale);
-    lifts_of[t] = is_small ? LIFT : 1.0f;
-    if (__syncthreads_or(is_small))
-        turn<REREADS, true>(p, words, scales, divisors, lifts_of, turned, patch_row, patch_col);
+    for (int r = 0; r < ROWS; ++r) scales[r] = shared.scales_in[at.stage][at.block * ROWS + r];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const uint2 codes = codes_at(shared, at, r);
+        float numbers[COLUMNS];
+        decode<E4M3>(codes.x, numbers);
+        decode<E4M3>(codes.y, numbers + 4);
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) amax[j] = larger_float(amax[j], bits_of(__fmul_rn(numbers[j], scales[r])));
+    }
+    const bool bit16 = at.lane & 16, bit4 = at.lane & 4, bit2 = at.lane & 2;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) amax[j] &= 0x7fffffffu;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) amax[j] = exchange_words(amax[j], amax[4 + j], 16, bit16);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) amax[j] = exchange_words(amax[j], amax[2 + j], 4, bit4);
+    uint32 most = exchange_words(amax[0], amax[1], 2, bit2);
+    most = max(most, __shfl_xor_sync(ALL_LANES, most, 1));
+    const int own = (bit16 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0);
+    const float scale = scale_of<E4M3, KIND>(float_of(most));
+    const Divisor divisor = divisor_of(scale);
+    if (at.lane % 2 == 0) {
+        store_column_scale(p, place, at.warp * 16 + at.half * 8 + own, scale);
+        shared.divisors[at.warp][at.half][own] = divisor;
+    }
+    __syncwarp();
+    if (__any_sync(ALL_LANES, divisor.lift != 1.0f))
+        divide<true>(shared, at, scales, shared.divisors[at.warp][at.half], output);
     else
-        turn<REREADS, false>(p, words, scales, divisors, lifts_of, turned, patch_row, patch_col);
-    __syncthreads();
-    store_turned<16, THREADS>(p, place, turned);
+        divide<false>(shared, at, scales, shared.divisors[at.warp][at.half], output);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    fp8c_requantize_columns(const __grid_constant__ Columns p) {
-    __shared__ alignas(128) uint8 turned[GROUP * 128];
-    __shared__ alignas(16) uint32 amaxima[THREADS / 32][128];
-    __shared__ int sources[GROUP];
-    __shared__ float scales_in[GROUP];
-    __shared__ uint2 exponents[THREADS / 32];
-    __shared__ alignas(16) float2 divisors[128];
-    __shared__ float lifts_of[128];
-    __shared__ alignas(16) uint16 factors[128];
-
-    Place place = place_of(p);
-    int t = threadIdx.x, warp = t / 32, lane = t % 32;
-    int patch_col = lane % 8, patch_row = warp * 4 + lane / 8;
-
-    // Thread t looks after row t, and later after column t.
-    bool is_row = place.begin + t < place.end;
-    int source = is_row ? source_of(p, place.begin + t) : 0;
-    int first = place.begin + patch_row * 8;
-    const uint8* data = p.data + place.tile * 128 + patch_col * 16;
-    if (GATHERS != 0) {
-        sources[t] = source;
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_columns(const __grid_constant__ Columns p) {
+    extern __shared__ __align__(128) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    constexpr int COPIES = GROUP * 8 / THREADS;  // of a thread
+    const int thread = threadIdx.x;
+    const int runs = (p.columns / 128 + p.slab - 1) / p.slab;
+    const int slab = blockIdx.x / (p.groups * WIDE), within = blockIdx.x - slab * p.groups * WIDE;
+    const int width = WIDE == 1 ? 1 : min(WIDE, runs - slab * WIDE), group = within / width, run = slab * WIDE + within - group * width;
+    const int end = min((run + 1) * p.slab, p.columns / 128);
+    Place place = {run * p.slab, group, group * GROUP, min(group * GROUP + GROUP, p.rows)};
+    if (p.experts != 0) {
+        const Rows rows = rows_of(p.ends, p.experts, group);
+        place.begin = rows.begin, place.end = rows.end;
+    }
+    static_assert(COPIES == 4);
+    int sources[COPIES];
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) {
+        const int row = place.begin + thread / 8 + i * (THREADS / 8);
+        sources[i] = row < place.end ? source_of(p, row) : 0;
+    }
+    // Kept here, they take no registers.
+    shared.sources[thread] = make_uint4(sources[0], sources[1], sources[2], sources[3]);
+    const int rows = place.end - place.begin;
+    const bool is_row = thread < min(rows, GROUP);
+    if (is_row) shared.scale_sources[thread] = source_of(p, place.begin + thread);
+    float scale = 0.0f;
+    auto fetch = [&](int tile, int stage) {
+        const int thread = thread_index_again();
+        const uint4 from = read_again(shared.sources[thread]);
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+            const int row = thread / 8 + i * (THREADS / 8);
+            copy_async<16>(&shared.tile[stage][row][thread % 8 ^ row / 8 % 8],
+                           p.data + bytes(p.data_row, word_of(from, i)) + (tile * 128 + thread % 8 * 16), row < rows);
+        }
+        if (is_row) {
+            const int source = *static_cast<volatile int*>(&shared.scale_sources[thread]);
+            scale = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, source) + bytes(p.scale_in_col, tile), 0);
+        }
+    };
+    fetch(place.tile, 0);
+    for (int stage = 0;; stage ^= 1) {
+        const int thread = thread_index_again();
+        if (thread < GROUP) {
+            shared.scales_in[stage][thread] = scale;
+            if constexpr (IN_FP16) {
+                const uint32 exponent = bits_of(scale) >> 23;
+                const uint32 low = __reduce_min_sync(ALL_LANES, is_row ? exponent : 255);
+                const uint32 high = __reduce_max_sync(ALL_LANES, is_row ? exponent : 0);
+                if (thread % 32 == 0) shared.exponents[stage][thread / 32] = make_uint2(low, high);
+            }
+        }
+        wait_for_copies();
         __syncthreads();
-    } else {
-        data += bytes(p.data_row, first);
-    }
-    float scale_in = 0.0f;
-    if (is_row) scale_in = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, source) + bytes(p.scale_in_col, place.tile), 0);
-    uint4 x[8];
-#pragma unroll
-    for (int r = 0; r < 8; ++r)
-        x[r] = load_global4(data + bytes(p.data_row, GATHERS != 0 ? sources[patch_row * 8 + r] : r), first + r < place.end);
+        if (place.tile + 1 < end) fetch(place.tile + 1, stage ^ 1);
 
-    scales_in[t] = scale_in;
-    bool is_exact = false;
-    uint32 top = 0;
-    if (IN_FP16) {
-        uint32 exponent = bits_of(scale_in) >> 23;
-        uint32 low = __reduce_min_sync(ALL_LANES, is_row ? exponent : 255);
-        uint32 high = __reduce_max_sync(ALL_LANES, is_row ? exponent : 0);
-        if (lane == 0) exponents[warp] = make_uint2(low, high);
-    }
-    __syncthreads();
-    if (IN_FP16) {
-        uint32 bottom = 255;
+        const Lane at = lane_of(stage);
+        // Blocks of experts are filled up with zeros.
+        const Output output = {p.out + bytes(GROUP, group) + at.block * ROWS + bytes(p.out_col, place.tile * 128 + at.warp * 16 + at.half * 8),
+                               p.out_col, p.experts != 0 || at.block * ROWS < rows};
+        bool is_done = false;
+        if constexpr (IN_FP16) {
+            uint32 bottom = 255, top = 0;
 #pragma unroll
-        for (int w = 0; w < THREADS / 32; ++w) bottom = min(bottom, exponents[w].x), top = max(top, exponents[w].y);
-        is_exact = bottom >= LOWEST_EXPONENT && top <= HIGHEST_EXPONENT && top - bottom <= LARGEST_SHIFT;
+            for (int w = 0; w < GROUP / 32; ++w)
+                bottom = min(bottom, shared.exponents[stage][w].x), top = max(top, shared.exponents[stage][w].y);
+            if (bottom >= LOWEST_EXPONENT && top <= HIGHEST_EXPONENT && top - bottom <= LARGEST_SHIFT)
+                is_done = requantized_in_fp16(p, place, shared, at, top, output);
+        }
+        if (!is_done) requantize_in_fp32(p, place, shared, at, output);
+        if (++place.tile == end) return;
     }
-    float scales[8];
-#pragma unroll
-    for (int r = 0; r < 8; ++r) scales[r] = scales_in[patch_row * 8 + r];
-
-    // The same for all threads.
-    if (IN_FP16 && is_exact && requantized_in_fp16(p, place, x, scales, top, amaxima, factors, turned, patch_row, patch_col))
-        return;
-    Words<IN_FP16> words{x, data, p.data_row, sources + patch_row * 8, place.end - first};
-    requantize_in_fp32(p, place, words, scales, amaxima, divisors, lifts_of, turned, patch_row, patch_col);
 }

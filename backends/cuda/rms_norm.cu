@@ -1,8 +1,9 @@
 // RMSNorm and the quantize behind it from one read; fp8c/ops/norm.py says what is computed.
 //
-// Legend: R rows, C columns. A block takes one row after another, a thread CHUNKS runs of 8 columns of each, which stay in
-//   registers between the sum of squares and the quantize; meanwhile the next row is on its way to shared memory, where the
-//   thread that asked for it alone reads it. 16 lanes share a group of 128 columns; its scale is made by one lane or two.
+// Legend: R rows, C columns. A block takes a row, a thread CHUNKS runs of 8 columns of it, which stay in registers between the
+//   sum of squares and the quantize. 16 lanes share a group of 128 columns; its scale is made by one lane or two. The weight is
+//   read from the L1 cache, where the block before has left it. Blocks that take one row after another were slower: the SMs
+//   don't get the same share of the memory's bandwidth, and the slowest had as many rows as the others.
 
 #include "config.cuh"
 #include "numerics.cuh"
@@ -43,93 +44,63 @@ DEVICE constexpr int maker_of(int chunk) {
     return lane;
 }
 
-struct Shared {
-    uint4 weight[CHUNKS][THREADS];
-    uint4 x[STAGES][CHUNKS][THREADS];
-    float sums[2][THREADS / 32];  // of squares; two, so that one barrier a row is enough
-};
-static_assert((sizeof(Shared) + 15) / 16 == (SHARED_BYTES_OF_HOST + 15) / 16, "config and kernel disagree on the layout of shared memory");
-
-DEVICE void fetch(Shared& shared, const Arguments& a, int stage, int64 row) {
-    const uint4* x = reinterpret_cast<const uint4*>(a.x + row * a.x_row);
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        const int run = i * THREADS + threadIdx.x;
-        copy_async<16>(&shared.x[stage][i][threadIdx.x], x + run, run < a.C / 8);
-    }
-}
+DEVICE uint4 load(const uint16* p, int run) { return __ldg(reinterpret_cast<const uint4*>(p) + run); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_rms_norm(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(16) char memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    __shared__ float sums[THREADS / 32];  // of squares
     const int thread = threadIdx.x, lane = thread % 32, runs = a.C / 8;
-    const uint4* weights = reinterpret_cast<const uint4*>(a.weight);
+    const int64 row = blockIdx.x;
+    uint4 y[CHUNKS];
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         const int run = i * THREADS + thread;
-        copy_async<16>(&shared.weight[i][thread], weights + run, run < runs);
+        y[i] = run < runs ? load(a.x + row * a.x_row, run) : uint4{};
     }
-    int ahead = blockIdx.x, stage = 0, parity = 0;
+    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++, ahead += gridDim.x) {
-        if (ahead < a.R) fetch(shared, a, i, ahead);
-        close_copies();
+    for (int i = 0; i < CHUNKS; i++)
+        sum = add_squares(add_squares(add_squares(add_squares(sum, y[i].x), y[i].y), y[i].z), y[i].w);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    if (lane == 0) sums[thread / 32] = sum;
+    __syncthreads();
+    sum = sums[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / 32; i++) sum += sums[i];
+    const float factor = rsqrtf(__fadd_rn(__fdiv_rn(sum, static_cast<float>(a.C)), a.eps));
+    if (thread == 0) a.factor[row] = factor;
+    uint32 chunk_amax[2 * WORDS] = {};
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        const int run = i * THREADS + thread;
+        const uint4 weight = run < runs ? load(a.weight, run) : uint4{};
+        y[i] = {scaled(y[i].x, factor, weight.x), scaled(y[i].y, factor, weight.y), scaled(y[i].z, factor, weight.z),
+                scaled(y[i].w, factor, weight.w)};
+        chunk_amax[i] = larger_of(y[i]);
     }
-    for (int index = blockIdx.x; index < a.R; index += gridDim.x, ahead += gridDim.x) {
-        if (ahead < a.R) fetch(shared, a, stage == 0 ? STAGES - 1 : stage - 1, ahead);
-        close_copies();
-        wait_for_copies_but<STAGES - 1>();
-        const int64 row = index;
-        uint4 y[CHUNKS];
-        float sum = 0.0f;
+    uint32 amax[WORDS];
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            y[i] = shared.x[stage][i][thread];
-            sum = add_squares(add_squares(add_squares(add_squares(sum, y[i].x), y[i].y), y[i].z), y[i].w);
-        }
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
+    for (int i = 0; i < WORDS; i++) amax[i] = side_by_side(chunk_amax[2 * i], chunk_amax[2 * i + 1]);
+    int word = 0, distance = 8;
 #pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-        if (lane == 0) shared.sums[parity][thread / 32] = sum;
-        __syncthreads();
-        sum = shared.sums[parity][0];
+    for (int words = WORDS; words > 1; words /= 2, distance /= 2) {
+        const bool keeps_second = lane & distance;
 #pragma unroll
-        for (int i = 1; i < THREADS / 32; i++) sum += shared.sums[parity][i];
-        parity ^= 1;
-        const float factor = rsqrtf(__fadd_rn(__fdiv_rn(sum, static_cast<float>(a.C)), a.eps));
-        if (thread == 0) a.factor[row] = factor;
-        uint32 chunk_amax[2 * WORDS] = {};
+        for (int i = 0; i < words / 2; i++) amax[i] = exchange_larger(amax[i], amax[i + words / 2], distance, keeps_second);
+        word += keeps_second ? words / 2 : 0;
+    }
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            const uint4 weight = shared.weight[i][thread];
-            y[i] = {scaled(y[i].x, factor, weight.x), scaled(y[i].y, factor, weight.y), scaled(y[i].z, factor, weight.z),
-                    scaled(y[i].w, factor, weight.w)};
-            chunk_amax[i] = larger_of(y[i]);
-        }
-        uint32 amax[WORDS];
+    for (; distance > 0; distance /= 2) amax[0] = reduce_larger(amax[0], distance);
+    const bool is_second = lane & HALF;
+    const float scale = scale_of<ELEMENT, KIND>(is_second ? second_of(amax[0]) : first_of(amax[0]));
+    const Reciprocal r = reciprocal<KIND>(scale);
+    const int own = 2 * word + is_second, group = own * (THREADS / 16) + thread / 16;
+    if (lane % HALF == 0 && own < CHUNKS && group < a.C / 128) store_scale<KIND>(a.s, row * a.s_row + group * a.s_col, scale);
+    uint2* q = reinterpret_cast<uint2*>(a.q + row * a.q_row);
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) amax[i] = side_by_side(chunk_amax[2 * i], chunk_amax[2 * i + 1]);
-        int word = 0, distance = 8;
-#pragma unroll
-        for (int words = WORDS; words > 1; words /= 2, distance /= 2) {
-            const bool keeps_second = lane & distance;
-#pragma unroll
-            for (int i = 0; i < words / 2; i++) amax[i] = exchange_larger(amax[i], amax[i + words / 2], distance, keeps_second);
-            word += keeps_second ? words / 2 : 0;
-        }
-#pragma unroll
-        for (; distance > 0; distance /= 2) amax[0] = reduce_larger(amax[0], distance);
-        const bool is_second = lane & HALF;
-        const float scale = scale_of<ELEMENT, KIND>(is_second ? second_of(amax[0]) : first_of(amax[0]));
-        const Reciprocal r = reciprocal<KIND>(scale);
-        const int own = 2 * word + is_second, group = own * (THREADS / 16) + thread / 16;
-        if (lane % HALF == 0 && own < CHUNKS && group < a.C / 128) store_scale<KIND>(a.s, row * a.s_row + group * a.s_col, scale);
-        uint2* q = reinterpret_cast<uint2*>(a.q + row * a.q_row);
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            const int run = i * THREADS + thread;
-            const uint2 codes = codes_of<ELEMENT, KIND>(y[i], reciprocal_of_lane<KIND>(r, maker_of(i)));
-            if (run < runs) q[run] = codes;
-        }
+    for (int i = 0; i < CHUNKS; i++) {
+        const int run = i * THREADS + thread;
+        const uint2 codes = codes_of<ELEMENT, KIND>(y[i], reciprocal_of_lane<KIND>(r, maker_of(i)));
+        if (run < runs) q[run] = codes;
     }
 }

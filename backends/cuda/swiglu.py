@@ -11,13 +11,23 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fp8c.backends.cuda.fused import ACCESS_BYTES, FusedConfig, address, check_rows, codes_of, start
+from fp8c.backends.cuda.fused import FusedConfig, address, check_rows, codes_of, start, start_blocks
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.ops import empty_quantized, quantized_format, restarts
 
 ROW, COLUMN = (1, 128), (128, 1)
 THREADS, BLOCKS = 256, 2  # of a block, of a multiprocessor
-_SHARED_BYTES = 3 * 8 * THREADS * ACCESS_BYTES + 2 * 128 * 8 + 4 * 3 * 64 * 4 + 128 * 16 + 2 * 3 * 128 * 8 + 32
+# The tile's inputs, sums of each 4 columns, scales of the inputs, reciprocals of rows and columns, where the tiles are.
+_SHARED_BYTES = 2 * 128 * 256 + 32 * 137 * 4 + 128 * 16 + 128 * 2 * 8 + 16 * 3 * 4 * 8 + 2 * 16 + 16
+
+
+_ADD_THREADS, _ADD_BLOCKS = 128, 8
+
+
+class _Parts(ctypes.Structure):
+    """`Arguments` in add_parts.cu."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("parts", "total")] + [(name, ctypes.c_int) for name in ("P", "R")]
 
 
 class _Arguments(ctypes.Structure):
@@ -28,6 +38,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("h", "hs", "dt", "dts")),
         *((f"{name}_{axis}", ctypes.c_longlong) for name in ("cs", "ds", "hs", "dts") for axis in ("row", "col")),
         *((name, ctypes.c_int) for name in ("dh_row", "c_row", "d_row", "h_col", "dt_col", "R", "F", "E", "groups")),
+        ("claimed", ctypes.c_void_p),
     ]
 
 
@@ -52,7 +63,9 @@ def backward_config(
     formats = (*codes_of(d), *codes_of(kept, "_C"), *codes_of(h, "_H"), *codes_of(dt, "_T"))
     constants = (*formats, ("WEIGHTED", weight is not None), ("EXPERTS", offs is not None))
     size = ctypes.sizeof(_Arguments)
-    return FusedConfig("swiglu_backward.cu", THREADS, BLOCKS, size, constants, _SHARED_BYTES)
+    add = FusedConfig("add_parts.cu", _ADD_THREADS, _ADD_BLOCKS, ctypes.sizeof(_Parts), ())
+    then = None if weight is None else add
+    return FusedConfig("swiglu_backward.cu", THREADS, BLOCKS, size, constants, _SHARED_BYTES, then=then)
 
 
 def swiglu_backward_quantize(
@@ -77,11 +90,17 @@ def swiglu_backward_quantize(
     weight = None if weight is None else weight.float().contiguous()
     experts, groups = 0 if offs is None else offs.shape[0], hs.shape[0]
     ends = None if offs is None else offs.to(torch.int32).contiguous()
-    parts = dh.new_empty((features // 128, rows if weight is not None else 0), dtype=torch.float32)
+    given = rows if weight is not None else 0
+    parts, dweight = (dh.new_empty(shape, dtype=torch.float32) for shape in ((features // 128, given), (given, 1)))
+    claimed = torch.zeros(1, device=dh.device, dtype=torch.int32)
     arguments = _Arguments(
         *(address(x) for x in (dh, q, s, weight, ends, d, ds, parts, h, hs, dt, dts)),
         *s.stride(), *ds.stride(), *hs.stride(), *dts.stride(),
         dh.stride(0), q.stride(0), d.stride(0), h.stride(1), dt.stride(1), rows, features, experts, groups,
+        address(claimed),
     )  # fmt: skip
     start(config, groups * (features // 128), arguments, dh.device)
-    return h, hs, d, ds, dt, dts, parts.sum(0)[:, None]
+    if config.then is not None:
+        sizes = _Parts(address(parts), address(dweight), features // 128, rows)
+        start_blocks(config.then, -(-rows // _ADD_THREADS), sizes, dh.device)
+    return h, hs, d, ds, dt, dts, dweight

@@ -2,16 +2,14 @@
 // columns, the gradient of the router's weight. fp8c/ops/swiglu.py says what is computed.
 //
 // Legend: R rows, F features, E experts. A tile is 128 rows by 128 features: one group of each row and of each column. Blocks
-//   stay and take one tile after another, in three rounds:
-//     1. a thread computes 8 rows by 8 features: h and the two gradients go to shared memory, in BF16; magnitudes are reduced
-//        over the lanes that share a row or a column
-//     2. each of the 256 + 384 scales is made once, by one thread
-//     3. quantized along columns, a thread with 16 rows of two columns, and along rows, 8 columns of a row: 8 lanes and 16
-//        fill a line of 128 bytes. What has been read makes room for the next tile's inputs, which arrive meanwhile: dh where
-//        h was, codes where the gate's gradient was
-//   Each input is read once, so the bytes moved are those that must be.
-//
-// Instructions are what it waits for, about 60 for each gate and up: what looks roundabout saves some.
+//   stay and take one tile after another, in two rounds:
+//     1. half a warp computes 8 features of all 128 rows, 4 at a time; a lane has 8 rows that follow each other. So the maxima
+//        of columns are exchanged between lanes, and because rows of a column are stored next to each other, a lane's codes
+//        are stored as they come. The gradients of gate and up go to shared memory too, where dh and the codes were
+//     2. half a warp has each second of 16 rows, a lane 8 columns; when they have been read, the next tile's inputs are fetched
+//        to where they were, and arrive while rows are quantized
+//   Each input is read once, so the bytes moved are those that must be. The SMs don't get the same share of the memory's
+//   bandwidth: a block claims its next tile when it starts with one.
 
 #include "config.cuh"
 #include "numerics.cuh"
@@ -32,12 +30,14 @@ struct Arguments {
     int64 cs_row, cs_col, ds_row, ds_col, hs_row, hs_col, dts_row, dts_col;
     int dh_row, c_row, d_row, h_col, dt_col;
     int R, F, E, groups;
+    int* claimed;  // how many tiles have been claimed, but for each block's first
 };
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES_OF_HOST, "host and kernel disagree on the arguments");
 
 enum Results { H, GATE, UP };
 
-constexpr int ROWS = 8;  // of a thread
+constexpr int ROWS = 8, COLUMNS = 4, PASSES = 2;  // of a thread
+constexpr int SLICES = 128 / COLUMNS, SUMS = 137;  // of a tile; numbers of a slice, and some between
 
 struct Tile {
     int begin, end;  // rows
@@ -51,13 +51,13 @@ DEVICE Tile unpacked(uint4 t) {
 }
 
 struct Shared {
-    uint4 values[3][128][16];  // of 8 columns; `chunk_at` says where
-    uint32 row_amax[128][2];  // GATE's below, UP's above, of 64 columns
-    float row_sum[128][2];
-    uint32 col_amax[4][3][64];  // two columns, of 32 rows
-    float4 row_in[128];         // scales of gate and up, the weight
-    Reciprocal of_row[3][128], of_col[3][128];
+    uint4 dh[128][16];     // of 8 columns; the gradient of gate takes the place of what has been read
+    uint4 codes[2][128][8];  // of gate, of up, of 16 columns; the gradient of up
+    float sums[SLICES][SUMS];  // of terms of 4 columns; at row % 8 * 17 + row / 8, so that banks differ
+    float4 row_in[8][16];  // scales of gate and up, the weight; of row % 8, row / 8
+    Reciprocal of_row[128][2], of_col[8][2][3][COLUMNS];
     uint4 tiles[2];  // each a `Tile`: the one at work and the next. Here, they take no registers
+    int claimed[4];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "config and kernel disagree on the layout of shared memory");
 
@@ -82,9 +82,41 @@ DEVICE Tile tile_of(const Arguments& a, int index) {
     return {begin, min(begin + 128, __ldg(a.ends + owner)), group, tile};
 }
 
-// Where 8 columns of a row are in shared memory: moved by the row's block of 16, so that lanes that read the same columns of
-// 8 blocks meet no bank twice.
-DEVICE int chunk_at(int chunk, int row) { return chunk ^ row / 16 % 8; }
+// Rows that lanes read at once are 8 apart: their chunks of 16 bytes are moved so that no bank is met twice.
+DEVICE int moved(int chunk, int row) { return chunk ^ row / 8 % 8; }
+
+DEVICE void fetch_gradient(Shared& shared, const Arguments& a, const Tile& tile) {
+    const int chunk = threadIdx.x % 16, first = threadIdx.x / 16;
+    const uint16* dh = a.dh + static_cast<int64>(tile.begin + first) * a.dh_row + tile.tile * 128 + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < 128; i += THREADS / 16)
+        copy_async<16>(&shared.dh[first + i][moved(chunk, first + i)], dh + i * a.dh_row, tile.begin + first + i < tile.end);
+}
+DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile) {
+    const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
+    const uint8* c = a.c + static_cast<int64>(tile.begin + first) * a.c_row + tile.tile * 128 + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < 128; i += THREADS / 8) {
+        copy_async<16>(&shared.codes[0][first + i][moved(chunk, first + i)], c + i * a.c_row, tile.begin + first + i < tile.end);
+        copy_async<16>(&shared.codes[1][first + i][moved(chunk, first + i)], c + i * a.c_row + a.F, tile.begin + first + i < tile.end);
+    }
+}
+// And for what every feature of a row needs. Bytes of E8M0 must be made FP32, so they are waited for.
+DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& tile) {
+    if (threadIdx.x >= 128) return;
+    const int64 row = tile.begin + static_cast<int>(threadIdx.x), gate = row * a.cs_row + tile.tile * a.cs_col;
+    const int64 up = gate + a.F / 128 * a.cs_col;
+    const bool exists = row < tile.end;
+    float4& in = shared.row_in[threadIdx.x % 8][threadIdx.x / 8];
+    if constexpr (KIND_C == E8M0) {
+        in.x = exists ? load_scale<KIND_C>(a.cs, gate) : 0.0f;
+        in.y = exists ? load_scale<KIND_C>(a.cs, up) : 0.0f;
+    } else {
+        copy_async<4>(&in.x, static_cast<const float*>(a.cs) + gate, exists);
+        copy_async<4>(&in.y, static_cast<const float*>(a.cs) + up, exists);
+    }
+    if constexpr (WEIGHTED) copy_async<4>(&in.z, a.weight + row, exists);
+}
 
 struct Gradients {
     uint32 h, gate, up;
@@ -109,184 +141,152 @@ DEVICE Gradients differentiate(uint32 dh, float gate0, float gate1, float up0, f
     return {h, rounded(dg0, dg1), times(dproduct, silu)};
 }
 
-// Where a thread is: the first of its rows and columns in a tile. A warp has 32 rows by 64 columns.
-struct Place {
-    int row, column_block;
-};
-DEVICE Place place() {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    return {(warp / 2 * 4 + lane / 8) * ROWS, warp % 2 * 8 + lane % 8};
+// Two columns of a result, 8 rows of each.
+template <int ELEMENT_R, int KIND_R>
+DEVICE void store_pair(const uint32 (&x)[ROWS][2], int word, const Reciprocal* of, uint8* to, int col, bool exists) {
+    const float4 two = *reinterpret_cast<const float4*>(of + 2 * word);
+    const Reciprocal first = {two.x, two.y}, second = {two.z, two.w};
+    float q[2][ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        q[0][r] = quotient<KIND_R>(first_of(x[r][word]), first);
+        q[1][r] = quotient<KIND_R>(second_of(x[r][word]), second);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+        store_if(exists, to + (2 * word + k) * static_cast<int64>(col),
+                 uint2{encode<ELEMENT_R>(q[k][0], q[k][1], q[k][2], q[k][3]), encode<ELEMENT_R>(q[k][4], q[k][5], q[k][6], q[k][7])});
 }
 
-// Ask for this thread's part of dh, of the cached codes.
-DEVICE void fetch_gradient(Shared& shared, const Arguments& a, const Tile& tile) {
-    const Place at = place();
-    const int first = tile.begin + at.row;
-    const uint16* dh = a.dh + static_cast<int64>(first) * a.dh_row + tile.tile * 128 + at.column_block * 8;
+// Round 1: half a warp has 8 columns, 4 at a time; a lane has 8 rows of them.
+DEVICE void compute(Shared& shared, const Arguments& a) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = lane / 8 % 2, block = lane % 8 + lane / 16 * 8;
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; pass++) {
+        const int part = pass ^ half;  // of the 8 columns
+        uint2* dh = reinterpret_cast<uint2*>(&shared.dh[block * ROWS][moved(warp * 2 + half, block * ROWS)]) + part;
+        uint32* gate = reinterpret_cast<uint32*>(&shared.codes[0][block * ROWS][moved(warp, block * ROWS)]) + half * 2 + part;
+        uint32* up = gate + 128 * 8 * 4;
+        uint32 x[3][ROWS][2], amax[3][2];
+        // Of the next row, before this one's results are stored: the compiler can't know that they are elsewhere.
+        uint2 next_two = dh[0];
+        uint32 next_gate = gate[0], next_up = up[0];
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
-        copy_async<16>(&shared.values[H][at.row + i][chunk_at(at.column_block, at.row)], dh + i * a.dh_row, first + i < tile.end);
+        for (int r = 0; r < ROWS; r++) {
+            const uint2 two = next_two;
+            float g[4], u[4];
+            decode<ELEMENT_C>(next_gate, g);
+            decode<ELEMENT_C>(next_up, u);
+            const float4 in = shared.row_in[r][block];
+            if (r + 1 < ROWS) next_two = dh[r * 32 + 32], next_gate = gate[r * 32 + 32], next_up = up[r * 32 + 32];
+            float terms = 0.0f;
+            const Gradients p = differentiate(two.x, g[0], g[1], u[0], u[1], in, terms);
+            const Gradients q = differentiate(two.y, g[2], g[3], u[2], u[3], in, terms);
+            x[H][r][0] = p.h, x[H][r][1] = q.h, x[GATE][r][0] = p.gate, x[GATE][r][1] = q.gate, x[UP][r][0] = p.up, x[UP][r][1] = q.up;
+            dh[r * 32] = {p.gate, q.gate};
+            gate[r * 32] = p.up, up[r * 32] = q.up;
+#pragma unroll
+            for (int k = 0; k < 3; k++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) amax[k][i] = r == 0 ? x[k][r][i] : larger(amax[k][i], x[k][r][i]);
+            if constexpr (WEIGHTED) shared.sums[(warp * 2 + half) * 2 + part][r * 17 + block] = terms;
+        }
+        // Over the 16 lanes of a column. A lane ends up with a pair of columns, of which it makes one's scale.
+        const bool bit16 = lane & 16, bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
+        uint32 three[3];
+#pragma unroll
+        for (int k = 0; k < 3; k++) {
+            const int first = k, second = k + 3;
+            three[k] = exchange_larger(amax[first / 2][first % 2] & 0x7fff7fffu, amax[second / 2][second % 2] & 0x7fff7fffu, 16, bit16);
+        }
+        const uint32 one = exchange_larger(three[0], three[1], 4, bit4), other = reduce_larger(three[2], 4);
+        const uint32 pair = reduce_larger(exchange_larger(one, other, 2, bit2), 1);
+        const int word = (bit16 ? 3 : 0) + (bit2 ? 2 : bit4 ? 1 : 0), result = word / 2, column = word % 2 * 2 + bit1;
+        const float most = bit1 ? second_of(pair) : first_of(pair);
+        float scale;
+        Reciprocal own;
+        if (ELEMENT_H == ELEMENT_T && KIND_H == KIND_T) {
+            scale = scale_of<ELEMENT_T, KIND_T>(most), own = reciprocal<KIND_T>(scale);
+        } else if (result == H) {
+            scale = scale_of<ELEMENT_H, KIND_H>(most), own = reciprocal<KIND_H>(scale);
+        } else {
+            scale = scale_of<ELEMENT_T, KIND_T>(most), own = reciprocal<KIND_T>(scale);
+        }
+        const Tile tile = unpacked(read_again(shared.tiles[0]));
+        const bool is_group = tile.group < a.groups;
+        const int first = tile.tile * 128 + warp * 16 + half * 8 + part * COLUMNS;
+        shared.of_col[warp][half][result][column] = own;
+        if (is_group) {
+            if (result == H)
+                store_scale<KIND_H>(a.hs, tile.group * a.hs_row + (first + column) * a.hs_col, scale);
+            else
+                store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (first + column + (result == UP ? a.F : 0)) * a.dts_col, scale);
+        }
+        __syncwarp();
+        const int64 row = static_cast<int64>(tile.group) * 128 + block * ROWS;
+        const bool exists = is_group && (EXPERTS || row < a.R);
+        uint8 *h = a.h + first * static_cast<int64>(a.h_col) + row, *dt = a.dt + first * static_cast<int64>(a.dt_col) + row;
+        const Reciprocal(&of)[3][COLUMNS] = shared.of_col[warp][half];
+#pragma unroll
+        for (int i = 0; i < 2; i++) store_pair<ELEMENT_H, KIND_H>(x[H], i, of[H], h, a.h_col, exists);
+#pragma unroll
+        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[GATE], i, of[GATE], dt, a.dt_col, exists);
+        dt += a.F * static_cast<int64>(a.dt_col);
+#pragma unroll
+        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[UP], i, of[UP], dt, a.dt_col, exists);
+        __syncwarp();
+    }
 }
-DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile) {
-    const Place at = place();
-    const int first = tile.begin + at.row;
-    const uint8* c = a.c + static_cast<int64>(first) * a.c_row + tile.tile * 128 + at.column_block * 8;
+
+// Round 2: along rows. A warp has 16 rows, half a warp each second of them, a lane 8 columns.
+struct RowGradients {
+    uint4 gate[ROWS], up[ROWS];
+};
+DEVICE int first_row() { return threadIdx.x / 32 * 16 + threadIdx.x / 16 % 2; }
+
+DEVICE void read_rows(const Shared& shared, const Arguments& a, const Tile& at, RowGradients& x) {
+    const int first = first_row(), chunk = threadIdx.x % 16;
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
-        uint4* to = &shared.values[GATE][at.row + i][chunk_at(at.column_block, at.row)];
-        copy_async<8>(to, c + i * a.c_row, first + i < tile.end);
-        copy_async<8>(reinterpret_cast<uint2*>(to) + 1, c + i * a.c_row + a.F, first + i < tile.end);
+        const int row = first + 2 * i, to = moved(chunk / 2, row);
+        const uint2 b = reinterpret_cast<const uint2*>(&shared.codes[0][row][to])[chunk % 2];
+        const uint2 c = reinterpret_cast<const uint2*>(&shared.codes[1][row][to])[chunk % 2];
+        x.gate[i] = shared.dh[row][moved(chunk, row)], x.up[i] = {b.x, c.x, b.y, c.y};
+    }
+    if constexpr (WEIGHTED) {
+        const int own = threadIdx.x / 2;
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SLICES / 2; i++) total += shared.sums[threadIdx.x % 2 * (SLICES / 2) + i][own % 8 * 17 + own / 8];
+        total += __shfl_xor_sync(ALL_LANES, total, 1);
+        if (threadIdx.x % 2 == 0 && at.begin + own < at.end) a.dweight[static_cast<int64>(at.tile) * a.R + at.begin + own] = total;
     }
 }
-// And for what every feature of a row needs. Bytes of E8M0 must be made FP32, so they are waited for.
-DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& tile) {
-    if (threadIdx.x >= 128) return;
-    const int64 row = tile.begin + static_cast<int>(threadIdx.x), gate = row * a.cs_row + tile.tile * a.cs_col;
-    const int64 up = gate + a.F / 128 * a.cs_col;
-    const bool exists = row < tile.end;
-    float4& in = shared.row_in[threadIdx.x];
-    if constexpr (KIND_C == E8M0) {
-        in.x = exists ? load_scale<KIND_C>(a.cs, gate) : 0.0f;
-        in.y = exists ? load_scale<KIND_C>(a.cs, up) : 0.0f;
-    } else {
-        copy_async<4>(&in.x, static_cast<const float*>(a.cs) + gate, exists);
-        copy_async<4>(&in.y, static_cast<const float*>(a.cs) + up, exists);
-    }
-    if constexpr (WEIGHTED) copy_async<4>(&in.z, a.weight + row, exists);
-}
-
-// Round 1.
-DEVICE void compute(Shared& shared) {
-    const int thread = threadIdx.x, lane = thread % 32;
-    const auto [row_in_tile, column_block] = place();
-    const int chunk = chunk_at(column_block, row_in_tile);
-    uint32 amax[12] = {};  // of columns
-    constexpr int BATCH = 4;
-#pragma unroll 1
-    for (int first = 0; first < ROWS; first += BATCH) {
-        uint32 both[BATCH];  // amax of rows
-        float sum[BATCH];
+DEVICE void quantize_rows(Shared& shared, const Arguments& a, const Tile& at, const RowGradients& x) {
+    const int lane = threadIdx.x % 16, first = first_row();
+    uint32 both[ROWS];
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-                        const int row = row_in_tile + first + i;
-            const uint4 dh = shared.values[H][row][chunk], codes = shared.values[GATE][row][chunk];
-            const float4 in = shared.row_in[row];
-            float gate[8], up[8];
-            decode<ELEMENT_C>(codes.x, gate);
-            decode<ELEMENT_C>(codes.y, gate + 4);
-            decode<ELEMENT_C>(codes.z, up);
-            decode<ELEMENT_C>(codes.w, up + 4);
-            sum[i] = 0.0f;
-            const Gradients p = differentiate(dh.x, gate[0], gate[1], up[0], up[1], in, sum[i]);
-            const Gradients q = differentiate(dh.y, gate[2], gate[3], up[2], up[3], in, sum[i]);
-            const Gradients r = differentiate(dh.z, gate[4], gate[5], up[4], up[5], in, sum[i]);
-            const Gradients s = differentiate(dh.w, gate[6], gate[7], up[6], up[7], in, sum[i]);
-            const uint4 results[3] = {{p.h, q.h, r.h, s.h}, {p.gate, q.gate, r.gate, s.gate}, {p.up, q.up, r.up, s.up}};
+    for (int i = 0; i < ROWS; i++) both[i] = side_by_side(larger_of(x.gate[i]), larger_of(x.up[i]));
+    const bool bit8 = lane & 8, bit4 = lane & 4, bit2 = lane & 2, is_up = lane & 1;
 #pragma unroll
-            for (int k = 0; k < 3; k++) {
-                shared.values[k][row][chunk] = results[k];
-                amax[4 * k] = larger(amax[4 * k], results[k].x);
-                amax[4 * k + 1] = larger(amax[4 * k + 1], results[k].y);
-                amax[4 * k + 2] = larger(amax[4 * k + 2], results[k].z);
-                amax[4 * k + 3] = larger(amax[4 * k + 3], results[k].w);
-            }
-            both[i] = side_by_side(larger_of(results[GATE]), larger_of(results[UP]));
-        }
-        // Over the 8 lanes of a row. Each step halves the rows that a lane keeps.
-        const bool bit4 = lane & 4, bit2 = lane & 2;
-        const int own = row_in_tile + first + (bit4 ? 2 : 0) + (bit2 ? 1 : 0), half = thread / 32 % 2;
-        const uint32 row_amax = reduce_larger(
-            exchange_larger(exchange_larger(both[0], both[2], 4, bit4), exchange_larger(both[1], both[3], 4, bit4), 2, bit2), 1);
-        if (lane % 2 == 0) shared.row_amax[own][half] = row_amax;
-        if constexpr (WEIGHTED) {
-            float total = exchange_sum(exchange_sum(sum[0], sum[2], 4, bit4), exchange_sum(sum[1], sum[3], 4, bit4), 2, bit2);
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            if (lane % 2 == 0) shared.row_sum[own][half] = total;
-        }
-    }
-    // Over the 4 lanes of a column.
-    const bool bit16 = lane & 16, bit8 = lane & 8;
-    uint32 six[6];
+    for (int i = 0; i < 4; i++) both[i] = exchange_larger(both[i], both[i + 4], 8, bit8);
 #pragma unroll
-    for (int j = 0; j < 12; j++) amax[j] &= 0x7fff7fffu;
-#pragma unroll
-    for (int j = 0; j < 6; j++) six[j] = exchange_larger(amax[j], amax[j + 6], 16, bit16);
-#pragma unroll
-    for (int j = 0; j < 3; j++) {
-        const int index = (bit16 ? 6 : 0) + (bit8 ? 3 : 0) + j;
-        shared.col_amax[thread / 64][index / 4][again(column_block) * 4 + index % 4] = exchange_larger(six[j], six[j + 3], 8, bit8);
-    }
-}
-
-// Round 2 for a result's scales along columns: two of them.
-template <int ELEMENT_R, int KIND_R>
-DEVICE void make_column_scales(Shared& shared, int result, int pair, void* scales, int64 at, int64 next) {
-    const uint32(&amax)[4][3][64] = shared.col_amax;
-    const uint32 both = larger_bits(larger_bits(amax[0][result][pair], amax[1][result][pair]),
-                                    larger_bits(amax[2][result][pair], amax[3][result][pair]));
-    const float first = scale_of<ELEMENT_R, KIND_R>(first_of(both)), second = scale_of<ELEMENT_R, KIND_R>(second_of(both));
-    shared.of_col[result][2 * pair] = reciprocal<KIND_R>(first);
-    shared.of_col[result][2 * pair + 1] = reciprocal<KIND_R>(second);
-    store_scale<KIND_R>(scales, at, first);
-    store_scale<KIND_R>(scales, at + next, second);
-}
-
-// Round 3 of one result along columns; `columns` is its first column of this tile. A warp has 16 columns, 8 at a time.
-template <int ELEMENT_R, int KIND_R>
-DEVICE void quantize_columns(const Shared& shared, int result, uint8* columns, int col, int stored) {
-    const int lane = threadIdx.x % 32, block = lane / 4, pair = lane % 4;  // of 16 rows, of columns
-#pragma unroll
-    for (int part = 0; part < 2; part++) {
-        const int chunk = threadIdx.x / 32 * 2 + part;
-        const float4 of = *reinterpret_cast<const float4*>(&shared.of_col[result][chunk * 8 + pair * 2]);
-        const Reciprocal first = {of.x, of.y}, second = {of.z, of.w};
-        const uint32* words = reinterpret_cast<const uint32*>(&shared.values[result][block * 16][chunk_at(chunk, block * 16)]) + pair;
-        uint32 codes[2][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32 a = words[256 * i], b = words[256 * i + 64], c = words[256 * i + 128], d = words[256 * i + 192];
-            codes[0][i] = encode<ELEMENT_R>(quotient<KIND_R>(first_of(a), first), quotient<KIND_R>(first_of(b), first),
-                                            quotient<KIND_R>(first_of(c), first), quotient<KIND_R>(first_of(d), first));
-            codes[1][i] = encode<ELEMENT_R>(quotient<KIND_R>(second_of(a), second), quotient<KIND_R>(second_of(b), second),
-                                            quotient<KIND_R>(second_of(c), second), quotient<KIND_R>(second_of(d), second));
-        }
-        uint8* to = columns + (chunk * 8 + pair * 2) * static_cast<int64>(col) + block * 16;
-        store_if(block * 16 < stored, to, uint4{codes[0][0], codes[0][1], codes[0][2], codes[0][3]});
-        store_if(block * 16 < stored, to + col, uint4{codes[1][0], codes[1][1], codes[1][2], codes[1][3]});
-    }
-}
-
-// Along rows; `d` is the first row of this tile. A warp has 16 rows, two at a time.
-DEVICE void quantize_rows(const Shared& shared, int result, uint8* d, int d_row, int rows) {
-    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 16, chunk = lane % 16;
-    d += static_cast<int64>(first) * d_row + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-        const uint4 eight = shared.values[result][first + i][chunk_at(chunk, first)];
-        store_if(first + i < rows, d + i * d_row, codes_of<ELEMENT, KIND>(eight, shared.of_row[result][first + i]));
-    }
-}
-
-// Round 2.
-DEVICE void make_scales(Shared& shared, const Arguments& a, const Tile& at) {
-    const int thread = thread_index_again(), tiles = a.F / 128, own = thread / 2;
-    const bool is_up = thread % 2;
-    const uint32 both = larger_bits(shared.row_amax[own][0], shared.row_amax[own][1]);
-    const float scale = scale_of<ELEMENT, KIND>(is_up ? second_of(both) : first_of(both));
-    shared.of_row[is_up ? UP : GATE][own] = reciprocal<KIND>(scale);
+    for (int i = 0; i < 2; i++) both[i] = exchange_larger(both[i], both[i + 2], 4, bit4);
+    const uint32 pair = reduce_larger(exchange_larger(both[0], both[1], 2, bit2), 1);
+    const int own = first + 2 * ((bit8 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0));
+    const float scale = scale_of<ELEMENT, KIND>(is_up ? second_of(pair) : first_of(pair));
+    shared.of_row[own][is_up] = reciprocal<KIND>(scale);
     const int64 row = at.begin + own;
-    if (row < at.end) {
-        store_scale<KIND>(a.ds, row * a.ds_row + (at.tile + (is_up ? tiles : 0)) * a.ds_col, scale);
-        if (WEIGHTED && is_up) a.dweight[static_cast<int64>(at.tile) * a.R + row] = shared.row_sum[own][0] + shared.row_sum[own][1];
-    }
-    if (at.group < a.groups && thread < 192) {
-        const int result = thread / 64, pair = thread % 64, col = at.tile * 128 + pair * 2;
-        if (result == H) {
-            make_column_scales<ELEMENT_H, KIND_H>(shared, H, pair, a.hs, at.group * a.hs_row + col * a.hs_col, a.hs_col);
-        } else {
-            const int64 first = at.group * a.dts_row + (col + (result == UP ? a.F : 0)) * a.dts_col;
-            make_column_scales<ELEMENT_T, KIND_T>(shared, result, pair, a.dts, first, a.dts_col);
-        }
+    if (row < at.end) store_scale<KIND>(a.ds, row * a.ds_row + (at.tile + (is_up ? a.F / 128 : 0)) * a.ds_col, scale);
+    __syncwarp();
+    uint8* d = a.d + static_cast<int64>(at.begin + first) * a.d_row + at.tile * 128 + lane * 8;
+    const int rows = at.end - at.begin - first;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const float4 of = *reinterpret_cast<const float4*>(shared.of_row[first + 2 * i]);
+        store_if(2 * i < rows, d, codes_of<ELEMENT, KIND>(x.gate[i], {of.x, of.y}));
+        store_if(2 * i < rows, d + a.F, codes_of<ELEMENT, KIND>(x.up[i], {of.z, of.w}));
+        d += 2 * static_cast<int64>(a.d_row);
     }
 }
 
@@ -304,35 +304,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backwa
         fetch_codes(shared, a, tile);
         fetch_row_inputs(shared, a, tile);
     }
-    for (int parity = 0;; parity ^= 1) {
-        index += gridDim.x;
+    while (true) {
+        int claimed = 0;
+        if (threadIdx.x == THREADS - 32) claimed = atomicAdd(a.claimed, 1) + gridDim.x;
         wait_for_copies();
         __syncthreads();
-        compute(shared);
-        __syncthreads();
-        if (threadIdx.x >= THREADS - 32 && index < count) {  // a warp that makes no columns' scales
-            const Tile next = tile_of(a, index);
-            if (threadIdx.x == THREADS - 1) shared.tiles[parity ^ 1] = packed(next);
+        compute(shared, a);
+        if (threadIdx.x >= THREADS - 32) {
+            claimed = __shfl_sync(ALL_LANES, claimed, 0);
+            if (claimed < count) {
+                const Tile next = tile_of(a, claimed);
+                if (threadIdx.x == THREADS - 1) shared.tiles[1] = packed(next);
+            }
+            if (threadIdx.x == THREADS - 1) shared.claimed[0] = claimed;
         }
-        make_scales(shared, a, unpacked(read_again(shared.tiles[parity])));
         __syncthreads();
-        const Tile tile = unpacked(read_again(shared.tiles[parity]));
-        const int rows = tile.end - tile.begin;
-        const int64 col = tile.tile * 128, first = tile.group * 128;
-        const int stored = tile.group >= a.groups ? 0 : EXPERTS ? 128 : a.R - static_cast<int>(first);
-        uint8 *d = a.d + static_cast<int64>(tile.begin) * a.d_row + col, *dt = a.dt + col * a.dt_col + first;
-        quantize_columns<ELEMENT_H, KIND_H>(shared, H, a.h + col * a.h_col + first, a.h_col, stored);
-        quantize_columns<ELEMENT_T, KIND_T>(shared, GATE, dt, a.dt_col, stored);
-        quantize_rows(shared, GATE, d, a.d_row, rows);
+        const Tile tile = unpacked(read_again(shared.tiles[0]));
+        index = shared.claimed[0];
+        RowGradients x;
+        read_rows(shared, a, tile, x);
         __syncthreads();
         if (index < count) {
-            const Tile next = unpacked(read_again(shared.tiles[parity ^ 1]));
+            const Tile next = unpacked(read_again(shared.tiles[1]));
+            if (threadIdx.x == 0) shared.tiles[0] = packed(next);
             fetch_gradient(shared, a, next);
             fetch_codes(shared, a, next);
             fetch_row_inputs(shared, a, next);
         }
-        quantize_columns<ELEMENT_T, KIND_T>(shared, UP, dt + static_cast<int64>(a.F) * a.dt_col, a.dt_col, stored);
-        quantize_rows(shared, UP, d + a.F, a.d_row, rows);
+        quantize_rows(shared, a, tile, x);
         if (index >= count) return;
     }
 }

@@ -45,6 +45,18 @@ def magnitude_bits(x):
 
 
 @triton.jit
+def larger_magnitude(a, b):
+    """The larger magnitude of two FP32 numbers, NaN above all, with a sign that means nothing: one instruction."""
+    return tl.inline_asm_elementwise("max.NaN.xorsign.abs.f32 $0, $1, $2;", "=r,r,r", [a, b], tl.float32, True, 1)
+
+
+@triton.jit
+def largest_bits(x, AXIS: tl.constexpr):
+    """The maximum of `magnitude_bits` along an axis, without an instruction for each element's sign."""
+    return magnitude_bits(tl.reduce(x, AXIS, larger_magnitude))
+
+
+@triton.jit
 def scale_of(amax_bits, ELEMENT: tl.constexpr, KIND: tl.constexpr):
     """The FP32 scale of groups whose largest magnitude has these bits: 1 for zero, NaN for an infinity or NaN."""
     largest: tl.constexpr = 448.0 if ELEMENT == 0 else (57344.0 if ELEMENT == 1 else 65024.0)

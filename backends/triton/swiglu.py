@@ -30,7 +30,8 @@ from fp8c.formats import Element, Format
 from fp8c.ops import empty_quantized, is_stored_transposed, quantized_format, restarts
 from fp8c.ops.fused import plain
 
-FORWARD_ROWS, FORWARD_WARPS = 4, 1
+FORWARD_ROWS = 8
+FORWARD_WARPS, CACHED_WARPS = 1, 2  # three quantizes leave a warp registers for four rows
 ROW_TILE, ROW_WARPS = 16, 2
 COLUMN_TILE, COLUMN_VECTOR, COLUMN_WARPS = 32, 2, 4
 
@@ -240,7 +241,7 @@ def _forward(
         cache_words.stride(0), cs.stride(0), cs.stride(1),
         ROWS=FORWARD_ROWS, WEIGHTED=weight is not None, CACHED=cache is not None, EVEN=features % 128 == 0,
         WIDE=is_wide(gate), **codes_of(fmt), ELEMENT_C=ELEMENTS[kept.element], KIND_C=_kind(kept),
-        num_warps=FORWARD_WARPS,
+        num_warps=FORWARD_WARPS if cache is None else CACHED_WARPS,
     )  # fmt: skip
     return q, s, c, cs
 

@@ -19,6 +19,7 @@ from fp8c.backends.triton.numerics import (
     e5m6_words,
     fp8_codes,
     fp8_values,
+    largest_bits,
     load_scale,
     magnitude_bits,
     quotient,
@@ -92,14 +93,14 @@ def store_row_groups(
 ):  # fmt: skip
     """Quantize a [ROWS, 128] tile in groups of 1 x G and store it row by row."""
     if G == 128:
-        scale = scale_of(tl.max(magnitude_bits(x), 1), ELEMENT, KIND)
+        scale = scale_of(largest_bits(x, 1), ELEMENT, KIND)
         lift, lifted, inverse = reciprocal(scale, KIND, WIDE)
         payload = quotient(x, lift[:, None], lifted[:, None], inverse[:, None], KIND, WIDE)
         store_scale(s_ptr + rows.to(tl.int64) * s_row + tile.to(tl.int64) * s_col, scale, row_ok, KIND)
     else:
         per_tile: tl.constexpr = 128 // G
         grouped = tl.reshape(x, (ROWS, per_tile, G))
-        scale = scale_of(tl.max(magnitude_bits(grouped), 2), ELEMENT, KIND)
+        scale = scale_of(largest_bits(grouped, 2), ELEMENT, KIND)
         lift, lifted, inverse = reciprocal(scale, KIND, WIDE)
         payload = quotient(grouped, lift[:, :, None], lifted[:, :, None], inverse[:, :, None], KIND, WIDE)
         payload = tl.reshape(payload, (ROWS, 128))

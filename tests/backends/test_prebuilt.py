@@ -157,7 +157,8 @@ def test_a_machine_with_the_build_compiles_nothing_again(
         for who in prebuilt.serve_gemms(graphs, H200).values():
             assert not isinstance(who, str) and build.cubin(who)[:4] == b"\x7fELF"
         fused = prebuilt.serve_fused(graphs, H200)
-        assert fused and all(build.cubin(config)[:4] == b"\x7fELF" for config in fused.values())
+        launched_together = [c for config in fused.values() for c in (config, config.then) if c]
+        assert launched_together and all(build.cubin(c)[:4] == b"\x7fELF" for c in launched_together)
         launched = 0
         for node in (node for graph in graphs for node in graph.nodes if node not in fused):
             if kernel := KERNELS.get(ahead.operator_name(node)):

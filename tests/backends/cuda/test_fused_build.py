@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="its cuobjdump reads the machine code")
 
-from fp8c.backends.cuda import build, operators
+from fp8c.backends.cuda import ahead, build, operators
 from fp8c.backends.cuda.fused import FusedConfig
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.backends.triton.ahead import resources
@@ -51,6 +51,16 @@ def test_no_instance_spills() -> None:
         assert registers * made.threads * made.blocks <= 65_536, made
 
 
+def test_what_adds_up_the_weights_gradient_comes_along() -> None:
+    weight = empty(300, dtype=torch.float32)
+    assert backward(None, None).then is None
+    added = backward(weight, None).then
+    assert added is not None and added.source == "add_parts.cu"
+    if build.has_compiler():
+        compiled = {made.config for made in ahead.compile_instances([backward(weight, None)])}
+        assert compiled == {backward(weight, None), added}
+
+
 def test_keys_name_what_is_compiled() -> None:
     made = instances()
     assert len({build.source_key(m) for m in made}) == len(set(made)) == len(made)
@@ -76,6 +86,7 @@ def test_what_backward_refuses() -> None:
         (empty(8, 256, dtype=torch.float16), codes, (ROWS, COLUMNS, ROWS, COLUMNS)),
         (empty(8, 257)[:, 1:], codes, (ROWS, COLUMNS, ROWS, COLUMNS)),  # rows that 16 bytes don't divide
         (empty(8, 256), codes.t().contiguous().t(), (ROWS, COLUMNS, ROWS, COLUMNS)),
+        (empty(8, 256), empty(8, 520, dtype=codes.dtype)[:, :512], (ROWS, COLUMNS, ROWS, COLUMNS)),
         (empty(8, 256), codes, ("e5m6[1x128] pow2", COLUMNS, ROWS, COLUMNS)),
         (empty(8, 256), codes, (ROWS, "e4m3[64x1] fp32", ROWS, COLUMNS)),
     ]

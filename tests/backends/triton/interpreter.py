@@ -62,6 +62,7 @@ _INSTRUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "rcp.approx.ftz.f32": torch.reciprocal,
     "cvt.rn.bf16x2.f32": torch.Tensor.bfloat16,
     "mul.rn.bf16x2": torch.mul,
+    "max.NaN.xorsign.abs.f32": lambda a, b: torch.maximum(a.abs(), b.abs()).copysign(a * b),
 }
 
 
@@ -89,6 +90,18 @@ def _inline_asm(self: Any, text: str, constraints: str, values: Any, types: Any,
     return _Results(interpreter.TensorHandle(data, dtype))
 
 
+def _reduce(self: Any, values: Any) -> Any:
+    """`tl.reduce` with a function of our own, by halves: Triton calls it once for each element."""
+    (x,) = values
+    data = np.moveaxis(x.handle.data, self.axis, 0)
+    while len(data) > 1:
+        half = len(data) // 2
+        first, second = (self.to_tensor(np.ascontiguousarray(part), x.dtype) for part in (data[:half], data[half:]))
+        data = self.combine_fn.fn(first, second).handle.data
+    return [self.to_tensor(data[0], x.dtype)]
+
+
+interpreter.ReduceOps.generic_reduce = _reduce
 interpreter._convert_float = _convert_float
 interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
 interpreter.InterpreterBuilder.create_fma = _fma
