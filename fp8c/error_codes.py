@@ -238,6 +238,9 @@ EXPLANATIONS: dict[str, str] = {
     "R0845": "The output head keeps the model's own operators, because its logits are read by something besides a plain "
     "cross-entropy in FP32, or because the spec puts it in FP8. Logits that the compiled call returns are read: "
     "`fp8c.compile(model, outputs=('loss',))` returns the loss alone.",
+    "W0847": "Saved bytes are counted with sizes that nobody knows before the step: a number read on the host, such as the "
+    "rows of each expert behind `counts.tolist()`. Each such size counts as 4,096, so the sum may be far off. What is "
+    "computed is not touched. Loops over experts that fp8c lifts to grouped GEMMs have known sizes.",
     "E0502": "Backward needs a value that the spec says to recompute, and nothing it could be computed from may be kept: "
     "every value in front of it is recomputed as well, or must not be computed twice.",
     "E0702": "A pass was run before the one that makes what it needs. Passes are never sorted: their order is written in "

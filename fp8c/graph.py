@@ -379,13 +379,16 @@ def same_sizes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape))
 
 
+UNKNOWN_SIZE = 4096  # stands for a size that is known in the step alone
+
+
 def size_hint(size: Any) -> int:
     """The example value of a size; symbolic sizes are asked for their hint, never specialised."""
     if isinstance(size, int):
         return size
     node = getattr(size, "node", None)
     hint = getattr(node, "hint", None) if node is not None else None
-    return int(hint) if hint is not None else 4096
+    return int(hint) if hint is not None else UNKNOWN_SIZE
 
 
 def size_bytes(val: Any) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fp8c import graph as g
 from fp8c.graph import aten
@@ -32,7 +33,7 @@ def storage_root(node: fx.Node) -> fx.Node:
 @dataclass(frozen=True)
 class SavedTensor:
     """One saved storage. `is_logits`: the output head's own values (logits, or the gradients that
-    `fuse-head-loss` keeps instead), which the comparison leaves out."""
+    `fuse-head-loss` keeps instead), which the comparison leaves out. `is_guess`: a size is known in the step alone."""
 
     name: str
     layer: int | None
@@ -41,6 +42,7 @@ class SavedTensor:
     size_bytes: int
     last_dim: int | None = None
     is_logits: bool = False
+    is_guess: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
                 g.size_bytes(val),
                 last if isinstance(last, int) else None,
                 root.target is operator.getitem and root.args[0].target is LINEAR_CROSS_ENTROPY,  # type: ignore[union-attr]
+                bool(free_unbacked_symbols(val)),
             )
         )
     return tuple(tensors)

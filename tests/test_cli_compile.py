@@ -106,6 +106,43 @@ def test_or_kept_when_the_spec_says_so(run: Any, tmp_path: Path) -> None:
     assert re.search(r"^fprop +4 +0 +4$", out, re.M)
 
 
+SPLIT = """
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 128, 128, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        rows = int((x[:, 0] > 0).sum())
+        torch._check(0 <= rows)
+        torch._check(rows <= len(x))
+        first, second = x[:rows], x[rows:]
+        return torch.cat([first @ self.weight[0], second @ self.weight[1]]).tanh()
+
+
+def model():
+    return nn.Sequential(nn.Linear(128, 128), Experts()).bfloat16()
+
+
+def example_inputs():
+    return (torch.randn(64, 128, dtype=torch.bfloat16),)
+
+
+def loss(outputs, batch):
+    return outputs.float().square().mean()
+"""
+
+
+def test_saved_bytes_that_rest_on_unknown_sizes_are_said(run: Any, tmp_path: Path) -> None:
+    code, out, err = run(model_file(tmp_path, SPLIT), *PLAN_ONLY)
+    assert code == 0, err
+    assert re.search(
+        r"warning\[W0847\]: \d+ of \d+ saved tensors have sizes that are known in the step alone \(1: ", out
+    )
+    code, out, _ = run(TINY, *PLAN_ONLY)
+    assert code == 0 and "W0847" not in out
+
+
 def test_graphs_are_printed_around_passes(run: Any, tmp_path: Path) -> None:
     code, _, err = run(
         TINY, *PLAN_ONLY, "--print-ir-before", "insert-quantize", "--print-ir-after-change", "--dump-dir", "dumps"

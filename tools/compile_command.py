@@ -153,7 +153,14 @@ def compile_model(request: Request, progress: Progress | None = None) -> Compile
         with progress.stage("verifying"):
             verified = verify.verify(loaded, eager, session, rewritten)
     remarks = tuple(
-        dict.fromkeys([*session.remarks, *rewritten.plan.diagnostics, *partial_group_remarks(rewritten.plan)])
+        dict.fromkeys(
+            [
+                *session.remarks,
+                *rewritten.plan.diagnostics,
+                *partial_group_remarks(rewritten.plan),
+                *guessed_bytes_warnings(saved),
+            ]
+        )
     )
     tables = report.tables(rewritten, saved, baseline, remarks)
     result = CompileResult(
@@ -295,6 +302,21 @@ def partial_group_remarks(plan: PrecisionPlan) -> list[Diagnostic]:
     message = f"{use.use.key} ({name} = {size}){more}: no multiple of {group}, so the last group is a shorter one"
     help = "`pad { partial_group = keep; }` in the spec leaves such GEMMs in BF16"
     return [Diagnostic("R0411", message, use.use.source, Severity.REMARK, help=help)]
+
+
+def guessed_bytes_warnings(saved: SavedReport) -> list[Diagnostic]:
+    """W0847: saved bytes that rest on sizes which nobody knows before the step, such as rows of each expert."""
+    guesses = [t for t in saved.tensors if t.is_guess]
+    if not guesses:
+        return []
+    first = guesses[0]
+    message = (
+        f"{len(guesses)} of {len(saved.tensors)} saved tensors have sizes that are known in the step alone "
+        f"({first.path or first.name}: {first.dtype}); each such size counts as {g.UNKNOWN_SIZE:,}, "
+        "so saved bytes and their ratio say little"
+    )
+    help = "the page on models lists the loops over experts that become grouped GEMMs, whose sizes are known"
+    return [Diagnostic("W0847", message, severity=Severity.WARNING, help=help)]
 
 
 def partial_width(plan: UsePlan) -> tuple[str, int, int] | None:
