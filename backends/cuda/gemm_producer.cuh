@@ -71,10 +71,10 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
 }
 
 // One warp: a lane fetches the scales of one k-block for all waves, some rounds of k-blocks at a time, and hands them over
-// when its stage is free. Lanes that wait together go on together, when the last of their stages is free: with few stages the
-// ring would run empty each time, so they come one by one.
+// when its stage is free. Lanes that wait together go on together, when the last of their stages is free. That keeps warpgroups
+// with LEAD in step; elsewhere it would only let the ring run empty at each round's end, so lanes come one by one.
 DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
-    constexpr int AT_ONCE = 32 / ROUND * ROUND, TOGETHER = FLIGHT == 1 ? 1 : ROUND;
+    constexpr int AT_ONCE = 32 / ROUND * ROUND, TOGETHER = FLIGHT == 1 && LEAD == 0 ? 1 : ROUND;
     const Problem& p = args.problem;
     const int lane = threadIdx.x % 32, last_row = ceil_div(p.n, 128) - 1;
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);

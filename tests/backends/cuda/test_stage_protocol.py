@@ -127,13 +127,15 @@ class Block:
                 self.full[s].arrive()
 
     def scale_warp(self) -> Iterator[object]:
+        together = self.stages if self.lead else 1
         uses = 0
         for blocks in self.tiles:
-            for _ in range(self.rounds(blocks) * self.stages):
-                s, parity = uses % self.stages, uses // self.stages % 2
-                yield lambda s=s, parity=parity: self.empty[s].passed(parity ^ 1)
-                uses += 1
-                self.full[s].arrive()
+            for _ in range(self.rounds(blocks) * self.stages // together):
+                stages = [(u % self.stages, u // self.stages % 2) for u in range(uses, uses + together)]
+                yield lambda stages=stages: all(self.empty[s].passed(parity ^ 1) for s, parity in stages)
+                uses += together
+                for s, _ in stages:
+                    self.full[s].arrive()
 
     def consumer(self, group: int) -> Iterator[object]:
         parity, done = 0, 0
