@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp8c import graph as g
+from fp8c.backends.inductor_concatenations import store_parts, write_where_read
 from fp8c.graph import aten
 from fp8c.ops.stored import STORED
 
@@ -25,7 +26,8 @@ _REPEATED_AT_LEAST = 4  # times that an element of a table is read
 
 def rewrite_for_inductor(gm: fx.GraphModule) -> None:
     """Apply all of them in place."""
-    if store_tables(gm.graph) + join_parts(gm.graph):
+    changed = store_tables(gm.graph) + join_parts(gm.graph)
+    if changed + write_where_read(gm.graph) + store_parts(gm.graph):
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()

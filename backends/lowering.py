@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._guards import detect_fake_mode
 from fp8c.backends.inductor_rewrites import rewrite_for_inductor
 from fp8c.backends.lowering_sizes import mark_row_counts, padded_rows_are_strided
 from fp8c.ops import embedding
+from fp8c.ops.stored import STORED
 from fp8c.retrace import retrace
 
 Lowered = Callable[..., Any]
@@ -57,6 +59,7 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
+    realize_stored()
     table = dict(select_decomp_table())
     backward = torch.ops.aten.embedding_dense_backward.default
     if backward in table:
@@ -71,6 +74,18 @@ def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: b
             decomposed = joint_graph_passes(decomposed)
             rewrite_for_inductor(decomposed)
         return compile_fx_inner(decomposed, inputs, is_inference=is_inference)
+
+
+@cache
+def realize_stored() -> None:
+    """Let Inductor store what `fp8c.stored` is given, where it would call the operator, which copies."""
+    from torch._inductor.lowering import clone, register_lowering
+
+    def stored(x: Any) -> Any:
+        x.realize()
+        return clone(x)
+
+    register_lowering(STORED, type_promotion_kind=None)(stored)
 
 
 def start_compilers(device: str, how: str) -> None:

@@ -29,7 +29,15 @@ from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail, render
 
 _LOG = logging.getLogger(__name__)
 ARCHITECTURE = "sm_90a"
-SOURCES = ("gemm.cu", "ptx.cuh", "schedule.cuh")
+SOURCES = (
+    "gemm.cu",
+    "gemm_consumer.cuh",
+    "gemm_epilogue.cuh",
+    "gemm_producer.cuh",
+    "gemm_shared.cuh",
+    "ptx.cuh",
+    "schedule.cuh",
+)
 
 # Those of the GEMM. register-usage-level 10: ptxas may use registers up to the limit instead of saving them for occupancy.
 OPTIONS = ("-std=c++17", "--ptxas-options=--register-usage-level=10")

@@ -50,7 +50,7 @@ class Output(enum.Enum):
 class GemmConfig:
     """One instance of the kernel.
 
-    `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A;
+    `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
     `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
 
@@ -66,11 +66,14 @@ class GemmConfig:
     wave_n: int = 128
     band: int = 16
     cluster: int = 1
+    shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
     unroll: bool = True
+    narrow: int = 0  # columns of the wave that a last tile of no more columns takes
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
+    meets: bool = False  # warpgroups begin each tile together
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -90,7 +93,17 @@ class GemmConfig:
     @property
     def a_box(self) -> int:
         """Rows of one box of A: half a tile where blocks share it, or where a tile may have an upper half only."""
-        return self.tile_m // max(self.cluster, self.waves_m)
+        return self.tile_m // max(1 if self.shares_b else self.cluster, self.waves_m)
+
+    @property
+    def b_box(self) -> int:
+        """Rows of one box of B: half a tile where blocks share it."""
+        return self.tile_n // (self.cluster if self.shares_b else 1)
+
+    def pairs(self, m: int, n: int) -> int:
+        """Tiles of a dense m x n output, in pairs of a cluster's blocks where there are any."""
+        rows, columns = (self.cluster, 1) if self.shares_b else (1, self.cluster)
+        return -(-m // (self.tile_m * rows)) * -(-n // (self.tile_n * columns))
 
     @property
     def has_one_box_of_rows(self) -> bool:
@@ -167,6 +180,7 @@ class GemmConfig:
             "WAVES_N": self.waves_n,
             "WAVE_N": self.wave_n,
             "STAGES": self.stages,
+            "NARROW": self.narrow,
             "CLUSTER": self.cluster,
             "FLIGHT": self.flight,
             "UNROLL": max(self.stages - 1, 1) if self.unroll else 1,
@@ -184,6 +198,8 @@ class GemmConfig:
             "#pragma once",
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
+            f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
+            f"constexpr bool MEETS = {str(self.meets).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
@@ -191,7 +207,7 @@ class GemmConfig:
         ]
         return {
             "config.cuh": "\n".join(lines) + "\n",
-            "wgmma.cuh": wgmma_header(self.wave_n, self.a_type, self.b_type),
+            "wgmma.cuh": wgmma_header((self.wave_n, self.narrow), self.a_type, self.b_type),
         }
 
 
@@ -220,6 +236,29 @@ def two_row_waves(
         staging_bytes=2048,
         held_stages=int(is_forward),
         lead=int(is_forward),
+    )
+
+
+def one_wide_wave(
+    scales: Scales, grouping: Grouping, output: Output, cluster: int = 1, narrow: int = 0, meets: bool = False
+) -> GemmConfig:
+    """128 x 192 tiles, each warpgroup one wave of 64 rows; BF16 outputs have memory for a whole tile.
+
+    A cluster's blocks share rows of B: with tiles wider than high that leaves the fewest bytes to fetch. Where the last
+    tile of a row has no more than `narrow` columns, only as many are multiplied.
+    """
+    return GemmConfig(
+        scales,
+        grouping,
+        output,
+        waves_n=1,
+        wave_n=192,
+        band=8 if cluster > 1 else 16,
+        cluster=cluster,
+        shares_b=cluster > 1,
+        narrow=narrow,
+        staging_bytes=6144 if output is Output.BF16 else 4096,
+        meets=meets,
     )
 
 

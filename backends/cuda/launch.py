@@ -280,7 +280,7 @@ def prepare(
         # The blocks of a cluster share a pair of SMs: whoever takes one of them takes the pair.
         sms = max(config.cluster, multiprocessors(index) - _reserved * config.cluster)
         rows_a = min(a.shape[0], config.a_box) if config.has_one_box_of_rows else config.a_box
-        map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.tile_n)
+        map_a, map_b = _payload_map(a, rows_a), _payload_map(b, config.b_box)
         map_scale_a = map_a if config.scales is Scales.PER_TENSOR else _scale_map(a_scale, config.scale_a_box)
         map_scale_b = _scale_map(b_scale, config.tile_n) if config.scales is Scales.PER_ROW else map_a
         is_aligned = _is_aligned(out)
@@ -306,7 +306,7 @@ def prepare(
     parameters = (ctypes.c_void_p * 6)(*(m.address for m in maps), ctypes.addressof(arguments))
     grid = sms
     if config.grouping is Grouping.DENSE:
-        grid = min(sms, -(-a.shape[0] // config.tile_m) * -(-n // (config.tile_n * config.cluster)) * config.cluster)
+        grid = min(sms, config.pairs(a.shape[0], n) * config.cluster)
     grid -= grid % config.cluster
     attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
     attribute.value[0] = 1

@@ -17,6 +17,7 @@ DEVICE uint32 shared_address(const void* p) { return static_cast<uint32>(__cvta_
 
 // A value that is the same in all lanes: the compiler may then keep it, and what follows from it, in uniform registers.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
+DEVICE uint64 uniform64(uint64 x) { return static_cast<uint64>(uniform(x >> 32)) << 32 | uniform(static_cast<uint32>(x)); }
 
 // True in one lane of the warp. Unlike `lane == 0`, it tells the compiler that there is only one: around each TMA
 // instruction it then needs no loop over active lanes.
@@ -79,6 +80,8 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
 }
 // All warps of one warpgroup; hardware barrier 0 is __syncthreads's.
 DEVICE void warpgroup_sync(uint32 warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
+// All warps of two warpgroups.
+DEVICE void consumers_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor core.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

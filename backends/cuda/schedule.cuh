@@ -49,41 +49,62 @@ struct Ring {
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The two blocks of a cluster take neighbouring column tiles (one of them none, where their number is odd), so that they
-// share the rows of A. Schedules count such pairs.
+// The two blocks of a cluster take neighbouring tiles of a row (or, with SHARES_B, of a column), so that they share the rows of
+// A (or of B). Schedules count such pairs; where the number of tiles is odd, one block of the last pair gets none of the output.
+constexpr int PAIRED_ROWS = SHARES_B ? CLUSTER : 1, PAIRED_COLUMNS = SHARES_B ? 1 : CLUSTER;
 DEVICE int first_index() { return blockIdx.x / CLUSTER; }
 DEVICE int index_step() { return grid_blocks_again() / CLUSTER; }
-DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * CLUSTER); }
+DEVICE int row_groups(int m) { return ceil_div(m, TILE_M * PAIRED_ROWS); }
+DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * PAIRED_COLUMNS); }
+DEVICE int first_row(int row_group) { return (row_group * PAIRED_ROWS + (PAIRED_ROWS > 1 ? cluster_rank() : 0)) * TILE_M; }
 DEVICE int first_column(int column_group) {
-    return (column_group * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0)) * TILE_N;
+    return (column_group * PAIRED_COLUMNS + (PAIRED_COLUMNS > 1 ? cluster_rank() : 0)) * TILE_N;
 }
 
-// Walk the grid of row_tiles x col_tiles in bands of `height_limit` row tiles: the tiles that run at one time then share few
+// Where the last tile of a row has no more than NARROW columns, it is a job of its own kind that takes a fraction of a tile's time,
+// and such jobs are dealt out separately: to the last block first, so that who has a tile fewer begins, and each when the
+// band that it belongs to is over, while its rows of A are in L2.
+DEVICE bool has_narrow_tiles(int n) { return NARROW > 0 && n % TILE_N > 0 && n % TILE_N <= NARROW; }
+DEVICE int first_narrow_index() { return index_step() - 1 - first_index(); }
+DEVICE int whole_columns(int n) { return has_narrow_tiles(n) ? n / TILE_N : column_groups(n); }
+DEVICE bool is_narrow(const Problem& p, int col) { return NARROW > 0 && p.n - col <= NARROW; }
+DEVICE bool is_narrow_next(int narrow, int index, int row_tiles, int col_tiles) {
+    return narrow < row_tiles && index >= min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles;
+}
+static_assert(NARROW == 0 || (PAIRED_COLUMNS == 1 && WAVES_M == 1 && GROUPING != REDUCTION_GROUPS));
+
+// Walk the grid of row_tiles x col_tiles in bands of BAND row tiles (or pairs): the tiles that run at one time then share few
 // rows and columns, so most operand reads hit L2.
-template <int height_limit>
 DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
-    const uint32 band = index / (height_limit * col_tiles);
-    const uint32 height = min(height_limit, row_tiles - band * height_limit);
-    const uint32 rest = index - band * height_limit * col_tiles;
-    return {static_cast<int>(band * height_limit + rest % height), static_cast<int>(rest / height)};
+    const uint32 band = index / (BAND * col_tiles);
+    const uint32 height = min(BAND, row_tiles - band * BAND);
+    const uint32 rest = index - band * BAND * col_tiles;
+    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
 }
 
 // The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into
 // halves of TILE_M / 2 rows: for those a warpgroup makes one of its two waves.
 class DenseSchedule {
     const Problem& p;
-    int index;
+    int index, narrow;
 
   public:
-    DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(first_index()) {}
+    DEVICE explicit DenseSchedule(const Problem& problem)
+        : p(problem), index(first_index()), narrow(has_narrow_tiles(p.n) ? first_narrow_index() : row_groups(p.m)) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = ceil_div(p.m, TILE_M), col_tiles = column_groups(p.n);
+        const int row_tiles = row_groups(p.m), col_tiles = whole_columns(p.n);
+        if (NARROW > 0 && is_narrow_next(narrow, index, row_tiles, col_tiles)) {
+            const int row = first_row(narrow);
+            tile = {0, row, min(row + TILE_M, p.m), col_tiles * TILE_N, 0, p.k, 0};
+            narrow += index_step();
+            return true;
+        }
         const int tiles = row_tiles * col_tiles, last = tiles % index_step(), whole = tiles - last;
         const bool halve = WAVES_M == 2 && 2 * last <= index_step() && index >= whole;
         const int of_tile = halve ? whole + (index - whole) / 2 : index;
         if (of_tile >= tiles) return false;
-        const int2 at = banded<BAND>(of_tile, row_tiles, col_tiles);
-        const int row = at.x * TILE_M, middle = min(row + TILE_M / 2, p.m), end = min(row + TILE_M, p.m);
+        const int2 at = banded(of_tile, row_tiles, col_tiles);
+        const int row = first_row(at.x), middle = min(row + TILE_M / 2, p.m), end = min(row + TILE_M, p.m);
         const bool is_second = halve && (index - whole) % 2 == 1;
         tile = {0, is_second ? middle : row, halve && !is_second ? middle : end, first_column(at.y), 0, p.k, 0};
         index += index_step();
@@ -95,23 +116,34 @@ class DenseSchedule {
 // is empty: their output is zero.
 class RowGroupSchedule {
     const Problem& p;
-    int index;  // of the next tile, counted from the current group's first
+    int index;       // of the next tile, counted from the current group's first
+    int narrow = 0;  // of the next narrow one, as well
     int group = -1, begin = 0, end = 0;
 
   public:
-    DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
+    DEVICE explicit RowGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {
+        if (has_narrow_tiles(p.n)) narrow = first_narrow_index();
+    }
     DEVICE bool next(Tile& tile) {
-        const int col_tiles = column_groups(p.n);
+        const int col_tiles = whole_columns(p.n), narrow_columns = has_narrow_tiles(p.n) ? 1 : 0;
+        int row_tiles = row_groups(end - begin);
 #pragma unroll 1
-        for (int tiles = ceil_div(end - begin, TILE_M) * col_tiles; index >= tiles;) {
-            index -= tiles;
+        while (index >= row_tiles * col_tiles && narrow >= row_tiles * narrow_columns) {
+            index -= row_tiles * col_tiles;
+            narrow -= row_tiles * narrow_columns;
             if (++group > p.groups) return false;
             begin = end;
             end = group < p.groups ? min(max(__ldg(p.group_ends + group), begin), p.m) : p.m;
-            tiles = ceil_div(end - begin, TILE_M) * col_tiles;
+            row_tiles = row_groups(end - begin);
         }
-        const int2 at = banded<BAND>(index, ceil_div(end - begin, TILE_M), col_tiles);
-        tile = {group, begin + at.x * TILE_M, end, first_column(at.y), 0, group < p.groups ? p.k : 0, 0};
+        const int k = group < p.groups ? p.k : 0;
+        if (narrow_columns > 0 && is_narrow_next(narrow, index, row_tiles, col_tiles)) {
+            tile = {group, begin + first_row(narrow), end, col_tiles * TILE_N, 0, k, 0};
+            narrow += index_step();
+            return true;
+        }
+        const int2 at = banded(index, row_tiles, col_tiles);
+        tile = {group, begin + first_row(at.x), end, first_column(at.y), 0, k, 0};
         index += index_step();
         return true;
     }
@@ -128,7 +160,7 @@ class ReductionGroupSchedule {
   public:
     DEVICE explicit ReductionGroupSchedule(const Problem& problem) : p(problem), index(first_index()) {}
     DEVICE bool next(Tile& tile) {
-        const int row_tiles = ceil_div(again(p.m), TILE_M), col_tiles = column_groups(again(p.n));
+        const int row_tiles = row_groups(again(p.m)), col_tiles = column_groups(again(p.n));
 #pragma unroll 1
         while (group < 0 || (skip_empty && begin == end) || index >= row_tiles * col_tiles) {
             if (group >= 0 && !(skip_empty && begin == end)) index -= row_tiles * col_tiles;
@@ -136,9 +168,9 @@ class ReductionGroupSchedule {
             begin = end;
             end = min(max(__ldg(p.group_ends + group), begin), p.k);
         }
-        const int2 at = banded<BAND>(index, row_tiles, col_tiles);
+        const int2 at = banded(index, row_tiles, col_tiles);
         const int block = begin / 128 + group;  // the blocks of the experts before it: tokens are stored in whole blocks
-        tile = {group, at.x * TILE_M, p.m, first_column(at.y), block * 128, end - begin, 0};
+        tile = {group, first_row(at.x), p.m, first_column(at.y), block * 128, end - begin, 0};
         index += index_step();
         return true;
     }

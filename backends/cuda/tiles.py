@@ -11,14 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, two_row_waves
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, one_wide_wave, two_row_waves
 
 _CLOCKS_PER_BLOCK_AT_LEAST = 330  # wait, wgmma, wait, promote, release: one after the other in one warpgroup
 _EPILOGUE_BYTES_PER_CLOCK = 40  # of one multiprocessor
 _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
 _HALF_TILE = 0.7  # of a whole one's time: a lone wave hides less (wgrad 7168 x 2048 x 4096)
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
-_CLUSTER_FROM_K = 4096  # fprop and dgrad with a shorter K run better alone; wgrad with 128x128 scales does with any
+_LONG_K = 4096  # from here on the main loop counts more than a tile's end
+_NARROW_COLUMNS, _NARROW_TILE = (
+    64,
+    0.43,
+)  # a last tile of 128x192 with no more columns, and its share of a whole one's time
+# Time of a 128x192 tile against three quarters of one of 256x128.
+_WIDE_TILE = {Grouping.DENSE: 0.99, Grouping.ROW_GROUPS: 0.975}
 _WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
@@ -54,7 +60,7 @@ def choose(
     elif shape.m <= 128:  # in flight, 128 x 32 and 128 x 48 took 1.2 to 1.3 times as long as 64 x 64
         configs = (c for c in configs if c.flight == 1 or c.warpgroups == 1 or c.tile_n >= 64)
     best = min(configs, key=lambda config: estimated_clocks(config, shape))
-    return _clustered(best, shape)
+    return _arranged(best, shape)
 
 
 def candidates(
@@ -151,13 +157,62 @@ def _utilisation(config: GemmConfig) -> float:
     return share * ((0.75 if config.waves_m == 2 else 0.65) if config.scales is Scales.PER_ROW else 1.0)
 
 
-def _clustered(config: GemmConfig, shape: Shape) -> GemmConfig:
+def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
+    """Clusters, bands and what warpgroups do at a tile's end, for large tiles."""
     row_tiles, col_tiles, k = _tiles(config, shape)
-    if config.lead:
-        config = replace(config, band=16 if k <= _WIDE_BAND_TO_K else config.band)
     is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
+    is_forward = config.lead > 0
+    if is_forward and is_large and (wide := _wide(config, shape)):
+        return wide
+    if is_forward:
+        if config.grouping is Grouping.DENSE and k >= _LONG_K:
+            return replace(config, lead=0)
+        config = replace(config, band=16 if k <= _WIDE_BAND_TO_K else config.band)
     is_dense_by_blocks = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE
-    is_alone = k < _CLUSTER_FROM_K if config.lead else is_dense_by_blocks
+    is_alone = k < _LONG_K if is_forward else is_dense_by_blocks
     if is_alone or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
         return config
     return replace(config, cluster=2)
+
+
+def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
+    """Tiles of 128x192 where they serve better than these of 256x128."""
+    is_long = shape.k >= _LONG_K
+    if not config.promote or (config.grouping is Grouping.DENSE and not is_long):
+        return None
+    wide = replace(
+        one_wide_wave(
+            config.scales,
+            config.grouping,
+            config.output,
+            cluster=2 if is_long and shape.multiprocessors % 2 == 0 else 1,
+            narrow=_NARROW_COLUMNS if 0 < shape.n % 192 <= _NARROW_COLUMNS else 0,
+            meets=is_long,
+        ),
+        a_type=config.a_type,
+        b_type=config.b_type,
+    )
+    row_tiles, col_tiles, _ = _tiles(config, shape)
+    if config.grouping is Grouping.DENSE:
+        clocks = _waves(config, row_tiles * col_tiles, shape.multiprocessors)
+    else:  # groups of any size: the last wave is half full on average
+        clocks = row_tiles * col_tiles / shape.multiprocessors + 0.5
+    return wide if 0.75 * _WIDE_TILE[config.grouping] * _wide_waves(wide, shape) < clocks else None
+
+
+def _wide_waves(config: GemmConfig, shape: Shape) -> float:
+    """Waves of 128x192 tiles, their narrow ones dealt out as schedule.cuh does it."""
+    blocks = shape.multiprocessors // config.cluster
+    columns, rest = divmod(shape.n, config.tile_n)
+    columns += rest > config.narrow
+    narrow_columns = int(0 < rest <= config.narrow)
+    rows_of_pair = config.tile_m * config.cluster
+    if config.grouping is Grouping.ROW_GROUPS:
+        rows = shape.m / rows_of_pair + 0.5 * shape.groups
+        return rows * (columns + _NARROW_TILE * narrow_columns) / blocks + 0.5
+    row_tiles = math.ceil(shape.m / rows_of_pair)
+    each, more = divmod(row_tiles * columns, blocks)
+    narrow_each, narrow_more = divmod(row_tiles * narrow_columns, blocks)
+    # The first `more` blocks have a tile more, the last `narrow_more` a narrow one more.
+    places = {0, max(more - 1, 0), min(more, blocks - 1), blocks - 1}
+    return max(each + (b < more) + _NARROW_TILE * (narrow_each + (b >= blocks - narrow_more)) for b in places)

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, two_row_waves
+from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, one_wide_wave, two_row_waves
 from fp8c.backends.cuda.launch import launch
 from tests.backends.cuda.accumulator_model import model_product
 
@@ -33,6 +33,11 @@ CONFIGS = (
     GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=112, flight=2),
     GemmConfig(BLOCK, DENSE, BF16, warpgroups=1, waves_n=1, wave_n=32, flight=4, staging_bytes=2048, cluster=2),
     GemmConfig(BLOCK, DENSE, BF16, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),
+    *(one_wide_wave(BLOCK, DENSE, BF16, cluster=c, narrow=64, meets=m) for c, m in ((1, False), (2, False), (2, True))),
+    *(replace(one_wide_wave(BLOCK, DENSE, out, cluster=2), narrow=64, band=2) for out in (BF16, ADD)),
+    replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), lead=1),
+    GemmConfig(BLOCK, DENSE, BF16, cluster=2, shares_b=True),
+    GemmConfig(BLOCK, DENSE, FP32, waves_n=1, wave_n=144, cluster=2, shares_b=True),
     *(replace(two_row_waves(BLOCK, DENSE, BF16, cluster=c), lead=0) for c in (1, 2)),
     replace(two_row_waves(BLOCK, DENSE, BF16, cluster=2), held_stages=0),
     replace(two_row_waves(BLOCK, DENSE, BF16), held_stages=0, lead=0),
@@ -43,6 +48,9 @@ CONFIGS = (
     two_row_waves(TENSOR, DENSE, BF16),
     two_row_waves(TENSOR, DENSE, FP32, promote=False),
     *(two_row_waves(BLOCK, ROWS, BF16, cluster=c) for c in (1, 2)),
+    *(one_wide_wave(BLOCK, ROWS, BF16, cluster=c, narrow=64, meets=m) for c, m in ((1, False), (2, False), (2, True))),
+    replace(one_wide_wave(BLOCK, ROWS, BF16, cluster=2), band=2, meets=True),
+    replace(one_wide_wave(BLOCK, ROWS, FP32, cluster=2), narrow=64),
     GemmConfig(BLOCK, ROWS, BF16),
     GemmConfig(BLOCK, ROWS, FP32, waves_n=1, wave_n=192, cluster=2),
     GemmConfig(BLOCK, ROWS, BF16, warpgroups=1, waves_n=1, wave_n=64, flight=4, staging_bytes=2048),

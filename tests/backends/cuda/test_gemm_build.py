@@ -1,5 +1,6 @@
 """Compiling the Hopper GEMMs without a GPU: registers, spills, instructions, the kernel cache and the tile rule."""
 
+import itertools
 import logging
 import os
 import re
@@ -14,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from fp8c.backends.cuda import build, tiles
-from fp8c.backends.cuda.config import SHARED_LIMIT_BYTES, GemmConfig, Grouping, Output, Scales, two_row_waves
+from fp8c.backends.cuda.config import (
+    SHARED_LIMIT_BYTES,
+    GemmConfig,
+    Grouping,
+    Output,
+    Scales,
+    one_wide_wave,
+    two_row_waves,
+)
 from fp8c.diagnostics import DiagnosticError
 
 NVCC, CUOBJDUMP = shutil.which("nvcc"), shutil.which("cuobjdump")
@@ -22,6 +31,7 @@ needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="neither NV
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 FPROP = two_row_waves(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16, cluster=2)
+EXPERTS = one_wide_wave(Scales.PER_BLOCK, Grouping.ROW_GROUPS, Output.BF16, cluster=2, narrow=64, meets=True)
 WGRAD = two_row_waves(Scales.PER_ROW, Grouping.REDUCTION_GROUPS, Output.FP32_ADD)
 SHAPES = [
     (4096, 7168, 2048),
@@ -50,6 +60,11 @@ def all_configs() -> list[GemmConfig]:
             configs.append(config)
             if config.waves_m == 2:
                 configs.append(replace(config, cluster=2))
+    for grouping in (Grouping.DENSE, Grouping.ROW_GROUPS):
+        configs.append(replace(two_row_waves(Scales.PER_BLOCK, grouping, Output.BF16), lead=0))
+        for cluster, narrow in itertools.product((1, 2), (0, 64)):
+            wide = one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster, narrow, meets=cluster == 2)
+            configs.append(wide)
     return configs
 
 
@@ -89,7 +104,7 @@ def check_assembler_report(config: GemmConfig) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("config", [FPROP, WGRAD], ids=["fprop", "wgrad"])
+@pytest.mark.parametrize("config", [FPROP, EXPERTS, WGRAD], ids=["fprop", "experts", "wgrad"])
 def test_main_instances_use_the_tensor_core_and_spill_nothing(config: GemmConfig) -> None:
     check_assembler_report(config)
 
@@ -218,7 +233,29 @@ def test_rule_keeps_the_last_wave_full_and_short_rows_narrow(shape: tuple[int, i
 def test_rule_takes_clusters_only_for_even_columns() -> None:
     for m, n, k in SHAPES:
         config = tiles.choose(tiles.Shape(m, n, k, 1, 132), Scales.PER_BLOCK, Grouping.DENSE, Output.BF16)
-        assert config.cluster == 1 or -(-n // config.tile_n) % 2 == 0
+        assert config.cluster == 1 or config.shares_b or -(-n // config.tile_n) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups", "tile", "cluster"),
+    [
+        (8192, 8192, 8192, 1, (128, 192), 2),
+        (16384, 4096, 7168, 1, (128, 192), 2),
+        (4096, 7168, 16384, 1, (256, 128), 1),
+        (4096, 4096, 7168, 1, (256, 128), 1),
+        (4096, 24576, 1536, 1, (256, 128), 1),
+        (32768, 4096, 7168, 4, (128, 192), 2),
+        (32768, 7168, 2048, 8, (128, 192), 1),
+        (32768, 4096, 7168, 64, (256, 128), 2),  # pairs of 128 rows would be half empty at each expert's end
+    ],
+)
+def test_rule_takes_the_tiles_that_were_measured_fastest(
+    m: int, n: int, k: int, groups: int, tile: tuple[int, int], cluster: int
+) -> None:
+    """docs/hopper_gemm.md; the last row is an estimate."""
+    grouping = Grouping.DENSE if groups == 1 else Grouping.ROW_GROUPS
+    config = tiles.choose(tiles.Shape(m, n, k, groups, 132), Scales.PER_BLOCK, grouping, Output.BF16)
+    assert ((config.tile_m, config.tile_n), config.cluster) == (tile, cluster)
 
 
 def test_rule_gives_128_rows_no_second_warpgroup_for_narrow_tiles() -> None:

@@ -4,12 +4,14 @@ import itertools
 import random
 import shutil
 import subprocess
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fp8c.backends.cuda import config as gemm_config
-from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales
+from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, one_wide_wave
 
 SOURCES = Path(gemm_config.__file__).parent
 
@@ -38,7 +40,7 @@ PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
-// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length
+// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length block
 int main(int count, char** arguments) {
     std::vector<int> x;
     for (int i = 1; i < count; ++i) x.push_back(std::atoi(arguments[i]));
@@ -48,7 +50,7 @@ int main(int count, char** arguments) {
         SCHEDULE schedule(p);
         Tile t;
         while (schedule.next(t))
-            std::printf("%d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length);
+            std::printf("%d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, blockIdx.x);
     }
 }
 """
@@ -69,8 +71,13 @@ def compiled(folder: Path, config: GemmConfig, schedule: str) -> Path:
 
 
 def tiles_of(program: Path, *arguments: int) -> list[tuple[int, ...]]:
+    return [tile for tile, _ in tiles_and_blocks(program, *arguments)]
+
+
+def tiles_and_blocks(program: Path, *arguments: int) -> list[tuple[tuple[int, ...], int]]:
     result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
-    return [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    lines = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    return [(line[:-1], line[-1]) for line in lines]
 
 
 def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) -> GemmConfig:
@@ -79,10 +86,27 @@ def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) ->
     )
 
 
+def sharing_columns(grouping: Grouping) -> GemmConfig:
+    """Clusters whose blocks lie below each other."""
+    return replace(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster=2), band=3)
+
+
+def with_narrow_tiles(grouping: Grouping) -> GemmConfig:
+    return replace(sharing_columns(grouping), narrow=64)
+
+
 def columns(n: int, config: GemmConfig) -> list[int]:
     """First columns of all tiles; a cluster's second block may get one past the end."""
-    step = config.tile_n * config.cluster
-    return [c * step + r * config.tile_n for c in range(-(-n // step)) for r in range(config.cluster)]
+    return _starts(n, config.tile_n, 1 if config.shares_b else config.cluster)
+
+
+def rows(m: int, config: GemmConfig) -> list[int]:
+    """First rows of all tiles, as `columns`."""
+    return _starts(m, config.tile_m, config.cluster if config.shares_b else 1)
+
+
+def _starts(size: int, tile: int, together: int) -> list[int]:
+    return list(range(0, -(-size // (tile * together)) * tile * together, tile))
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -109,6 +133,21 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
         assert len(whole) >= len(tiles) - halves // 2
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        sharing_columns(Grouping.DENSE),
+        with_narrow_tiles(Grouping.DENSE),
+    ],
+)
+def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, config: GemmConfig) -> None:
+    program = compiled(tmp_path, config, "DenseSchedule")
+    for m, n, blocks in ((1, 1, 2), (4096, 2112, 132), (4096, 4096, 132), (2900, 64, 6), (700, 448, 6), (896, 960, 8)):
+        found = tiles_of(program, blocks, m, n, 512)
+        expected = [(0, r, min(r + config.tile_m, m), c, 0, 512) for r in rows(m, config) for c in columns(n, config)]
+        assert sorted(found) == sorted(expected)
+
+
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -> None:
     """Also where the last wave is cut into halves: FP32 outputs are added to."""
@@ -121,21 +160,27 @@ def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -
         assert all(sorted(r) == list(range(m)) for r in rows.values())
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, cluster: int) -> None:
-    config = config_of(Grouping.ROW_GROUPS, cluster)
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(config_of(Grouping.ROW_GROUPS, cluster) for cluster in (1, 2)),
+        sharing_columns(Grouping.ROW_GROUPS),
+        with_narrow_tiles(Grouping.ROW_GROUPS),
+    ],
+)
+def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, config: GemmConfig) -> None:
     program = compiled(tmp_path, config, "RowGroupSchedule")
-    rng = random.Random(cluster)
+    rng = random.Random(1)
     for _ in range(20):
         sizes = [rng.choice((0, 0, 1, 17, 255, 256, 257, 900)) for _ in range(rng.randint(1, 6))]
         past_end = rng.choice((0, 40))
         ends = list(itertools.accumulate(sizes))
-        m, n, k = ends[-1] + past_end, 300, 640
+        m, n, k = ends[-1] + past_end, rng.choice((40, 300, 420)), 640
         found = tiles_of(program, rng.choice((2, 6, 132)), m, n, k, *ends)
         expected = [
-            (group, row, end, col, 0, k if group < len(sizes) else 0)
+            (group, start + row, end, col, 0, k if group < len(sizes) else 0)
             for group, (start, end) in enumerate(zip([0, *ends], [*ends, m]))
-            for row in range(start, end, config.tile_m)
+            for row in rows(end - start, config)
             for col in columns(n, config)
         ]
         assert sorted(found) == sorted(expected)
@@ -159,6 +204,39 @@ def test_reduction_groups_restart_their_scales(tmp_path: Path, output: Output, s
             for col in columns(n, config)
         ]
         assert sorted(found) == sorted(expected)
+
+
+def test_narrow_tiles_are_shared_out_evenly(tmp_path: Path) -> None:
+    """4096 columns are 21 tiles of 192 and 64 more; who has a whole tile fewer has the most narrow ones."""
+    program = compiled(tmp_path, with_narrow_tiles(Grouping.ROW_GROUPS), "RowGroupSchedule")
+    ends = [8192 * (expert + 1) for expert in range(4)]
+    whole, narrow = Counter[int](), Counter[int]()
+    for tile, block in tiles_and_blocks(program, 132, ends[-1], 4096, 7168, *ends):
+        (narrow if tile[3] == 4032 else whole)[block] += 1
+    assert sum(whole.values()) == 21 * 256 and sum(narrow.values()) == 256
+    assert set(whole.values()) == {40, 41} and set(narrow.values()) == {1, 2}
+    assert all(narrow[block] == 2 for block, count in whole.items() if count == 40)
+
+
+def test_narrow_tiles_come_when_their_band_is_over(tmp_path: Path) -> None:
+    """Their rows of A are then in L2."""
+    config = with_narrow_tiles(Grouping.DENSE)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    found = tiles_of(program, 2, 4096, 4096, 512)  # one cluster: the order is that of time
+    band = config.band * config.tile_m * config.cluster
+    order = [tile for tile in found if tile[1] % (2 * config.tile_m) == 0]
+    for at, tile in enumerate(order):
+        if tile[3] == 4032:
+            assert all(before[1] // band <= tile[1] // band for before in order[:at])
+            assert not any(after[1] // band == tile[1] // band and after[3] < 4032 for after in order[at:])
+
+
+def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:
+    config = sharing_columns(Grouping.DENSE)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    found = tiles_of(program, 2, 2000, 1000, 128)
+    first, second = found[: len(found) // 2], found[len(found) // 2 :]
+    assert [(t[1] + config.tile_m, t[3]) for t in first] == [(t[1], t[3]) for t in second]
 
 
 def test_blocks_of_a_cluster_share_rows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The barriers between producer, consumers and store warp of gemm.cu, played on the CPU in random orders: nobody waits forever, and
+"""The barriers between producer, scale warp, consumers and store warp of the GEMM (backends/cuda/gemm*.cuh), played on the CPU in random orders: nobody waits forever, and
 no memory is written while somebody reads it.
 
 The players follow the code function by function; what they touch is a set of named pieces of shared memory. Loads and
@@ -13,11 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-GROUPS, WAVES, CHUNKS = (
-    2,
-    2,
-    2,
-)  # consumer warpgroups, each played as one warp; waves of each, chunks of columns of the output
+GROUPS = 2  # consumer warpgroups, each played as one warp
 
 
 @dataclass
@@ -42,20 +38,23 @@ class Barrier:
 @dataclass
 class Block:
     """One thread block. `held`: stages that take the output, 0 or 1; `lead`: k-blocks of a tile that the first warpgroup does
-    before the second one begins it."""
+    before the second one begins it; `waves` of each warpgroup, `chunks` of columns of the output."""
 
     stages: int
     held: int
     lead: int
     tiles: list[int]  # k-blocks of each
     dice: random.Random
+    waves: int = 2
+    chunks: int = 2
+    stop_after: int | None = None  # k-blocks, then consumers stand still
     reading: dict[str, int] = field(default_factory=dict)
     writing: set[str] = field(default_factory=set)
     in_flight: list[tuple[str, list[str], Barrier | None]] = field(default_factory=list)
     store_groups: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.full = [Barrier(2) for _ in range(self.stages)]  # the producer's arrival and the bytes
+        self.full = [Barrier(3) for _ in range(self.stages)]  # the producer's arrival, the bytes, the scale warp's
         self.empty = [Barrier(GROUPS) for _ in range(self.stages)]
         self.staged = [Barrier(1) for _ in range(GROUPS)]
         self.b_read, self.led = Barrier(1), Barrier(1)
@@ -63,7 +62,12 @@ class Block:
     def piece(self, chunk: int, wave: int, group: int) -> str:
         if chunk == 0:
             return f"A {self.stages - 1} {wave} {group}"
-        return f"staging {wave}" if group == 0 else f"B {self.stages - 1} {wave}"
+        place = (chunk - 1) * self.waves + wave
+        return f"staging {place}" if group == 0 else f"B {self.stages - 1} {place}"
+
+    def pieces_of_b(self, stage: int) -> list[str]:
+        """As long as a wave's half chunk; a piece more or less doesn't matter to anybody."""
+        return [f"B {stage} {place}" for place in range((self.chunks - 1) * self.waves + 1)]
 
     def rounds(self, blocks: int) -> int:
         return -(-max(blocks, 1) // self.stages)
@@ -115,17 +119,26 @@ class Block:
                 yield lambda s=s, parity=parity: self.empty[s].passed(parity ^ 1)
                 uses += 1
                 if k >= blocks:
-                    self.full[s].arrive(2)
+                    self.full[s].arrive(2)  # as if the bytes had come
                     continue
-                pieces = [f"A {s} {w} {g}" for w in range(WAVES) for g in range(GROUPS)] + [
-                    f"B {s} {w}" for w in range(WAVES)
-                ]
+                pieces = [f"A {s} {w} {g}" for w in range(self.waves) for g in range(GROUPS)] + self.pieces_of_b(s)
                 self.begin_write(pieces)
                 self.in_flight.append(("load", pieces, self.full[s]))
                 self.full[s].arrive()
 
+    def scale_warp(self) -> Iterator[object]:
+        together = self.stages if self.lead else 1
+        uses = 0
+        for blocks in self.tiles:
+            for _ in range(self.rounds(blocks) * self.stages // together):
+                stages = [(u % self.stages, u // self.stages % 2) for u in range(uses, uses + together)]
+                yield lambda stages=stages: all(self.empty[s].passed(parity ^ 1) for s, parity in stages)
+                uses += together
+                for s, _ in stages:
+                    self.full[s].arrive()
+
     def consumer(self, group: int) -> Iterator[object]:
-        parity = 0
+        parity, done = 0, 0
         for index, blocks in enumerate(self.tiles):
             of_tile = index % 2
             if group == 1 and self.lead:
@@ -137,12 +150,15 @@ class Block:
                         self.led.arrive()
                     yield lambda s=s, parity=parity: self.full[s].passed(parity)
                     if r * self.stages + s < blocks:
-                        read = [f"A {s} {w} {group}" for w in range(WAVES)] + [f"B {s} {w}" for w in range(WAVES)]
+                        read = [f"A {s} {w} {group}" for w in range(self.waves)] + self.pieces_of_b(s)
                         self.begin_read(read)
                         yield lambda: True
                         self.end_read(read)
                     if s < self.stages - self.held or not is_last:
                         self.empty[s].arrive()
+                    done += 1
+                    if done == self.stop_after:
+                        return
                 parity ^= 1
             if group == 0 and self.lead and blocks < self.stages:
                 self.led.arrive()
@@ -150,10 +166,10 @@ class Block:
                 continue
             if group == 0:
                 self.b_read.arrive()
-            for chunk in range(CHUNKS):
+            for chunk in range(self.chunks):
                 if chunk == 1 and group == 1:
                     yield lambda p=of_tile: self.b_read.passed(p)
-                for wave in range(WAVES):
+                for wave in range(self.waves):
                     piece = [self.piece(chunk, wave, group)]
                     self.begin_write(piece)
                     yield lambda: True
@@ -164,28 +180,41 @@ class Block:
         for index, _ in enumerate(self.tiles if self.held else []):
             for group in range(GROUPS):
                 yield lambda g=group, p=index % 2: self.staged[g].passed(p)
-                pieces = [self.piece(chunk, wave, group) for chunk in range(CHUNKS) for wave in range(WAVES)]
+                pieces = [self.piece(chunk, wave, group) for chunk in range(self.chunks) for wave in range(self.waves)]
                 self.begin_read(pieces)
                 self.store_groups.append(pieces)
             yield lambda: self.pending_groups() <= 0
             self.empty[self.stages - 1].arrive(GROUPS)
 
     def play(self) -> None:
-        players = {p: next(p, None) for p in (self.producer(), self.consumer(0), self.consumer(1), self.store_warp())}
+        everybody = (self.producer(), self.scale_warp(), self.consumer(0), self.consumer(1), self.store_warp())
+        players = {p: next(p, None) for p in everybody}
         while any(c is not None for c in players.values()):
             ready = [p for p, c in players.items() if c is not None and c()]  # type: ignore[operator]
             if (not ready or self.dice.random() < 0.3) and self.end_something():
                 continue
+            if not ready and self.stop_after is not None:
+                return
             assert ready, "everybody waits"
             p = self.dice.choice(ready)
             players[p] = next(p, None)
 
 
 @pytest.mark.parametrize("lead", [0, 1, 2])
-@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize(("stages", "waves", "chunks"), [(3, 2, 2), (4, 2, 2)])
 @pytest.mark.parametrize("held", [0, 1])
-def test_nobody_waits_forever_and_nothing_is_overwritten(stages: int, held: int, lead: int) -> None:
+def test_nobody_waits_forever_and_nothing_is_overwritten(
+    stages: int, waves: int, chunks: int, held: int, lead: int
+) -> None:
     for seed in range(12):
         dice = random.Random(seed)
         tiles = [dice.choice((0, 1, stages - 1, stages, stages + 1, 2 * stages, 11)) for _ in range(5)]
-        Block(stages, held, lead, tiles, dice).play()
+        Block(stages, held, lead, tiles, dice, waves, chunks).play()
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 4, 5, 6, 7])
+def test_a_stage_fills_again_as_soon_as_it_is_free(done: int) -> None:
+    """Were scales handed over for a round of stages at a time, the ring would run empty at the end of each round."""
+    block = Block(4, held=0, lead=0, tiles=[12], dice=random.Random(done), stop_after=done)
+    block.play()
+    assert sum(barrier.phases for barrier in block.full) == done + 4
