@@ -151,6 +151,7 @@ DEVICE void let_follow(const Consumer& c) {
 // The k-blocks of one tile; `phase` is of the ring of stages, which the tile begins and ends at stage 0.
 template <int waves, int columns = WAVE_N>
 DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
+    // Beside a second loop, ptxas keeps what addresses follow from in uniform registers only if it is made so here.
     if (NARROW > 0 && columns == WAVE_N) c.a_descriptor = uniform64(c.a_descriptor), c.b_descriptor = uniform64(c.b_descriptor);
     if (blocks > 0) {
         barrier_wait(c.barriers, phase);
