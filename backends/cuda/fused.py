@@ -1,4 +1,4 @@
-"""An instance of a kernel that is no GEMM (swiglu_backward.cu, rms_norm.cu, *_columns.cu), and its launch."""
+"""An instance of a kernel that is no GEMM (swiglu_backward.cu, add_parts.cu, rms_norm.cu, *_columns.cu), and its launch."""
 
 from __future__ import annotations
 

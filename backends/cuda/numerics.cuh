@@ -51,10 +51,6 @@ DEVICE uint32 exchange_larger(uint32 a, uint32 b, int distance, bool keeps_secon
 DEVICE uint32 reduce_larger(uint32 word, int distance) {
     return larger_bits(word, __shfl_xor_sync(ALL_LANES, word, distance));
 }
-DEVICE float exchange_sum(float a, float b, int distance, bool keeps_second) {
-    const float kept = keeps_second ? b : a, given = keeps_second ? a : b;
-    return kept + __shfl_xor_sync(ALL_LANES, given, distance);
-}
 
 // Functions -------------------------------------------------------------------------------------------------------
 
@@ -180,7 +176,7 @@ DEVICE uint2 codes_of(uint4 x, Reciprocal r) {
 }
 
 // Copies that don't wait ------------------------------------------------------------------------------------------
-// To shared memory that the copying thread alone reads: it waits for its own copies, and needs no barrier.
+// To shared memory. A thread waits for its own copies; what others copied it may read behind a barrier.
 
 template <int BYTES>
 DEVICE void copy_async(void* to, const void* from, bool exists) {  // zeros where it doesn't
@@ -191,12 +187,6 @@ DEVICE void copy_async(void* to, const void* from, bool exists) {  // zeros wher
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(read)
                      : "memory");
     }
-}
-DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until but the last `OPEN` groups of copies that were closed have arrived.
-template <int OPEN>
-DEVICE void wait_for_copies_but() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
 }
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -209,12 +199,8 @@ DEVICE uint4 read_again(const uint4& x) {
     return y;
 }
 
-// Stores that depend on a predicate, not a branch: what is stored is computed beside what comes after it.
+// A store that depends on a predicate, not a branch: what is stored is computed beside what comes after it.
 DEVICE void store_if(bool exists, void* to, uint2 x) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.v2.u32 [%1], {%2, %3};\n\t}" ::"r"(static_cast<uint32>(exists)),
                  "l"(to), "r"(x.x), "r"(x.y));
-}
-DEVICE void store_if(bool exists, void* to, uint4 x) {
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n\t}" ::"r"(static_cast<uint32>(exists)),
-                 "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
 }

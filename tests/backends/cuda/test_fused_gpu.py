@@ -77,13 +77,16 @@ def test_swiglu_backward(formats: tuple[str, ...], is_weighted: bool) -> None:
         covered = 1000 if split is None else (split or [0])[-1]
         for i, (a, b) in enumerate(zip(found[:6], expected[:6], strict=True)):
             same(a, b, (rows, features, split, i, covered))
-        # The sum of the same terms in another order.
+        if not is_weighted:
+            continue
+        # The same terms, F of them, added in another order: each side is off by at most F * 2^-24 of the sum of magnitudes.
         a, b = found[6], expected[6]
-        assert a.shape == b.shape
-        ordinary = b.isfinite() & a.isfinite()
-        assert torch.equal(a.isnan(), b.isnan())
-        largest = dh.float().abs().amax(1, keepdim=True) if is_weighted else 0.0
-        assert ((a - b).abs()[ordinary] <= (1e-5 * (b.abs() + largest * 3e3))[ordinary]).all() if is_weighted else True
+        assert a.shape == b.shape and torch.equal(a.isnan(), b.isnan())
+        gate, up = torch.ops.fp8c.dequantize(*pair, cache, torch.float32).double().chunk(2, -1)
+        magnitudes = (dh.double() * gate * gate.sigmoid() * up).abs().sum(1, keepdim=True)
+        bound = 2 * 1.01 * features * 2.0**-24 * magnitudes
+        ordinary = a.isfinite() & b.isfinite() & bound.isfinite()
+        assert ordinary.sum() >= covered * 0.9 and ((a.double() - b.double()).abs() <= bound)[ordinary].all()
 
 
 def test_swiglu_backward_is_the_same_every_time() -> None:
