@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fp8c.backends.cuda import tiles
 from fp8c.backends.cuda.build import build_all
-from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, two_row_waves
+from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Scales, one_wide_wave, two_row_waves
 from fp8c.backends.cuda.launch import launch, multiprocessors
 from fp8c.backends.gemms import candidates
 from fp8c.backends.gemms.unsupported import Unsupported
@@ -208,9 +208,7 @@ def label(config: GemmConfig) -> str:
 
 def _candidates(rule: GemmConfig, p: Problem) -> Iterator[GemmConfig]:
     """Neighbours of the rule's choice, to check it by measurement."""
-    one = replace(
-        rule, warpgroups=2, waves_m=1, waves_n=1, band=16, cluster=1, flight=1, staging_bytes=4096, held_stages=0
-    )
+    one = GemmConfig(rule.scales, rule.grouping, rule.output, waves_n=1, promote=rule.promote, unroll=rule.unroll)
     if p.m * p.groups <= 128:
         for groups, n in ((1, 16), (1, 32), (1, 64), *(((2, 64),) if p.m > 64 else ())):
             yield replace(one, warpgroups=groups, wave_n=n, flight=4, staging_bytes=2048)
@@ -218,6 +216,9 @@ def _candidates(rule: GemmConfig, p: Problem) -> Iterator[GemmConfig]:
             yield from (replace(one, warpgroups=1, wave_n=n, flight=2) for n in (112, 128))
         return
     yield from (two_row_waves(rule.scales, rule.grouping, rule.output, cluster=c) for c in (1, 2))
+    if rule.scales is Scales.PER_BLOCK and rule.output is Output.BF16:
+        narrow = 64 if 0 < p.n % 192 <= 64 else 0
+        yield from (one_wide_wave(rule.scales, rule.grouping, rule.output, c, narrow, meets=c > 1) for c in (1, 2))
     if rule.scales is Scales.PER_BLOCK and p.n < 4096:
         yield from (replace(one, wave_n=n) for n in (192, 144))
 
