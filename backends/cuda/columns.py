@@ -182,9 +182,13 @@ def _launch(
     ends = None if offs is None else offs.to(torch.int32).contiguous()
     row_data, row_scale = row_out or (None, None)
     groups, tiles = out[1].shape[0], width // TILE
-    kinds = dict(config.constants)
-    run = 1 if scale is None else _order(0 in (kinds["KIND_IN"], kinds["KIND"]), rows is not None)[0]
-    slab = run if scale is not None else tiles if row_out is not None else SLAB if rows is None else GATHER_SLAB
+    run = 1
+    if scale is None:
+        slab = tiles if row_out is not None else SLAB if rows is None else GATHER_SLAB
+    else:
+        kinds = dict(config.constants)
+        is_fp32 = kind_of(ScaleKind.FP32) in (kinds["KIND_IN"], kinds["KIND"])
+        run = slab = _order(is_fp32, rows is not None)[0]
     arguments = _Columns(
         *(address(t) for t in (data, scale, rows, ends, *out, row_data, row_scale)),
         _stride(data, 0), _stride(scale, 0), _stride(scale, 1), _stride(out[0], 1), _stride(out[1], 0),

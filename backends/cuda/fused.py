@@ -24,7 +24,7 @@ ACCESS_BYTES = 16  # of a thread
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """A source file and the constants it is compiled with. `blocks`: so many fit into a multiprocessor, and stay there."""
+    """A source file and the constants it is compiled with. `blocks`: so many fit into a multiprocessor."""
 
     source: str
     threads: int

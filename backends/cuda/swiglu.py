@@ -19,9 +19,7 @@ ROW, COLUMN = (1, 128), (128, 1)
 THREADS, BLOCKS = 256, 2  # of a block, of a multiprocessor
 # The tile's inputs, sums of each 4 columns, scales of the inputs, reciprocals of rows and columns, where the tiles are.
 _SHARED_BYTES = 2 * 128 * 256 + 32 * 137 * 4 + 128 * 16 + 128 * 2 * 8 + 16 * 3 * 4 * 8 + 2 * 16 + 16
-
-
-_ADD_THREADS, _ADD_BLOCKS = 128, 8
+_ADD_THREADS, _ADD_BLOCKS = 128, 8  # as THREADS, BLOCKS, of add_parts.cu
 
 
 class _Parts(ctypes.Structure):
@@ -63,8 +61,9 @@ def backward_config(
     formats = (*codes_of(d), *codes_of(kept, "_C"), *codes_of(h, "_H"), *codes_of(dt, "_T"))
     constants = (*formats, ("WEIGHTED", weight is not None), ("EXPERTS", offs is not None))
     size = ctypes.sizeof(_Arguments)
-    add = FusedConfig("add_parts.cu", _ADD_THREADS, _ADD_BLOCKS, ctypes.sizeof(_Parts), ())
-    then = None if weight is None else add
+    then = None
+    if weight is not None:
+        then = FusedConfig("add_parts.cu", _ADD_THREADS, _ADD_BLOCKS, ctypes.sizeof(_Parts), ())
     return FusedConfig("swiglu_backward.cu", THREADS, BLOCKS, size, constants, _SHARED_BYTES, then=then)
 
 

@@ -19,10 +19,8 @@ _TILE_CLOCKS = 700  # filling the pipeline, handing over the tile
 _HALF_TILE = 0.7  # of a whole one's time: a lone wave hides less (wgrad 7168 x 2048 x 4096)
 _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
 _LONG_K = 4096  # from here on the main loop counts more than a tile's end
-_NARROW_COLUMNS, _NARROW_TILE = (
-    64,
-    0.43,
-)  # a last tile of 128x192 with no more columns, and its share of a whole one's time
+_NARROW_COLUMNS = 64  # of a last tile of 128x192 that is multiplied as narrow as this
+_NARROW_TILE = 0.43  # of a whole one's time
 # Time of a 128x192 tile against three quarters of one of 256x128.
 _WIDE_TILE = {Grouping.DENSE: 0.99, Grouping.ROW_GROUPS: 0.975}
 _WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2
