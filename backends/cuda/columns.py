@@ -28,8 +28,8 @@ _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 # Tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json).
 SLAB = 4
 GATHER_SLAB = 2
-# Two tiles with their scales and exponents, where rows come from, the columns' factors and divisors.
-_REQUANTIZE_SHARED_BYTES = 2 * (TILE * TILE + TILE * 4 + 4 * 8) + THREADS * 16 + TILE * 4 + TILE * (2 + 12)
+# Two tiles with their scales and exponents, where rows come from, where the block works, the columns' factors (FP32: of 4).
+_REQUANTIZE_SHARED_BYTES = 2 * (TILE * TILE + TILE * 4 + 4 * 8) + TILE * 4 + 32 + TILE * 2 + TILE // 2 * 16
 
 
 class _Columns(ctypes.Structure):

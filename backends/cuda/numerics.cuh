@@ -18,6 +18,9 @@ DEVICE float second_of(uint32 pair) { return __uint_as_float(pair & 0xffff0000u)
 
 DEVICE uint32 rounded(float first, float second) { return pack_bf16(first, second); }
 
+// A number rounded to BF16, as FP32.
+DEVICE float as_rounded(float x) { return __uint_as_float(pack_bf16(0.0f, x)); }
+
 // Rounded once: what multiplying in FP32 and rounding gives, too.
 DEVICE uint32 times(uint32 a, uint32 b) {
     uint32 pair;

@@ -16,20 +16,29 @@ constexpr int ROWS = 8, COLUMNS = 8, PAIRS = COLUMNS / 2, WARPS = THREADS / 32; 
 
 constexpr float SMALL = 0x1p-64f, LIFT = 0x1p64f;
 
-struct Divisor {
-    float lifted, inverse, lift;
+constexpr uint32 UNITS_APART = 5;  // of a reciprocal: one for its own error, one for each rounding, and some more
+
+// Tiles that a block makes one after another.
+struct alignas(16) Run {
+    int tile, end;
+    int group, begin;  // along the rows of the output; its first row
+    int rows;
 };
+
 struct Shared {
     uint4 tile[2][GROUP][8];  // of 16 codes; moved by the row's block of 8. The one at work and the next
-    uint4 sources[THREADS];  // of each thread's copies
-    int scale_sources[GROUP];
-    float scales_in[2][GROUP];
+    int sources[GROUP];  // of each row
+    float scales_in[2][GROUP];  // at `slot_of_row`
+    Run run;
     uint2 exponents[2][GROUP / 32];
     uint16 factors[WARPS][2][COLUMNS];
-    Divisor divisors[WARPS][2][COLUMNS];
+    float4 around[WARPS][2][4];  // of 4 columns: factors below and above the reciprocal, the scale
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "columns.py knows the layout of shared memory");
+
+// Lanes that read 4 numbers at the same time, of 8 different rows, read 128 bytes.
+DEVICE int slot_of_row(int row) { return row % 8 / 4 * (GROUP / 2) + row / 8 * 4 + row % 4; }
 
 struct Lane {
     int lane, warp, half, block, stage;  // `half`: of 16 columns; `block`: of 8 rows
@@ -41,6 +50,10 @@ DEVICE Lane lane_of(int stage) {
 }
 DEVICE uint2 codes_at(const Shared& shared, const Lane& at, int row) {
     return reinterpret_cast<const uint2*>(&shared.tile[at.stage][at.block * ROWS + row][at.warp ^ at.block % 8])[at.half];
+}
+
+DEVICE uint32 word_at(const Shared& shared, const Lane& at, int row, int word) {
+    return reinterpret_cast<const uint32*>(&shared.tile[at.stage][at.block * ROWS + row][at.warp ^ at.block % 8])[at.half * 2 + word];
 }
 
 struct Output {
@@ -67,10 +80,10 @@ DEVICE uint32 exchange_words(uint32 a, uint32 b, int distance, bool keeps_second
 DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, Shared& shared, const Lane& at, uint32 top, const Output& output) {
     uint32 x[ROWS][PAIRS], amax[PAIRS];
     const float unit = float_of((254 - top) << 23);
-    const float4* scales = reinterpret_cast<const float4*>(&shared.scales_in[at.stage][at.block * ROWS]);
+    const float4* scales = reinterpret_cast<const float4*>(shared.scales_in[at.stage]) + at.block;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const float4 four = scales[r / 4];
+        const float4 four = scales[r / 4 * (GROUP / 8)];
         const float scale = r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
         const uint32 factor = twice_half(__fmul_rn(scale, unit));  // a multiple of 2^-15; 0 where there is no row
         const uint2 codes = codes_at(shared, at, r);
@@ -123,131 +136,153 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, Shared& sh
 }
 
 // What divides any x: (lifted scale, its reciprocal, what x is lifted with).
+struct Divisor {
+    float lifted, inverse, lift;
+};
 DEVICE Divisor divisor_of(float scale) {
-    if (KIND != FP32) return {reciprocal<KIND>(scale).high, 0.0f, 1.0f};
     const float lift = scale < SMALL ? LIFT : 1.0f, lifted = __fmul_rn(scale, lift);
     float inverse = reciprocal_approximate(lifted);
     inverse = __fmaf_rn(__fmaf_rn(-inverse, lifted, 1.0f), inverse, inverse);
     if ((bits_of(lifted) & 0x007fffffu) == 0x007fffffu) inverse = float_of(bits_of(inverse) + 1);
     return {lifted, inverse, lift};
 }
-template <bool LIFTS>
 DEVICE float wide_quotient(float x, const Divisor& divisor) {
-    if (KIND != FP32) return __fmul_rn(x, divisor.lifted);
-    if (LIFTS) x = __fmul_rn(x, divisor.lift);
+    x = __fmul_rn(x, divisor.lift);
     float q = __fmul_rn(x, divisor.inverse);
     // The signs keep a negative zero: see numerics.py.
     q = __fmaf_rn(__fmaf_rn(q, divisor.lifted, -x), -divisor.inverse, q);
     return __fmaf_rn(__fmaf_rn(q, divisor.lifted, -x), -divisor.inverse, q);
 }
 
-template <bool LIFTS>
-DEVICE void divide(const Shared& shared, const Lane& at, const float (&scales)[ROWS], const Divisor* divisors, const Output& output) {
+// A column's 8 numbers to codes. Where the scale is no power of two, one product is a little below the quotient and one a
+// little above; if both have the same code, so has the quotient.
+DEVICE uint2 codes_of_column(const float (&x)[ROWS], float factor) {
+    return {encode<E4M3>(__fmul_rn(x[0], factor), __fmul_rn(x[1], factor), __fmul_rn(x[2], factor), __fmul_rn(x[3], factor)),
+            encode<E4M3>(__fmul_rn(x[4], factor), __fmul_rn(x[5], factor), __fmul_rn(x[6], factor), __fmul_rn(x[7], factor))};
+}
+DEVICE uint2 divided_column(const float (&x)[ROWS], const Divisor& by) {
+    return {encode<E4M3>(wide_quotient(x[0], by), wide_quotient(x[1], by), wide_quotient(x[2], by), wide_quotient(x[3], by)),
+            encode<E4M3>(wide_quotient(x[4], by), wide_quotient(x[5], by), wide_quotient(x[6], by), wide_quotient(x[7], by))};
+}
+
+// The tile in FP32, 4 columns of each half warp at a time.
+DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& shared, const Lane& at, const Output& output) {
+    const bool bit16 = at.lane & 16, bit4 = at.lane & 4;
+    float4* factors = shared.around[at.warp][at.half];
 #pragma unroll 1
     for (int word = 0; word < 2; ++word) {
-        float q[4][ROWS];
+        float x[4][ROWS];
+        uint32 amax[4] = {};
+        const float4* scales = reinterpret_cast<const float4*>(shared.scales_in[at.stage]) + at.block;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            const uint2 codes = codes_at(shared, at, r);
+            const float4 four = scales[r / 4 * (GROUP / 8)];
+            const float scale = r % 4 == 0 ? four.x : r % 4 == 1 ? four.y : r % 4 == 2 ? four.z : four.w;
             float numbers[4];
-            decode<E4M3>(word == 0 ? codes.x : codes.y, numbers);
+            decode<E4M3>(word_at(shared, at, r, word), numbers);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) q[j][r] = __fmul_rn(numbers[j], scales[r]);
+            for (int j = 0; j < 4; ++j) {
+                x[j][r] = __fmul_rn(numbers[j], scale);
+                amax[j] = r == 0 ? bits_of(x[j][r]) : larger_float(amax[j], bits_of(x[j][r]));
+            }
         }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) amax[j] &= 0x7fffffffu;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) amax[j] = exchange_words(amax[j], amax[2 + j], 16, bit16);
+        uint32 most = exchange_words(amax[0], amax[1], 4, bit4);
+        most = max(most, __shfl_xor_sync(ALL_LANES, most, 2));
+        most = max(most, __shfl_xor_sync(ALL_LANES, most, 1));
+        const int own = (bit16 ? 2 : 0) + (bit4 ? 1 : 0), first = at.warp * 16 + at.half * 8 + word * 4;
+        const float scale = scale_of<E4M3, KIND>(float_of(most));
+        if (at.lane % 4 == 0) {
+            float below, above;
+            if constexpr (KIND == FP32) {
+                const uint32 inverse = bits_of(reciprocal_approximate(scale));
+                below = float_of(inverse - UNITS_APART), above = float_of(inverse + UNITS_APART);
+            } else {
+                below = above = reciprocal<KIND>(scale).high;
+            }
+            store_column_scale(p, place, first + own, scale);
+            factors[own] = {below, above, scale, 0.0f};
+        }
+        __syncwarp();
+        bool differ = false;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const Divisor divisor = divisors[word * 4 + j];
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) q[j][r] = wide_quotient<LIFTS>(q[j][r], divisor);
-            output.store(word * 4 + j, encode<E4M3>(q[j][0], q[j][1], q[j][2], q[j][3]), encode<E4M3>(q[j][4], q[j][5], q[j][6], q[j][7]));
+            const float4 by = factors[j];
+            const uint2 codes = codes_of_column(x[j], by.x);
+            if constexpr (KIND == FP32) {
+                const uint2 other = codes_of_column(x[j], by.y);
+                differ |= codes.x != other.x || codes.y != other.y;
+            }
+            output.store(word * 4 + j, codes.x, codes.y);
         }
+        if (KIND == FP32 && __any_sync(ALL_LANES, differ)) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const uint2 codes = divided_column(x[j], divisor_of(factors[j].z));
+                output.store(word * 4 + j, codes.x, codes.y);
+            }
+        }
+        __syncwarp();
     }
 }
 
-// The tile in FP32.
-DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& shared, const Lane& at, const Output& output) {
-    float scales[ROWS];
-    uint32 amax[COLUMNS] = {};
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) scales[r] = shared.scales_in[at.stage][at.block * ROWS + r];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const uint2 codes = codes_at(shared, at, r);
-        float numbers[COLUMNS];
-        decode<E4M3>(codes.x, numbers);
-        decode<E4M3>(codes.y, numbers + 4);
-#pragma unroll
-        for (int j = 0; j < COLUMNS; ++j) amax[j] = larger_float(amax[j], bits_of(__fmul_rn(numbers[j], scales[r])));
+// A group without rows: zeros.
+DEVICE void clear(const Columns& p, const Run& run) {
+    for (int column = run.tile * 128 + threadIdx.x / 8; column < run.end * 128; column += THREADS / 8) {
+        *reinterpret_cast<uint4*>(p.out + bytes(GROUP, run.group) + threadIdx.x % 8 * 16 + bytes(p.out_col, column)) = {};
+        if (threadIdx.x % 8 == 0) store_scale<KIND>(p.scale + bytes(p.scale_row, run.group), column, 1.0f);
     }
-    const bool bit16 = at.lane & 16, bit4 = at.lane & 4, bit2 = at.lane & 2;
-#pragma unroll
-    for (int j = 0; j < COLUMNS; ++j) amax[j] &= 0x7fffffffu;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) amax[j] = exchange_words(amax[j], amax[4 + j], 16, bit16);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) amax[j] = exchange_words(amax[j], amax[2 + j], 4, bit4);
-    uint32 most = exchange_words(amax[0], amax[1], 2, bit2);
-    most = max(most, __shfl_xor_sync(ALL_LANES, most, 1));
-    const int own = (bit16 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0);
-    const float scale = scale_of<E4M3, KIND>(float_of(most));
-    const Divisor divisor = divisor_of(scale);
-    if (at.lane % 2 == 0) {
-        store_column_scale(p, place, at.warp * 16 + at.half * 8 + own, scale);
-        shared.divisors[at.warp][at.half][own] = divisor;
+}
+
+// The first warps look up the block's tiles and each row's source.
+DEVICE void look_up(const Columns& p, Shared& shared) {
+    const int runs = (p.columns / 128 + p.slab - 1) / p.slab;
+    const int slab = blockIdx.x / (p.groups * WIDE), within = blockIdx.x - slab * p.groups * WIDE;
+    const int width = WIDE == 1 ? 1 : min(WIDE, runs - slab * WIDE), group = within / width, run = slab * WIDE + within - group * width;
+    int begin = group * GROUP, end = min(begin + GROUP, p.rows);
+    if (p.experts != 0) {
+        const Rows rows = rows_of(p.ends, p.experts, group);
+        begin = rows.begin, end = rows.end;
     }
-    __syncwarp();
-    if (__any_sync(ALL_LANES, divisor.lift != 1.0f))
-        divide<true>(shared, at, scales, shared.divisors[at.warp][at.half], output);
-    else
-        divide<false>(shared, at, scales, shared.divisors[at.warp][at.half], output);
+    const int row = begin + threadIdx.x;
+    shared.sources[threadIdx.x] = row < end ? source_of(p, row) : 0;
+    if (threadIdx.x == 0) shared.run = {run * p.slab, min((run + 1) * p.slab, p.columns / 128), group, begin, end - begin};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_columns(const __grid_constant__ Columns p) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    constexpr int COPIES = GROUP * 8 / THREADS;  // of a thread
-    const int thread = threadIdx.x;
-    const int runs = (p.columns / 128 + p.slab - 1) / p.slab;
-    const int slab = blockIdx.x / (p.groups * WIDE), within = blockIdx.x - slab * p.groups * WIDE;
-    const int width = WIDE == 1 ? 1 : min(WIDE, runs - slab * WIDE), group = within / width, run = slab * WIDE + within - group * width;
-    const int end = min((run + 1) * p.slab, p.columns / 128);
-    Place place = {run * p.slab, group, group * GROUP, min(group * GROUP + GROUP, p.rows)};
-    if (p.experts != 0) {
-        const Rows rows = rows_of(p.ends, p.experts, group);
-        place.begin = rows.begin, place.end = rows.end;
+    if (threadIdx.x < GROUP) look_up(p, shared);
+    __syncthreads();
+    const Run run = shared.run;
+    if (run.rows <= 0) {
+        clear(p, run);
+        return;
     }
-    static_assert(COPIES == 4);
-    int sources[COPIES];
-#pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-        const int row = place.begin + thread / 8 + i * (THREADS / 8);
-        sources[i] = row < place.end ? source_of(p, row) : 0;
-    }
-    // Kept here, they take no registers.
-    shared.sources[thread] = make_uint4(sources[0], sources[1], sources[2], sources[3]);
-    const int rows = place.end - place.begin;
-    const bool is_row = thread < min(rows, GROUP);
-    if (is_row) shared.scale_sources[thread] = source_of(p, place.begin + thread);
+    const bool is_row = threadIdx.x < run.rows;
     float scale = 0.0f;
     auto fetch = [&](int tile, int stage) {
         const int thread = thread_index_again();
-        const uint4 from = read_again(shared.sources[thread]);
 #pragma unroll
-        for (int i = 0; i < COPIES; ++i) {
-            const int row = thread / 8 + i * (THREADS / 8);
-            copy_async<16>(&shared.tile[stage][row][thread % 8 ^ row / 8 % 8],
-                           p.data + bytes(p.data_row, word_of(from, i)) + (tile * 128 + thread % 8 * 16), row < rows);
+        for (int i = 0; i < GROUP; i += THREADS / 8) {
+            const int row = thread / 8 + i, source = *static_cast<volatile int*>(&shared.sources[row]);
+            copy_async<16>(&shared.tile[stage][row][thread % 8 ^ thread / 64 ^ i / 8 % 8],
+                           p.data + bytes(p.data_row, source) + (tile * 128 + thread % 8 * 16), row < run.rows);
         }
         if (is_row) {
-            const int source = *static_cast<volatile int*>(&shared.scale_sources[thread]);
+            const int source = *static_cast<volatile int*>(&shared.sources[thread]);
             scale = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, source) + bytes(p.scale_in_col, tile), 0);
         }
     };
+    Place place = {run.tile, run.group, run.begin, run.begin + run.rows};
     fetch(place.tile, 0);
     for (int stage = 0;; stage ^= 1) {
         const int thread = thread_index_again();
         if (thread < GROUP) {
-            shared.scales_in[stage][thread] = scale;
+            shared.scales_in[stage][slot_of_row(thread)] = scale;
             if constexpr (IN_FP16) {
                 const uint32 exponent = bits_of(scale) >> 23;
                 const uint32 low = __reduce_min_sync(ALL_LANES, is_row ? exponent : 255);
@@ -257,12 +292,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_co
         }
         wait_for_copies();
         __syncthreads();
-        if (place.tile + 1 < end) fetch(place.tile + 1, stage ^ 1);
+        if (place.tile + 1 < run.end) fetch(place.tile + 1, stage ^ 1);
 
         const Lane at = lane_of(stage);
         // Blocks of experts are filled up with zeros.
-        const Output output = {p.out + bytes(GROUP, group) + at.block * ROWS + bytes(p.out_col, place.tile * 128 + at.warp * 16 + at.half * 8),
-                               p.out_col, p.experts != 0 || at.block * ROWS < rows};
+        const Output output = {p.out + bytes(GROUP, run.group) + at.block * ROWS + bytes(p.out_col, place.tile * 128 + at.warp * 16 + at.half * 8),
+                               p.out_col, p.experts != 0 || at.block * ROWS < run.rows};
         bool is_done = false;
         if constexpr (IN_FP16) {
             uint32 bottom = 255, top = 0;
@@ -273,6 +308,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_co
                 is_done = requantized_in_fp16(p, place, shared, at, top, output);
         }
         if (!is_done) requantize_in_fp32(p, place, shared, at, output);
-        if (++place.tile == end) return;
+        if (++place.tile == run.end) return;
     }
 }

@@ -12,6 +12,7 @@
 //   bandwidth: a block claims its next tile when it starts with one.
 
 #include "config.cuh"
+#include "factors.cuh"
 #include "numerics.cuh"
 
 struct Arguments {
@@ -37,7 +38,8 @@ static_assert(sizeof(Arguments) == ARGUMENT_BYTES_OF_HOST, "host and kernel disa
 enum Results { H, GATE, UP };
 
 constexpr int ROWS = 8, COLUMNS = 4, PASSES = 2;  // of a thread
-constexpr int SLICES = 128 / COLUMNS, SUMS = 137;  // of a tile; numbers of a slice, and some between
+constexpr int SLICES = 16, SUMS = 137;  // of 8 columns; numbers of a slice, and some between
+constexpr bool USES_FACTORS = ONE_FACTOR && (KIND == FP32 || KIND_H == FP32 || KIND_T == FP32);
 
 struct Tile {
     int begin, end;  // rows
@@ -50,14 +52,20 @@ DEVICE Tile unpacked(uint4 t) {
     return {static_cast<int>(t.x), static_cast<int>(t.y), static_cast<int>(t.z), static_cast<int>(t.w)};
 }
 
+DEVICE bool is_tile(uint4 t) { return t.w != ~0u; }
+#define NO_TILE (uint4{~0u, ~0u, ~0u, ~0u})
+
 struct Shared {
     uint4 dh[128][16];     // of 8 columns; the gradient of gate takes the place of what has been read
-    uint4 codes[2][128][8];  // of gate, of up, of 16 columns; the gradient of up
-    float sums[SLICES][SUMS];  // of terms of 4 columns; at row % 8 * 17 + row / 8, so that banks differ
-    float4 row_in[8][16];  // scales of gate and up, the weight; of row % 8, row / 8
-    Reciprocal of_row[128][2], of_col[8][2][3][COLUMNS];
-    uint4 tiles[2];  // each a `Tile`: the one at work and the next. Here, they take no registers
-    int claimed[4];
+    uint4 codes[2][2][128][8];  // of gate, of up, of 16 columns; the gradient of up. Of the tile at work and the next, as `row_in`
+    float sums[SLICES][SUMS];  // of terms of 8 columns; at row % 8 * 17 + row / 8, so that banks differ
+    float4 row_in[2][8][16];  // scales of gate and up, the weight; of row % 8, row / 8
+    uint2 of_row[128];  // of a row's gradients of gate and of up: words of a `Divisor`
+    uint4 of_col[8][2][3];  // of 4 columns
+    float2 row_low[128];
+    float4 col_low[8][2][3];
+    uint4 tiles[4];  // each a `Tile`, or past the last: at work, the next, the one after it. Here, they take no registers
+    uint32 factors[USES_FACTORS ? 128 : 4];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "config and kernel disagree on the layout of shared memory");
 
@@ -82,32 +90,41 @@ DEVICE Tile tile_of(const Arguments& a, int index) {
     return {begin, min(begin + 128, __ldg(a.ends + owner)), group, tile};
 }
 
+// In round 2 a warp has 16 rows, half a warp each second of them.
+DEVICE int first_row(int thread) { return thread / 32 * 16 + thread / 16 % 2; }
+
 // Rows that lanes read at once are 8 apart: their chunks of 16 bytes are moved so that no bank is met twice.
 DEVICE int moved(int chunk, int row) { return chunk ^ row / 8 % 8; }
+// Of a row that is further on: `more` has no bit of row % (a power of two), so that what lies at `row` is computed once.
+DEVICE int moved_on(int at_row, int more) { return at_row ^ more / 8 % 8; }
 
+// A warp fetches the rows that it has read itself.
 DEVICE void fetch_gradient(Shared& shared, const Arguments& a, const Tile& tile) {
-    const int chunk = threadIdx.x % 16, first = threadIdx.x / 16;
+    const int thread = thread_index_again(), chunk = thread % 16, first = first_row(thread);
     const uint16* dh = a.dh + static_cast<int64>(tile.begin + first) * a.dh_row + tile.tile * 128 + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < 128; i += THREADS / 16)
-        copy_async<16>(&shared.dh[first + i][moved(chunk, first + i)], dh + i * a.dh_row, tile.begin + first + i < tile.end);
+    for (int i = 0; i < 16; i += 2)
+        copy_async<16>(&shared.dh[first + i][moved_on(moved(chunk, first), i)], dh + i * a.dh_row, tile.begin + first + i < tile.end);
 }
-DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile) {
-    const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
+DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile, int stage) {
+    const int thread = thread_index_again(), chunk = thread % 8, first = thread / 8;
     const uint8* c = a.c + static_cast<int64>(tile.begin + first) * a.c_row + tile.tile * 128 + chunk * 16;
+    uint4(&codes)[2][128][8] = shared.codes[stage];
 #pragma unroll
     for (int i = 0; i < 128; i += THREADS / 8) {
-        copy_async<16>(&shared.codes[0][first + i][moved(chunk, first + i)], c + i * a.c_row, tile.begin + first + i < tile.end);
-        copy_async<16>(&shared.codes[1][first + i][moved(chunk, first + i)], c + i * a.c_row + a.F, tile.begin + first + i < tile.end);
+        const bool exists = tile.begin + first + i < tile.end;
+        copy_async<16>(&codes[0][first + i][moved_on(moved(chunk, first), i)], c + i * a.c_row, exists);
+        copy_async<16>(&codes[1][first + i][moved_on(moved(chunk, first), i)], c + i * a.c_row + a.F, exists);
     }
 }
 // And for what every feature of a row needs. Bytes of E8M0 must be made FP32, so they are waited for.
-DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& tile) {
-    if (threadIdx.x >= 128) return;
-    const int64 row = tile.begin + static_cast<int>(threadIdx.x), gate = row * a.cs_row + tile.tile * a.cs_col;
+DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& tile, int stage) {
+    const int thread = thread_index_again();
+    if (thread >= 128) return;
+    const int64 row = tile.begin + thread, gate = row * a.cs_row + tile.tile * a.cs_col;
     const int64 up = gate + a.F / 128 * a.cs_col;
     const bool exists = row < tile.end;
-    float4& in = shared.row_in[threadIdx.x % 8][threadIdx.x / 8];
+    float4& in = shared.row_in[stage][thread % 8][thread / 8];
     if constexpr (KIND_C == E8M0) {
         in.x = exists ? load_scale<KIND_C>(a.cs, gate) : 0.0f;
         in.y = exists ? load_scale<KIND_C>(a.cs, up) : 0.0f;
@@ -124,10 +141,10 @@ struct Gradients {
 
 // Two features of a row, each step rounded as the model's operators round. `terms` collects the gradient of the weight.
 DEVICE Gradients differentiate(uint32 dh, float gate0, float gate1, float up0, float up1, const float4& in, float& terms) {
-    const uint32 gate = rounded(__fmul_rn(gate0, in.x), __fmul_rn(gate1, in.x));
+    const float g0 = as_rounded(__fmul_rn(gate0, in.x)), g1 = as_rounded(__fmul_rn(gate1, in.x));
     const uint32 up = rounded(__fmul_rn(up0, in.y), __fmul_rn(up1, in.y));
-    const float g0 = first_of(gate), g1 = second_of(gate), s0 = sigmoid(g0), s1 = sigmoid(g1);
-    const uint32 silu = rounded(__fmul_rn(g0, s0), __fmul_rn(g1, s1)), product = times(silu, up);
+    const float s0 = sigmoid(g0), s1 = sigmoid(g1), silu0 = __fmul_rn(g0, s0), silu1 = __fmul_rn(g1, s1);
+    const uint32 silu = rounded(silu0, silu1), product = times(silu, up);
     uint32 dproduct = dh, h = product;
     if constexpr (WEIGHTED) {
         const float p0 = first_of(product), p1 = second_of(product), d0 = first_of(dh), d1 = second_of(dh);
@@ -136,50 +153,59 @@ DEVICE Gradients differentiate(uint32 dh, float gate0, float gate1, float up0, f
         dproduct = rounded(__fmul_rn(d0, in.z), __fmul_rn(d1, in.z));
     }
     const uint32 dsilu = times(dproduct, up);
-    const float dg0 = __fmul_rn(__fmul_rn(first_of(dsilu), s0), __fmaf_rn(g0, __fadd_rn(1.0f, -s0), 1.0f));
-    const float dg1 = __fmul_rn(__fmul_rn(second_of(dsilu), s1), __fmaf_rn(g1, __fadd_rn(1.0f, -s1), 1.0f));
+    const float dg0 = __fmul_rn(first_of(dsilu), __fmaf_rn(silu0, __fadd_rn(1.0f, -s0), s0));
+    const float dg1 = __fmul_rn(second_of(dsilu), __fmaf_rn(silu1, __fadd_rn(1.0f, -s1), s1));
     return {h, rounded(dg0, dg1), times(dproduct, silu)};
 }
 
-// Two columns of a result, 8 rows of each.
-template <int ELEMENT_R, int KIND_R>
-DEVICE void store_pair(const uint32 (&x)[ROWS][2], int word, const Reciprocal* of, uint8* to, int col, bool exists) {
-    const float4 two = *reinterpret_cast<const float4*>(of + 2 * word);
-    const Reciprocal first = {two.x, two.y}, second = {two.z, two.w};
-    float q[2][ROWS];
+// Four columns of a result, 8 rows of each.
+template <int ELEMENT_R, int KIND_R, bool BOTH>
+DEVICE void store_columns(const uint32 (&x)[ROWS][2], const uint4& of, const float4& low, uint8* to, int col, bool exists) {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        q[0][r] = quotient<KIND_R>(first_of(x[r][word]), first);
-        q[1][r] = quotient<KIND_R>(second_of(x[r][word]), second);
+    for (int word = 0; word < 2; word++) {
+        const uint32 of0 = word == 0 ? of.x : of.z, of1 = word == 0 ? of.y : of.w;
+        float q[2][ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if constexpr (KIND_R == FP32) {
+                q[0][r] = divided<KIND_R, BOTH>(first_of(x[r][word]), of0, word == 0 ? low.x : low.z);
+                q[1][r] = divided<KIND_R, BOTH>(second_of(x[r][word]), of1, word == 0 ? low.y : low.w);
+            } else {
+                const uint32 both = times(x[r][word], __byte_perm(of0, of1, 0x5410));
+                q[0][r] = first_of(both), q[1][r] = second_of(both);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+            store_if(exists, to + (2 * word + k) * static_cast<int64>(col),
+                     uint2{encode<ELEMENT_R>(q[k][0], q[k][1], q[k][2], q[k][3]), encode<ELEMENT_R>(q[k][4], q[k][5], q[k][6], q[k][7])});
     }
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-        store_if(exists, to + (2 * word + k) * static_cast<int64>(col),
-                 uint2{encode<ELEMENT_R>(q[k][0], q[k][1], q[k][2], q[k][3]), encode<ELEMENT_R>(q[k][4], q[k][5], q[k][6], q[k][7])});
 }
 
 // Round 1: half a warp has 8 columns, 4 at a time; a lane has 8 rows of them.
-DEVICE void compute(Shared& shared, const Arguments& a) {
+DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = lane / 8 % 2, block = lane % 8 + lane / 16 * 8;
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; pass++) {
         const int part = pass ^ half;  // of the 8 columns
         uint2* dh = reinterpret_cast<uint2*>(&shared.dh[block * ROWS][moved(warp * 2 + half, block * ROWS)]) + part;
-        uint32* gate = reinterpret_cast<uint32*>(&shared.codes[0][block * ROWS][moved(warp, block * ROWS)]) + half * 2 + part;
+        uint32* gate = reinterpret_cast<uint32*>(&shared.codes[turn % 2][0][block * ROWS][moved(warp, block * ROWS)]) + half * 2 + part;
         uint32* up = gate + 128 * 8 * 4;
         uint32 x[3][ROWS][2], amax[3][2];
         // Of the next row, before this one's results are stored: the compiler can't know that they are elsewhere.
         uint2 next_two = dh[0];
         uint32 next_gate = gate[0], next_up = up[0];
+        float4 next_in = shared.row_in[turn % 2][0][block];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const uint2 two = next_two;
             float g[4], u[4];
             decode<ELEMENT_C>(next_gate, g);
             decode<ELEMENT_C>(next_up, u);
-            const float4 in = shared.row_in[r][block];
-            if (r + 1 < ROWS) next_two = dh[r * 32 + 32], next_gate = gate[r * 32 + 32], next_up = up[r * 32 + 32];
-            float terms = 0.0f;
+            const float4 in = next_in;
+            if (r + 1 < ROWS) next_two = dh[r * 32 + 32], next_gate = gate[r * 32 + 32], next_up = up[r * 32 + 32], next_in = shared.row_in[turn % 2][r + 1][block];
+            float& sum = shared.sums[warp * 2 + half][r * 17 + block];
+            float terms = WEIGHTED && pass > 0 ? sum : 0.0f;
             const Gradients p = differentiate(two.x, g[0], g[1], u[0], u[1], in, terms);
             const Gradients q = differentiate(two.y, g[2], g[3], u[2], u[3], in, terms);
             x[H][r][0] = p.h, x[H][r][1] = q.h, x[GATE][r][0] = p.gate, x[GATE][r][1] = q.gate, x[UP][r][0] = p.up, x[UP][r][1] = q.up;
@@ -189,7 +215,7 @@ DEVICE void compute(Shared& shared, const Arguments& a) {
             for (int k = 0; k < 3; k++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) amax[k][i] = r == 0 ? x[k][r][i] : larger(amax[k][i], x[k][r][i]);
-            if constexpr (WEIGHTED) shared.sums[(warp * 2 + half) * 2 + part][r * 17 + block] = terms;
+            if constexpr (WEIGHTED) sum = terms;
         }
         // Over the 16 lanes of a column. A lane ends up with a pair of columns, of which it makes one's scale.
         const bool bit16 = lane & 16, bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
@@ -204,37 +230,65 @@ DEVICE void compute(Shared& shared, const Arguments& a) {
         const int word = (bit16 ? 3 : 0) + (bit2 ? 2 : bit4 ? 1 : 0), result = word / 2, column = word % 2 * 2 + bit1;
         const float most = bit1 ? second_of(pair) : first_of(pair);
         float scale;
-        Reciprocal own;
+        Divisor own;
+        const uint32* factors = USES_FACTORS ? shared.factors : nullptr;
         if (ELEMENT_H == ELEMENT_T && KIND_H == KIND_T) {
-            scale = scale_of<ELEMENT_T, KIND_T>(most), own = reciprocal<KIND_T>(scale);
+            scale = scale_of<ELEMENT_T, KIND_T>(most), own = divisor_of<ELEMENT_T, KIND_T>(most, scale, factors);
         } else if (result == H) {
-            scale = scale_of<ELEMENT_H, KIND_H>(most), own = reciprocal<KIND_H>(scale);
+            scale = scale_of<ELEMENT_H, KIND_H>(most), own = divisor_of<ELEMENT_H, KIND_H>(most, scale, factors);
         } else {
-            scale = scale_of<ELEMENT_T, KIND_T>(most), own = reciprocal<KIND_T>(scale);
+            scale = scale_of<ELEMENT_T, KIND_T>(most), own = divisor_of<ELEMENT_T, KIND_T>(most, scale, factors);
         }
-        const Tile tile = unpacked(read_again(shared.tiles[0]));
+        const Tile tile = unpacked(read_again(shared.tiles[turn % 4]));
         const bool is_group = tile.group < a.groups;
         const int first = tile.tile * 128 + warp * 16 + half * 8 + part * COLUMNS;
-        shared.of_col[warp][half][result][column] = own;
+        reinterpret_cast<uint32*>(&shared.of_col[warp][half][result])[column] = own.word;
+        if (KIND_H == FP32 || KIND_T == FP32) reinterpret_cast<float*>(&shared.col_low[warp][half][result])[column] = own.low;
         if (is_group) {
             if (result == H)
                 store_scale<KIND_H>(a.hs, tile.group * a.hs_row + (first + column) * a.hs_col, scale);
             else
                 store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (first + column + (result == UP ? a.F : 0)) * a.dts_col, scale);
         }
+        const bool takes_both = (KIND_H == FP32 || KIND_T == FP32) && (!USES_FACTORS || __any_sync(ALL_LANES, own.takes_both));
         __syncwarp();
         const int64 row = static_cast<int64>(tile.group) * 128 + block * ROWS;
         const bool exists = is_group && (EXPERTS || row < a.R);
         uint8 *h = a.h + first * static_cast<int64>(a.h_col) + row, *dt = a.dt + first * static_cast<int64>(a.dt_col) + row;
-        const Reciprocal(&of)[3][COLUMNS] = shared.of_col[warp][half];
-#pragma unroll
-        for (int i = 0; i < 2; i++) store_pair<ELEMENT_H, KIND_H>(x[H], i, of[H], h, a.h_col, exists);
-#pragma unroll
-        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[GATE], i, of[GATE], dt, a.dt_col, exists);
-        dt += a.F * static_cast<int64>(a.dt_col);
-#pragma unroll
-        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[UP], i, of[UP], dt, a.dt_col, exists);
+        const uint4(&of)[3] = shared.of_col[warp][half];
+        const float4(&low)[3] = shared.col_low[warp][half];
+        uint8* du = dt + a.F * static_cast<int64>(a.dt_col);
+        if (takes_both) {
+            store_columns<ELEMENT_H, KIND_H, true>(x[H], of[H], low[H], h, a.h_col, exists);
+            store_columns<ELEMENT_T, KIND_T, true>(x[GATE], of[GATE], low[GATE], dt, a.dt_col, exists);
+            store_columns<ELEMENT_T, KIND_T, true>(x[UP], of[UP], low[UP], du, a.dt_col, exists);
+        } else {
+            store_columns<ELEMENT_H, KIND_H, false>(x[H], of[H], {}, h, a.h_col, exists);
+            store_columns<ELEMENT_T, KIND_T, false>(x[GATE], of[GATE], {}, dt, a.dt_col, exists);
+            store_columns<ELEMENT_T, KIND_T, false>(x[UP], of[UP], {}, du, a.dt_col, exists);
+        }
         __syncwarp();
+    }
+}
+
+DEVICE bool has_rows(const Tile& tile) { return tile.begin < tile.end; }
+
+// A group without rows: zeros. Warp w has the columns of h and of the gradients that are w mod 8.
+DEVICE void clear(Shared& shared, const Arguments& a, int turn) {
+    const Tile tile = unpacked(read_again(shared.tiles[turn % 4]));
+    const int thread = thread_index_again(), lane = thread % 32, warp = thread / 32, first = tile.tile * 128;
+    const int64 row = static_cast<int64>(tile.group) * 128 + lane % 8 * 16;
+#pragma unroll 1
+    for (int column = warp * 4 + lane / 8; column < 128; column += THREADS / 8) {
+        *reinterpret_cast<uint4*>(a.h + (first + column) * static_cast<int64>(a.h_col) + row) = {};
+        *reinterpret_cast<uint4*>(a.dt + (first + column) * static_cast<int64>(a.dt_col) + row) = {};
+        *reinterpret_cast<uint4*>(a.dt + (first + column + a.F) * static_cast<int64>(a.dt_col) + row) = {};
+    }
+    if (threadIdx.x < 128) {
+        const int column = first + threadIdx.x;
+        store_scale<KIND_H>(a.hs, tile.group * a.hs_row + column * a.hs_col, 1.0f);
+        store_scale<KIND_T>(a.dts, tile.group * a.dts_row + column * a.dts_col, 1.0f);
+        store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (column + a.F) * a.dts_col, 1.0f);
     }
 }
 
@@ -242,28 +296,41 @@ DEVICE void compute(Shared& shared, const Arguments& a) {
 struct RowGradients {
     uint4 gate[ROWS], up[ROWS];
 };
-DEVICE int first_row() { return threadIdx.x / 32 * 16 + threadIdx.x / 16 % 2; }
 
-DEVICE void read_rows(const Shared& shared, const Arguments& a, const Tile& at, RowGradients& x) {
-    const int first = first_row(), chunk = threadIdx.x % 16;
+DEVICE void read_rows(const Shared& shared, const Arguments& a, const Tile& at, int turn, RowGradients& x) {
+    const int thread = thread_index_again(), first = first_row(thread), chunk = thread % 16;
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
-        const int row = first + 2 * i, to = moved(chunk / 2, row);
-        const uint2 b = reinterpret_cast<const uint2*>(&shared.codes[0][row][to])[chunk % 2];
-        const uint2 c = reinterpret_cast<const uint2*>(&shared.codes[1][row][to])[chunk % 2];
-        x.gate[i] = shared.dh[row][moved(chunk, row)], x.up[i] = {b.x, c.x, b.y, c.y};
+        const int row = first + 2 * i, to = moved_on(moved(chunk / 2, first), 2 * i);
+        const uint2 b = reinterpret_cast<const uint2*>(&shared.codes[turn % 2][0][row][to])[chunk % 2];
+        const uint2 c = reinterpret_cast<const uint2*>(&shared.codes[turn % 2][1][row][to])[chunk % 2];
+        x.gate[i] = shared.dh[row][moved_on(moved(chunk, first), 2 * i)], x.up[i] = {b.x, c.x, b.y, c.y};
     }
     if constexpr (WEIGHTED) {
-        const int own = threadIdx.x / 2;
+        const int own = thread / 2;
         float total = 0.0f;
 #pragma unroll
-        for (int i = 0; i < SLICES / 2; i++) total += shared.sums[threadIdx.x % 2 * (SLICES / 2) + i][own % 8 * 17 + own / 8];
+        for (int i = 0; i < SLICES / 2; i++) total += shared.sums[thread % 2 * (SLICES / 2) + i][own % 8 * 17 + own / 8];
         total += __shfl_xor_sync(ALL_LANES, total, 1);
-        if (threadIdx.x % 2 == 0 && at.begin + own < at.end) a.dweight[static_cast<int64>(at.tile) * a.R + at.begin + own] = total;
+        if (thread % 2 == 0 && at.begin + own < at.end) a.dweight[static_cast<int64>(at.tile) * a.R + at.begin + own] = total;
+    }
+}
+template <bool BOTH>
+DEVICE void store_rows(const Shared& shared, const Arguments& a, const Tile& at, const RowGradients& x) {
+    const int thread = thread_index_again(), lane = thread % 16, first = first_row(thread);
+    uint8* d = a.d + static_cast<int64>(at.begin + first) * a.d_row + at.tile * 128 + lane * 8;
+    const int rows = at.end - at.begin - first;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const uint2 of = shared.of_row[first + 2 * i];
+        const float2 low = BOTH ? shared.row_low[first + 2 * i] : float2{};
+        store_if(2 * i < rows, d, codes_by<ELEMENT, KIND, BOTH>(x.gate[i], of.x, low.x));
+        store_if(2 * i < rows, d + a.F, codes_by<ELEMENT, KIND, BOTH>(x.up[i], of.y, low.y));
+        d += 2 * static_cast<int64>(a.d_row);
     }
 }
 DEVICE void quantize_rows(Shared& shared, const Arguments& a, const Tile& at, const RowGradients& x) {
-    const int lane = threadIdx.x % 16, first = first_row();
+    const int thread = thread_index_again(), lane = thread % 16, first = first_row(thread);
     uint32 both[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) both[i] = side_by_side(larger_of(x.gate[i]), larger_of(x.up[i]));
@@ -274,20 +341,18 @@ DEVICE void quantize_rows(Shared& shared, const Arguments& a, const Tile& at, co
     for (int i = 0; i < 2; i++) both[i] = exchange_larger(both[i], both[i + 2], 4, bit4);
     const uint32 pair = reduce_larger(exchange_larger(both[0], both[1], 2, bit2), 1);
     const int own = first + 2 * ((bit8 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0));
-    const float scale = scale_of<ELEMENT, KIND>(is_up ? second_of(pair) : first_of(pair));
-    shared.of_row[own][is_up] = reciprocal<KIND>(scale);
+    const float amax = is_up ? second_of(pair) : first_of(pair), scale = scale_of<ELEMENT, KIND>(amax);
+    const Divisor divisor = divisor_of<ELEMENT, KIND>(amax, scale, USES_FACTORS ? shared.factors : nullptr);
+    reinterpret_cast<uint32*>(&shared.of_row[own])[is_up] = divisor.word;
+    if (KIND == FP32) reinterpret_cast<float*>(&shared.row_low[own])[is_up] = divisor.low;
     const int64 row = at.begin + own;
     if (row < at.end) store_scale<KIND>(a.ds, row * a.ds_row + (at.tile + (is_up ? a.F / 128 : 0)) * a.ds_col, scale);
+    const bool takes_both = KIND == FP32 && (!USES_FACTORS || __any_sync(ALL_LANES, divisor.takes_both));
     __syncwarp();
-    uint8* d = a.d + static_cast<int64>(at.begin + first) * a.d_row + at.tile * 128 + lane * 8;
-    const int rows = at.end - at.begin - first;
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const float4 of = *reinterpret_cast<const float4*>(shared.of_row[first + 2 * i]);
-        store_if(2 * i < rows, d, codes_of<ELEMENT, KIND>(x.gate[i], {of.x, of.y}));
-        store_if(2 * i < rows, d + a.F, codes_of<ELEMENT, KIND>(x.up[i], {of.z, of.w}));
-        d += 2 * static_cast<int64>(a.d_row);
-    }
+    if (takes_both)
+        store_rows<true>(shared, a, at, x);
+    else
+        store_rows<false>(shared, a, at, x);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backward(const __grid_constant__ Arguments a) {
@@ -295,43 +360,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backwa
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int count = a.groups * (a.F / 128);
     if constexpr (EXPERTS) count += (a.R - __ldg(a.ends + a.E - 1) + 127) / 128 * (a.F / 128);
-    int index = blockIdx.x;
-    if (index >= count) return;
-    {
-        const Tile tile = tile_of(a, index);
-        if (threadIdx.x == 0) shared.tiles[0] = packed(tile);
-        fetch_gradient(shared, a, tile);
-        fetch_codes(shared, a, tile);
-        fetch_row_inputs(shared, a, tile);
+    if (blockIdx.x >= count) return;
+    if constexpr (USES_FACTORS) {
+        if (threadIdx.x < 128) shared.factors[threadIdx.x] = __ldg(FACTORS + threadIdx.x);
     }
-    while (true) {
-        int claimed = 0;
-        if (threadIdx.x == THREADS - 32) claimed = atomicAdd(a.claimed, 1) + gridDim.x;
-        wait_for_copies();
-        __syncthreads();
-        compute(shared, a);
-        if (threadIdx.x >= THREADS - 32) {
-            claimed = __shfl_sync(ALL_LANES, claimed, 0);
-            if (claimed < count) {
-                const Tile next = tile_of(a, claimed);
-                if (threadIdx.x == THREADS - 1) shared.tiles[1] = packed(next);
-            }
-            if (threadIdx.x == THREADS - 1) shared.claimed[0] = claimed;
-        }
-        __syncthreads();
-        const Tile tile = unpacked(read_again(shared.tiles[0]));
-        index = shared.claimed[0];
+    // The first two tiles of a block are not claimed.
+    if (threadIdx.x / 32 < 2) {
+        const int index = blockIdx.x + threadIdx.x / 32 * gridDim.x;
+        const uint4 tile = index < count ? packed(tile_of(a, index)) : NO_TILE;
+        if (threadIdx.x % 32 == 0) shared.tiles[threadIdx.x / 32] = tile;
+    }
+    __syncthreads();
+    // A turn before the first fetches the first tile.
+    for (int turn = -1;; turn++) {
         RowGradients x;
-        read_rows(shared, a, tile, x);
-        __syncthreads();
-        if (index < count) {
-            const Tile next = unpacked(read_again(shared.tiles[1]));
-            if (threadIdx.x == 0) shared.tiles[0] = packed(next);
-            fetch_gradient(shared, a, next);
-            fetch_codes(shared, a, next);
-            fetch_row_inputs(shared, a, next);
+        const bool works = turn >= 0;
+        if (works) {
+            int claimed = 0;
+            if (threadIdx.x == THREADS - 32) claimed = atomicAdd(a.claimed, 1) + 2 * gridDim.x;
+            wait_for_copies();
+            __syncthreads();
+            {
+                const uint4 next = read_again(shared.tiles[(turn + 1) % 4]);
+                if (is_tile(next)) {
+                    fetch_codes(shared, a, unpacked(next), (turn + 1) % 2);
+                    fetch_row_inputs(shared, a, unpacked(next), (turn + 1) % 2);
+                }
+            }
+            if (!EXPERTS || has_rows(unpacked(read_again(shared.tiles[turn % 4]))))
+                compute(shared, a, turn);
+            else
+                clear(shared, a, turn);
+            if (threadIdx.x >= THREADS - 32) {
+                claimed = __shfl_sync(ALL_LANES, claimed, 0);
+                const uint4 tile = claimed < count ? packed(tile_of(a, claimed)) : NO_TILE;
+                if (threadIdx.x == THREADS - 1) shared.tiles[(turn + 2) % 4] = tile;
+            }
+            __syncthreads();
+            read_rows(shared, a, unpacked(read_again(shared.tiles[turn % 4])), turn, x);
+            __syncwarp();
         }
-        quantize_rows(shared, a, tile, x);
-        if (index >= count) return;
+        const uint4 next = read_again(shared.tiles[(turn + 1) % 4]);
+        if (is_tile(next)) {
+            fetch_gradient(shared, a, unpacked(next));
+            if (!works) {
+                fetch_codes(shared, a, unpacked(next), 0);
+                fetch_row_inputs(shared, a, unpacked(next), 0);
+            }
+        }
+        if (works) {
+            const Tile tile = unpacked(read_again(shared.tiles[turn % 4]));
+            if (has_rows(tile)) quantize_rows(shared, a, tile, x);
+            if (!is_tile(next)) return;
+        }
     }
 }

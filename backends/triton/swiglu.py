@@ -109,7 +109,8 @@ def differentiate(dh, gate, up, weight, WEIGHTED: tl.constexpr):
     DTYPE: tl.constexpr = dh.dtype
     wide = gate.to(tl.float32)
     s = sigmoid(wide)
-    silu = rounded(wide * s, DTYPE)
+    wide_silu = wide * s
+    silu = rounded(wide_silu, DTYPE)
     product = times(silu, up)
     h = product
     dproduct = dh
@@ -117,7 +118,7 @@ def differentiate(dh, gate, up, weight, WEIGHTED: tl.constexpr):
         h = rounded(product.to(tl.float32) * weight[:, None], DTYPE)
         dproduct = rounded(dh.to(tl.float32) * weight[:, None], DTYPE)
     dsilu = times(dproduct, up).to(tl.float32)
-    dgate = rounded(dsilu * s * (1.0 + wide * (1.0 - s)), DTYPE)
+    dgate = rounded(dsilu * tl.fma(wide_silu, 1.0 - s, s), DTYPE)
     dup = times(dproduct, silu)
     terms = dh.to(tl.float32) * product.to(tl.float32)
     return h.to(tl.float32), dgate.to(tl.float32), dup.to(tl.float32), terms
