@@ -58,3 +58,11 @@ DEVICE int source_of(const Columns& p, int row) {
 DEVICE void store_column_scale(const Columns& p, const Place& place, int column, float scale) {
     store_scale<KIND>(p.scale + bytes(p.scale_row, place.group), place.tile * 128 + column, scale);
 }
+
+// A group without rows: zeros.
+DEVICE void clear_columns(const Columns& p, int group, int tile, int end) {
+    for (int column = tile * 128 + threadIdx.x / 8; column < end * 128; column += THREADS / 8) {
+        *reinterpret_cast<uint4*>(p.out + bytes(GROUP, group) + threadIdx.x % 8 * 16 + bytes(p.out_col, column)) = {};
+        if (threadIdx.x % 8 == 0) store_scale<KIND>(p.scale + bytes(p.scale_row, group), column, 1.0f);
+    }
+}

@@ -28,7 +28,8 @@ _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 # Tiles of a slab; measured, as are the blocks below (tools/bench/results/h200_columns_2026-11-22.json).
 SLAB = 4
 GATHER_SLAB = 2
-# Two tiles with their scales and exponents, where rows come from, where the block works, the columns' factors (FP32: of 4).
+# Two tiles with their scales and exponents, where rows come from, where the block works, the columns' factors or
+# divisors.
 _REQUANTIZE_SHARED_BYTES = 2 * (TILE * TILE + TILE * 4 + 4 * 8) + TILE * 4 + 32 + TILE * 2 + TILE // 2 * 16
 
 
@@ -148,17 +149,18 @@ def _instance(
     size, includes = ctypes.sizeof(_Columns), ("columns.cuh", "groups.cuh")
     if is_from_fp8:
         is_fp32 = ScaleKind.FP32 in (kind_in, kind)
-        blocks, shared_bytes = 3 if is_fp32 else 4, _REQUANTIZE_SHARED_BYTES
         own = (*constants, ("WIDE", _order(is_fp32, index_bits != 0)[1]))
-        return FusedConfig("requantize_columns.cu", THREADS, blocks, size, own, shared_bytes, (*includes, "halves.cuh"))
+        return FusedConfig(
+            "requantize_columns.cu", THREADS, 4, size, own, _REQUANTIZE_SHARED_BYTES, (*includes, "halves.cuh")
+        )
     blocks = 3 if has_rows else 5 if index_bits else 4
     return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes)
 
 
 def _order(is_fp32: bool, gathers: bool) -> tuple[int, int]:
     """Tiles that a block requantizes, one after another, and such runs of a slab. Measured
-    (tools/bench/results/h200_kernel_shapes_2026-11-22.json): a run has its rows looked up once, a wide slab reads longer lines."""
-    return (4, 1) if is_fp32 else (3, 1) if gathers else (1, 2)
+    (tools/bench/results/h200_kernel_shapes_2026-11-22.json, h200_fused_2026-11-22.json): a run has its rows looked up once, a wide slab reads longer lines."""
+    return (3, 1) if is_fp32 or gathers else (1, 2)
 
 
 # Launch -------------------------------------------------------------------------------------------------------------

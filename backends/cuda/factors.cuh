@@ -4,8 +4,6 @@
 // of the group's maximum: a code can only differ where the quotient is next to a number half way between two codes, and
 // then 2^k x is an odd multiple of the maximum. All pairs of significands were tried (tests/backends/cuda/test_factors.py).
 // For three of the 128 no factor will do: they take the reciprocal as a sum of two, and so does the warp that meets one.
-//
-// Powers of two: the product is a BF16 number (or far too small for a code but zero), so two take one instruction.
 #pragma once
 
 #include "numerics.cuh"
@@ -31,57 +29,39 @@ __device__ const uint32 FACTORS[128] = {
 
 constexpr uint32 UNITS_BELOW = 8;  // by which a reciprocal's first part is below the factor, so that the second is positive
 
-// What divides the numbers of a group: FP32: the factor and the reciprocal's second part; else 1 / scale as BF16, twice.
+// What divides the numbers of a group: a factor (1 / scale where that is a power of two), and the second part of the reciprocal.
 struct Divisor {
-    uint32 word;
-    float low;
+    float factor, low;
     bool takes_both;
 };
 
-// `factors`: FACTORS, or a copy of it; null where each quotient takes both parts.
 template <int ELEMENT, int KIND>
-DEVICE Divisor divisor_of(float amax, float scale, const uint32* factors = FACTORS) {
-    const uint32 bits = __float_as_uint(amax), scale_bits = __float_as_uint(scale);
-    if constexpr (KIND != FP32) {
-        const uint32 inverse = scale_bits >= INFINITY_BITS ? scale_bits : 0x7f000000u - scale_bits;
-        return {__byte_perm(inverse, inverse, 0x3232), 0.0f, false};
-    }
+DEVICE Divisor divisor_of(float amax, float scale) {
+    if constexpr (KIND != FP32) return {reciprocal<KIND>(scale).high, 0.0f, false};
+    const uint32 bits = __float_as_uint(amax);
+    if (bits == 0) return {1.0f, 0.0f, false};
     uint32 factor;
     bool takes_both = true;
-    if (ELEMENT == E4M3 && factors != nullptr) {
-        factor = factors[bits >> 16 & 0x7f];
+    if constexpr (ELEMENT == E4M3) {
+        factor = __ldg(FACTORS + (bits >> 16 & 0x7f));
         takes_both = factor >> 31;
         factor = (factor & 0x7fffffffu) - (bits & INFINITY_BITS) + 0x3f800000u;
     } else {
         factor = __float_as_uint(reciprocal_approximate(scale));
     }
-    // The smallest scale, 2^-126, stands for any smaller one; zeros have the scale 1, and any factor.
-    if (bits == 0) return {0x3f800000u, 0.0f, false};
-    if (scale_bits == 0x00800000u) factor = 0x7e800000u, takes_both = false;
+    if (__float_as_uint(scale) == 0x00800000u) factor = 0x7e800000u, takes_both = false;  // the smallest scale stands for any below
     if (bits >= INFINITY_BITS) factor = NAN_BITS, takes_both = false;
     const float high = __uint_as_float(factor - UNITS_BELOW);
-    return {factor, __fmul_rn(__fmaf_rn(-high, scale, 1.0f), high), takes_both};
+    return {__uint_as_float(factor), __fmul_rn(__fmaf_rn(-high, scale, 1.0f), high), takes_both};
 }
 
-// BOTH: some group of the warp takes both parts.
-template <int KIND, bool BOTH>
-DEVICE float divided(float x, uint32 factor, float low) {
-    static_assert(KIND == FP32);
-    if constexpr (BOTH) return __fmaf_rn(x, __uint_as_float(factor - UNITS_BELOW), __fmul_rn(x, low));
-    return __fmul_rz(x, __uint_as_float(factor));
-}
-
-// Eight numbers of one group to codes.
+// Eight numbers of one group to codes. BOTH: some group of the warp takes both parts.
 template <int ELEMENT, int KIND, bool BOTH>
-DEVICE uint2 codes_by(uint4 x, uint32 of, float low) {
-    if constexpr (KIND == FP32) {
-        return {encode<ELEMENT>(divided<KIND, BOTH>(first_of(x.x), of, low), divided<KIND, BOTH>(second_of(x.x), of, low),
-                                divided<KIND, BOTH>(first_of(x.y), of, low), divided<KIND, BOTH>(second_of(x.y), of, low)),
-                encode<ELEMENT>(divided<KIND, BOTH>(first_of(x.z), of, low), divided<KIND, BOTH>(second_of(x.z), of, low),
-                                divided<KIND, BOTH>(first_of(x.w), of, low), divided<KIND, BOTH>(second_of(x.w), of, low))};
-    } else {
-        const uint4 q = {times(x.x, of), times(x.y, of), times(x.z, of), times(x.w, of)};
-        return {encode<ELEMENT>(first_of(q.x), second_of(q.x), first_of(q.y), second_of(q.y)),
-                encode<ELEMENT>(first_of(q.z), second_of(q.z), first_of(q.w), second_of(q.w))};
-    }
+DEVICE uint2 codes_by(uint4 x, float factor, float low) {
+    if constexpr (KIND != FP32) return codes_of<ELEMENT, KIND>(x, {factor, low});
+    if constexpr (BOTH) return codes_of<ELEMENT, KIND>(x, {__uint_as_float(__float_as_uint(factor) - UNITS_BELOW), low});
+    return {encode<ELEMENT>(__fmul_rz(first_of(x.x), factor), __fmul_rz(second_of(x.x), factor), __fmul_rz(first_of(x.y), factor),
+                            __fmul_rz(second_of(x.y), factor)),
+            encode<ELEMENT>(__fmul_rz(first_of(x.z), factor), __fmul_rz(second_of(x.z), factor), __fmul_rz(first_of(x.w), factor),
+                            __fmul_rz(second_of(x.w), factor))};
 }

@@ -169,13 +169,27 @@ DEVICE float quotient(float x, Reciprocal r) {
     return __fmul_rn(x, r.high);
 }
 
+// Two numbers of two groups. Where the reciprocals are powers of two, the quotients are BF16 numbers, or far too small for a
+// code but zero: one instruction for both.
+template <int KIND>
+DEVICE void quotients(uint32 pair, Reciprocal a, Reciprocal b, float& first, float& second) {
+    if constexpr (KIND == FP32) {
+        first = quotient<KIND>(first_of(pair), a), second = quotient<KIND>(second_of(pair), b);
+    } else {
+        const uint32 both = times(pair, __byte_perm(__float_as_uint(a.high), __float_as_uint(b.high), 0x7632));
+        first = first_of(both), second = second_of(both);
+    }
+}
+
 // Eight numbers of one group to codes.
 template <int ELEMENT, int KIND>
 DEVICE uint2 codes_of(uint4 x, Reciprocal r) {
-    return {encode<ELEMENT>(quotient<KIND>(first_of(x.x), r), quotient<KIND>(second_of(x.x), r),
-                            quotient<KIND>(first_of(x.y), r), quotient<KIND>(second_of(x.y), r)),
-            encode<ELEMENT>(quotient<KIND>(first_of(x.z), r), quotient<KIND>(second_of(x.z), r),
-                            quotient<KIND>(first_of(x.w), r), quotient<KIND>(second_of(x.w), r))};
+    float q[8];
+    quotients<KIND>(x.x, r, r, q[0], q[1]);
+    quotients<KIND>(x.y, r, r, q[2], q[3]);
+    quotients<KIND>(x.z, r, r, q[4], q[5]);
+    quotients<KIND>(x.w, r, r, q[6], q[7]);
+    return {encode<ELEMENT>(q[0], q[1], q[2], q[3]), encode<ELEMENT>(q[4], q[5], q[6], q[7])};
 }
 
 // Copies that don't wait ------------------------------------------------------------------------------------------
@@ -191,6 +205,8 @@ DEVICE void copy_async(void* to, const void* from, bool exists) {  // zeros wher
                      : "memory");
     }
 }
+// Arrives at a barrier of shared memory when this thread's copies so far are done; the barrier counts on it.
+DEVICE void copies_arrive(uint32 barrier) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory"); }
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // From shared memory, whatever has been read before: so it takes no registers in between.

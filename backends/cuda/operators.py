@@ -15,7 +15,6 @@ _HOPPER = (9, 0)
 
 #: By the operator's name: the launcher, and what says which instance serves a call, whose tensors may have no data.
 KERNELS: dict[str, Callable[..., Any]] = {
-    "swiglu_quantize": swiglu.swiglu_quantize,
     "swiglu_quantize_cached": swiglu.swiglu_quantize_cached,
     "swiglu_backward_quantize": swiglu.swiglu_backward_quantize,
     "rms_norm_quantize": norm.rms_norm_quantize,
@@ -26,7 +25,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "gather_requantized": columns.gather_requantized,
 }
 CONFIGS: dict[str, Callable[..., Any]] = {
-    "swiglu_quantize": swiglu.forward_config,
     "swiglu_quantize_cached": swiglu.cached_config,
     "swiglu_backward_quantize": swiglu.backward_config,
     "rms_norm_quantize": norm.norm_config,

@@ -118,8 +118,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
 
     __shared__ Place kept;  // where registers are short, read again
 
-    Place place = place_of(p);
+    __shared__ int sources[GATHERS != 0 ? GROUP : 1];
+    Place place;
+    if (GATHERS == 0) {
+        place = place_of(p);
+    } else {  // half of the warps look up where the block works, and where its rows come from
+        if (threadIdx.x < GROUP) {
+            place = place_of(p);
+            const int row = place.begin + threadIdx.x;
+            sources[threadIdx.x] = row < place.end ? source_of(p, row) : -1;
+            if (threadIdx.x == 0) kept = place;
+        }
+        __syncthreads();
+        place = kept;
+    }
     if (ROWS_TOO && p.experts != 0) quantize_tail(p, place);
+    if (place.begin >= place.end) {
+        clear_columns(p, place.group, place.tile, place.tile + 1);
+        return;
+    }
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int patch_col = lane % 16, patch_row = warp * 2 + lane / 16;
 
@@ -127,13 +144,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
     int first = place.begin + patch_row * 8;
     const uint8* data = p.data + place.tile * 256 + patch_col * 16;
     if (GATHERS != 0) {
-        __shared__ int sources[GROUP];
-        if (threadIdx.x == 0) kept = place;
-        if (threadIdx.x < GROUP) {
-            int row = place.begin + threadIdx.x;
-            sources[threadIdx.x] = row < place.end ? source_of(p, row) : -1;
-        }
-        __syncthreads();
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
             int source = sources[patch_row * 8 + r];

@@ -16,8 +16,6 @@ constexpr int ROWS = 8, COLUMNS = 8, PAIRS = COLUMNS / 2, WARPS = THREADS / 32; 
 
 constexpr float SMALL = 0x1p-64f, LIFT = 0x1p64f;
 
-constexpr uint32 UNITS_APART = 5;  // of a reciprocal: one for its own error, one for each rounding, and some more
-
 // Tiles that a block makes one after another.
 struct alignas(16) Run {
     int tile, end;
@@ -27,12 +25,12 @@ struct alignas(16) Run {
 
 struct Shared {
     uint4 tile[2][GROUP][8];  // of 16 codes; moved by the row's block of 8. The one at work and the next
-    int sources[GROUP];  // of each row
+    int sources[GROUP];  // of each row, where rows are gathered
     float scales_in[2][GROUP];  // at `slot_of_row`
     Run run;
     uint2 exponents[2][GROUP / 32];
     uint16 factors[WARPS][2][COLUMNS];
-    float4 around[WARPS][2][4];  // of 4 columns: factors below and above the reciprocal, the scale
+    float4 divisors[WARPS][2][4];  // of 4 columns
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "columns.py knows the layout of shared memory");
@@ -136,39 +134,40 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, Shared& sh
 }
 
 // What divides any x: (lifted scale, its reciprocal, what x is lifted with).
-struct Divisor {
-    float lifted, inverse, lift;
-};
-DEVICE Divisor divisor_of(float scale) {
+DEVICE float4 divisor_of(float scale) {
+    if (KIND != FP32) return {reciprocal<KIND>(scale).high, 0.0f, 1.0f, 0.0f};
     const float lift = scale < SMALL ? LIFT : 1.0f, lifted = __fmul_rn(scale, lift);
     float inverse = reciprocal_approximate(lifted);
-    inverse = __fmaf_rn(__fmaf_rn(-inverse, lifted, 1.0f), inverse, inverse);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) inverse = __fmaf_rn(__fmaf_rn(-inverse, lifted, 1.0f), inverse, inverse);
     if ((bits_of(lifted) & 0x007fffffu) == 0x007fffffu) inverse = float_of(bits_of(inverse) + 1);
-    return {lifted, inverse, lift};
+    return {lifted, inverse, lift, 0.0f};
 }
-DEVICE float wide_quotient(float x, const Divisor& divisor) {
-    x = __fmul_rn(x, divisor.lift);
-    float q = __fmul_rn(x, divisor.inverse);
+template <bool LIFTS>
+DEVICE float wide_quotient(float x, const float4& divisor) {
+    if (KIND != FP32) return __fmul_rn(x, divisor.x);
+    if (LIFTS) x = __fmul_rn(x, divisor.z);
+    float q = __fmul_rn(x, divisor.y);
     // The signs keep a negative zero: see numerics.py.
-    q = __fmaf_rn(__fmaf_rn(q, divisor.lifted, -x), -divisor.inverse, q);
-    return __fmaf_rn(__fmaf_rn(q, divisor.lifted, -x), -divisor.inverse, q);
+    return __fmaf_rn(__fmaf_rn(q, divisor.x, -x), -divisor.y, q);
 }
 
-// A column's 8 numbers to codes. Where the scale is no power of two, one product is a little below the quotient and one a
-// little above; if both have the same code, so has the quotient.
-DEVICE uint2 codes_of_column(const float (&x)[ROWS], float factor) {
-    return {encode<E4M3>(__fmul_rn(x[0], factor), __fmul_rn(x[1], factor), __fmul_rn(x[2], factor), __fmul_rn(x[3], factor)),
-            encode<E4M3>(__fmul_rn(x[4], factor), __fmul_rn(x[5], factor), __fmul_rn(x[6], factor), __fmul_rn(x[7], factor))};
-}
-DEVICE uint2 divided_column(const float (&x)[ROWS], const Divisor& by) {
-    return {encode<E4M3>(wide_quotient(x[0], by), wide_quotient(x[1], by), wide_quotient(x[2], by), wide_quotient(x[3], by)),
-            encode<E4M3>(wide_quotient(x[4], by), wide_quotient(x[5], by), wide_quotient(x[6], by), wide_quotient(x[7], by))};
+template <bool LIFTS>
+DEVICE void divide(const float (&x)[4][ROWS], const float4* divisors, int word, const Output& output) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const float4 by = divisors[j];
+        float q[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) q[r] = wide_quotient<LIFTS>(x[j][r], by);
+        output.store(word * 4 + j, encode<E4M3>(q[0], q[1], q[2], q[3]), encode<E4M3>(q[4], q[5], q[6], q[7]));
+    }
 }
 
 // The tile in FP32, 4 columns of each half warp at a time.
 DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& shared, const Lane& at, const Output& output) {
     const bool bit16 = at.lane & 16, bit4 = at.lane & 4;
-    float4* factors = shared.around[at.warp][at.half];
+    float4* divisors = shared.divisors[at.warp][at.half];
 #pragma unroll 1
     for (int word = 0; word < 2; ++word) {
         float x[4][ROWS];
@@ -195,50 +194,21 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& sha
         most = max(most, __shfl_xor_sync(ALL_LANES, most, 1));
         const int own = (bit16 ? 2 : 0) + (bit4 ? 1 : 0), first = at.warp * 16 + at.half * 8 + word * 4;
         const float scale = scale_of<E4M3, KIND>(float_of(most));
+        const float4 divisor = divisor_of(scale);
         if (at.lane % 4 == 0) {
-            float below, above;
-            if constexpr (KIND == FP32) {
-                const uint32 inverse = bits_of(reciprocal_approximate(scale));
-                below = float_of(inverse - UNITS_APART), above = float_of(inverse + UNITS_APART);
-            } else {
-                below = above = reciprocal<KIND>(scale).high;
-            }
             store_column_scale(p, place, first + own, scale);
-            factors[own] = {below, above, scale, 0.0f};
+            divisors[own] = divisor;
         }
         __syncwarp();
-        bool differ = false;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float4 by = factors[j];
-            const uint2 codes = codes_of_column(x[j], by.x);
-            if constexpr (KIND == FP32) {
-                const uint2 other = codes_of_column(x[j], by.y);
-                differ |= codes.x != other.x || codes.y != other.y;
-            }
-            output.store(word * 4 + j, codes.x, codes.y);
-        }
-        if (KIND == FP32 && __any_sync(ALL_LANES, differ)) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const uint2 codes = divided_column(x[j], divisor_of(factors[j].z));
-                output.store(word * 4 + j, codes.x, codes.y);
-            }
-        }
+        if (KIND == FP32 && __any_sync(ALL_LANES, divisor.z != 1.0f))
+            divide<true>(x, divisors, word, output);
+        else
+            divide<false>(x, divisors, word, output);
         __syncwarp();
     }
 }
 
-// A group without rows: zeros.
-DEVICE void clear(const Columns& p, const Run& run) {
-    for (int column = run.tile * 128 + threadIdx.x / 8; column < run.end * 128; column += THREADS / 8) {
-        *reinterpret_cast<uint4*>(p.out + bytes(GROUP, run.group) + threadIdx.x % 8 * 16 + bytes(p.out_col, column)) = {};
-        if (threadIdx.x % 8 == 0) store_scale<KIND>(p.scale + bytes(p.scale_row, run.group), column, 1.0f);
-    }
-}
-
-// The first warps look up the block's tiles and each row's source.
-DEVICE void look_up(const Columns& p, Shared& shared) {
+DEVICE Run run_of(const Columns& p) {
     const int runs = (p.columns / 128 + p.slab - 1) / p.slab;
     const int slab = blockIdx.x / (p.groups * WIDE), within = blockIdx.x - slab * p.groups * WIDE;
     const int width = WIDE == 1 ? 1 : min(WIDE, runs - slab * WIDE), group = within / width, run = slab * WIDE + within - group * width;
@@ -247,34 +217,44 @@ DEVICE void look_up(const Columns& p, Shared& shared) {
         const Rows rows = rows_of(p.ends, p.experts, group);
         begin = rows.begin, end = rows.end;
     }
-    const int row = begin + threadIdx.x;
-    shared.sources[threadIdx.x] = row < end ? source_of(p, row) : 0;
-    if (threadIdx.x == 0) shared.run = {run * p.slab, min((run + 1) * p.slab, p.columns / 128), group, begin, end - begin};
+    return {run * p.slab, min((run + 1) * p.slab, p.columns / 128), group, begin, end - begin};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_columns(const __grid_constant__ Columns p) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    if (threadIdx.x < GROUP) look_up(p, shared);
-    __syncthreads();
-    const Run run = shared.run;
+    Run run;
+    if (GATHERS == 0) {
+        run = run_of(p);
+    } else {  // half of the warps look up where the block works, and where its rows come from
+        if (threadIdx.x < GROUP) {
+            run = run_of(p);
+            const int row = threadIdx.x;
+            shared.sources[row] = row < run.rows ? source_of(p, run.begin + row) : 0;
+            if (row == 0) shared.run = run;
+        }
+        __syncthreads();
+        run = shared.run;
+    }
     if (run.rows <= 0) {
-        clear(p, run);
+        clear_columns(p, run.group, run.tile, run.end);
         return;
     }
     const bool is_row = threadIdx.x < run.rows;
     float scale = 0.0f;
+    auto from = [&](int row) {  // read again, so that it takes no registers
+        return GATHERS == 0 ? min(run.begin + row, p.rows - 1) : *static_cast<volatile int*>(&shared.sources[row]);
+    };
     auto fetch = [&](int tile, int stage) {
         const int thread = thread_index_again();
 #pragma unroll
         for (int i = 0; i < GROUP; i += THREADS / 8) {
-            const int row = thread / 8 + i, source = *static_cast<volatile int*>(&shared.sources[row]);
+            const int row = thread / 8 + i, source = from(row);
             copy_async<16>(&shared.tile[stage][row][thread % 8 ^ thread / 64 ^ i / 8 % 8],
                            p.data + bytes(p.data_row, source) + (tile * 128 + thread % 8 * 16), row < run.rows);
         }
         if (is_row) {
-            const int source = *static_cast<volatile int*>(&shared.sources[thread]);
-            scale = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, source) + bytes(p.scale_in_col, tile), 0);
+            scale = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, from(thread)) + bytes(p.scale_in_col, tile), 0);
         }
     };
     Place place = {run.tile, run.group, run.begin, run.begin + run.rows};

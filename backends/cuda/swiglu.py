@@ -18,10 +18,10 @@ from fp8c.ops import empty_quantized, quantized_format, restarts
 
 ROW, COLUMN = (1, 128), (128, 1)
 THREADS, BLOCKS = 256, 2  # of a block, of a multiprocessor
-ONE_FACTOR = False
 _FORWARD_THREADS, _FORWARD_BLOCKS, _FORWARD_ROWS = 128, 5, 4  # rows: of a thread, as ROWS in swiglu_forward.cu
-# The tile's inputs (codes and scales of the next one too), sums of each 8 columns, divisors, where the tiles are, factors.
-_SHARED_BYTES = 128 * 256 + 2 * 128 * 256 + 16 * 137 * 4 + 2 * 128 * 16 + 2 * (128 * 8 + 8 * 2 * 3 * 16) + 4 * 16
+# The tile's inputs (codes and scales of the next one too), sums of each 8 columns, reciprocals of rows and columns, where the
+# tiles are, barriers.
+_SHARED_BYTES = 3 * 128 * 256 + 16 * 137 * 4 + 2 * 128 * 16 + 128 * 2 * 8 + 16 * 3 * 4 * 8 + 4 * 16 + 2 * 8
 _ADD_THREADS, _ADD_BLOCKS = 128, 8  # as THREADS, BLOCKS, of add_parts.cu
 
 
@@ -57,35 +57,19 @@ class _ForwardArguments(ctypes.Structure):
 
 def cached_config(gate_up: Tensor, weight: Tensor | None, fmt: str, cache: str) -> FusedConfig:
     """The instance that serves operands of these sizes, whose data may be on no GPU. Raises: `Unsupported`."""
-    features = gate_up.shape[1] // 2
-    return _forward_config(gate_up[:, :features], gate_up[:, features:], weight, fmt, cache)
-
-
-def forward_config(gate: Tensor, up: Tensor, weight: Tensor | None, fmt: str) -> FusedConfig:
-    """As `cached_config`."""
-    return _forward_config(gate, up, weight, fmt, None)
-
-
-def _forward_config(gate: Tensor, up: Tensor, weight: Tensor | None, fmt: str, cache: str | None) -> FusedConfig:
-    made, kept = quantized_format(fmt), quantized_format(cache or fmt)
-    if gate.dtype is not torch.bfloat16 or gate.dim() != 2 or gate.numel() == 0 or gate.shape[1] % 128:
+    made, kept = quantized_format(fmt), quantized_format(cache)
+    if gate_up.dtype is not torch.bfloat16 or gate_up.numel() == 0 or gate_up.shape[1] % 256:
         raise Unsupported("the kernel reads BF16 rows of whole groups of 128 features")
     if (made.group, kept.group) != (ROW, ROW):
         raise Unsupported("the kernel makes groups of 1x128")
-    check_rows(gate, up)
-    constants = (*codes_of(made), *codes_of(kept, "_C"), ("WEIGHTED", weight is not None), ("CACHED", cache is not None))
+    if ScaleKind.FP32 not in (made.scale, kept.scale):
+        raise Unsupported("Triton's kernel is as fast with scales that are powers of two")
+    check_rows(gate_up)
+    constants = (*codes_of(made), *codes_of(kept, "_C"), ("WEIGHTED", weight is not None))
     size = ctypes.sizeof(_ForwardArguments)
     return FusedConfig(
         "swiglu_forward.cu", _FORWARD_THREADS, _FORWARD_BLOCKS, size, constants, includes=("factors.cuh",)
     )
-
-
-def swiglu_quantize(gate: Tensor, up: Tensor, weight: Tensor | None, fmt: str) -> tuple[Tensor, Tensor]:
-    """`fp8c::swiglu_quantize`. Raises: `Unsupported` as `forward_config`, and without a compiler."""
-    config = forward_config(gate, up, weight, fmt)
-    q, s = empty_quantized(gate, gate.shape, quantized_format(fmt))
-    _start_forward(config, gate, up, weight, (q, s), None)
-    return q, s
 
 
 def swiglu_quantize_cached(
@@ -96,28 +80,15 @@ def swiglu_quantize_cached(
     gate, up = gate_up.chunk(2, 1)
     q, s = empty_quantized(gate, gate.shape, quantized_format(fmt))
     c, cs = empty_quantized(gate, gate_up.shape, quantized_format(cache))
-    _start_forward(config, gate, up, weight, (q, s), (c, cs))
-    return q, s, c, cs
-
-
-def _start_forward(
-    config: FusedConfig,
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor | None,
-    made: tuple[Tensor, Tensor],
-    kept: tuple[Tensor, Tensor] | None,
-) -> None:
-    rows, features = gate.shape
     weight = None if weight is None else weight.float().contiguous()
-    c, cs = kept or (None, None)
-    strides = [0, 0, 0] if c is None or cs is None else [c.stride(0), *cs.stride()]
+    rows, features = gate.shape
     arguments = _ForwardArguments(
-        *(address(x) for x in (gate, up, weight, *made, c, cs)),
-        gate.stride(0), up.stride(0), made[0].stride(0), *made[1].stride(), *strides, rows, features,
+        *(address(x) for x in (gate, up, weight, q, s, c, cs)),
+        gate.stride(0), up.stride(0), q.stride(0), *s.stride(), c.stride(0), *cs.stride(), rows, features,
     )  # fmt: skip
     parts = -(-rows // _FORWARD_ROWS) * (features // 128)
-    start_blocks(config, -(-parts * 16 // _FORWARD_THREADS), arguments, gate.device)
+    start_blocks(config, -(-parts * 16 // _FORWARD_THREADS), arguments, gate_up.device)
+    return q, s, c, cs
 
 
 def backward_config(
@@ -144,10 +115,7 @@ def backward_config(
     then = None
     if weight is not None:
         then = FusedConfig("add_parts.cu", _ADD_THREADS, _ADD_BLOCKS, ctypes.sizeof(_Parts), ())
-    uses_factors = ONE_FACTOR and ScaleKind.FP32 in (d.scale, h.scale, dt.scale)
-    shared_bytes = _SHARED_BYTES + 4 * (128 if uses_factors else 4)
-    constants = (*constants, ("ONE_FACTOR", ONE_FACTOR))
-    return FusedConfig("swiglu_backward.cu", THREADS, BLOCKS, size, constants, shared_bytes, ("factors.cuh",), then)
+    return FusedConfig("swiglu_backward.cu", THREADS, BLOCKS, size, constants, _SHARED_BYTES, ("groups.cuh",), then)
 
 
 def swiglu_backward_quantize(

@@ -5,14 +5,15 @@
 //   stay and take one tile after another, in two rounds:
 //     1. half a warp computes 8 features of all 128 rows, 4 at a time; a lane has 8 rows that follow each other. So the maxima
 //        of columns are exchanged between lanes, and because rows of a column are stored next to each other, a lane's codes
-//        are stored as they come. The gradients of gate and up go to shared memory too, where dh and the codes were
-//     2. half a warp has each second of 16 rows, a lane 8 columns; when they have been read, the next tile's inputs are fetched
-//        to where they were, and arrive while rows are quantized
-//   Each input is read once, so the bytes moved are those that must be. The SMs don't get the same share of the memory's
-//   bandwidth: a block claims its next tile when it starts with one.
+//        are stored as they come. The gradients of gate and up go to shared memory too, where dh and the codes were. The next
+//        tile's codes are fetched meanwhile
+//     2. a warp has 16 rows, half a warp each second of them, a lane 8 columns; when they have been read, the same rows of the
+//        next tile's dh are fetched to where they were, and arrive while rows are quantized
+//   Between rounds warps wait for what they need, not for each other's last instruction. Each input is read once, so the bytes
+//   moved are those that must be. The SMs don't get the same share of the memory's bandwidth: tiles are claimed.
 
 #include "config.cuh"
-#include "factors.cuh"
+#include "groups.cuh"
 #include "numerics.cuh"
 
 struct Arguments {
@@ -31,7 +32,7 @@ struct Arguments {
     int64 cs_row, cs_col, ds_row, ds_col, hs_row, hs_col, dts_row, dts_col;
     int dh_row, c_row, d_row, h_col, dt_col;
     int R, F, E, groups;
-    int* claimed;  // how many tiles have been claimed, but for each block's first
+    int* claimed;  // how many tiles have been claimed, but for each block's first two
 };
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES_OF_HOST, "host and kernel disagree on the arguments");
 
@@ -39,7 +40,6 @@ enum Results { H, GATE, UP };
 
 constexpr int ROWS = 8, COLUMNS = 4, PASSES = 2;  // of a thread
 constexpr int SLICES = 16, SUMS = 137;  // of 8 columns; numbers of a slice, and some between
-constexpr bool USES_FACTORS = ONE_FACTOR && (KIND == FP32 || KIND_H == FP32 || KIND_T == FP32);
 
 struct Tile {
     int begin, end;  // rows
@@ -51,21 +51,17 @@ DEVICE uint4 packed(const Tile& t) {
 DEVICE Tile unpacked(uint4 t) {
     return {static_cast<int>(t.x), static_cast<int>(t.y), static_cast<int>(t.z), static_cast<int>(t.w)};
 }
-
-DEVICE bool is_tile(uint4 t) { return t.w != ~0u; }
-#define NO_TILE (uint4{~0u, ~0u, ~0u, ~0u})
+DEVICE bool is_tile(const Tile& t) { return t.tile >= 0; }  // not past the last
+DEVICE bool has_rows(const Tile& t) { return t.begin < t.end; }
 
 struct Shared {
     uint4 dh[128][16];     // of 8 columns; the gradient of gate takes the place of what has been read
     uint4 codes[2][2][128][8];  // of gate, of up, of 16 columns; the gradient of up. Of the tile at work and the next, as `row_in`
     float sums[SLICES][SUMS];  // of terms of 8 columns; at row % 8 * 17 + row / 8, so that banks differ
     float4 row_in[2][8][16];  // scales of gate and up, the weight; of row % 8, row / 8
-    uint2 of_row[128];  // of a row's gradients of gate and of up: words of a `Divisor`
-    uint4 of_col[8][2][3];  // of 4 columns
-    float2 row_low[128];
-    float4 col_low[8][2][3];
-    uint4 tiles[4];  // each a `Tile`, or past the last: at work, the next, the one after it. Here, they take no registers
-    uint32 factors[USES_FACTORS ? 128 : 4];
+    Reciprocal of_row[128][2], of_col[8][2][3][COLUMNS];
+    uint4 tiles[4];  // each a `Tile`: at work, the next, the one after it. Here, they take no registers
+    uint64 fetched, computed;  // a tile's inputs are there, and all have read the one before; round 1 is over
 };
 static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "config and kernel disagree on the layout of shared memory");
 
@@ -78,24 +74,20 @@ DEVICE Tile tile_of(const Arguments& a, int index) {
         const int begin = __ldg(a.ends + a.E - 1) + (group - a.groups) * 128;
         return {begin, min(begin + 128, a.R), group, tile};
     }
-    const int lane = threadIdx.x % 32;
-    int owner = -1;
-    for (int first = 0; first < a.E; first += 32) {
-        const int e = first + lane;
-        const int start = e > 0 && e < a.E ? __ldg(a.ends + e - 1) : 0;
-        owner += __popc(__ballot_sync(ALL_LANES, e < a.E && start / 128 + e <= group));
-    }
-    const int start = owner > 0 ? __ldg(a.ends + owner - 1) : 0;
-    const int begin = start + (group - start / 128 - owner) * 128;
-    return {begin, min(begin + 128, __ldg(a.ends + owner)), group, tile};
+    const Rows rows = rows_of(a.ends, a.E, group);
+    return {rows.begin, rows.end, group, tile};
 }
+DEVICE uint4 tile_or_none(const Arguments& a, int index, int count) {
+    return packed(index < count ? tile_of(a, index) : Tile{0, 0, 0, -1});
+}
+DEVICE Tile tile_at(const Shared& shared, int turn) { return unpacked(read_again(shared.tiles[turn % 4])); }
 
 // In round 2 a warp has 16 rows, half a warp each second of them.
 DEVICE int first_row(int thread) { return thread / 32 * 16 + thread / 16 % 2; }
 
 // Rows that lanes read at once are 8 apart: their chunks of 16 bytes are moved so that no bank is met twice.
 DEVICE int moved(int chunk, int row) { return chunk ^ row / 8 % 8; }
-// Of a row that is further on: `more` has no bit of row % (a power of two), so that what lies at `row` is computed once.
+// Of a row that is further on by a multiple of a power of two that `row` is below: so `row` is looked at once.
 DEVICE int moved_on(int at_row, int more) { return at_row ^ more / 8 % 8; }
 
 // A warp fetches the rows that it has read itself.
@@ -134,6 +126,12 @@ DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& til
     }
     if constexpr (WEIGHTED) copy_async<4>(&in.z, a.weight + row, exists);
 }
+// Of a thread that has started its copies, when they are done; of a warp, for what it has stored and read itself.
+DEVICE void arrive_fetched(Shared& shared) {
+    copies_arrive(shared_address(&shared.fetched));
+    __syncwarp();
+    if (thread_index_again() % 32 == 0) barrier_arrive(shared_address(&shared.fetched));
+}
 
 struct Gradients {
     uint32 h, gate, up;
@@ -158,28 +156,18 @@ DEVICE Gradients differentiate(uint32 dh, float gate0, float gate1, float up0, f
     return {h, rounded(dg0, dg1), times(dproduct, silu)};
 }
 
-// Four columns of a result, 8 rows of each.
-template <int ELEMENT_R, int KIND_R, bool BOTH>
-DEVICE void store_columns(const uint32 (&x)[ROWS][2], const uint4& of, const float4& low, uint8* to, int col, bool exists) {
+// Two columns of a result, 8 rows of each.
+template <int ELEMENT_R, int KIND_R>
+DEVICE void store_pair(const uint32 (&x)[ROWS][2], int word, const Reciprocal* of, uint8* to, int col, bool exists) {
+    const float4 two = *reinterpret_cast<const float4*>(of + 2 * word);
+    const Reciprocal first = {two.x, two.y}, second = {two.z, two.w};
+    float q[2][ROWS];
 #pragma unroll
-    for (int word = 0; word < 2; word++) {
-        const uint32 of0 = word == 0 ? of.x : of.z, of1 = word == 0 ? of.y : of.w;
-        float q[2][ROWS];
+    for (int r = 0; r < ROWS; r++) quotients<KIND_R>(x[r][word], first, second, q[0][r], q[1][r]);
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if constexpr (KIND_R == FP32) {
-                q[0][r] = divided<KIND_R, BOTH>(first_of(x[r][word]), of0, word == 0 ? low.x : low.z);
-                q[1][r] = divided<KIND_R, BOTH>(second_of(x[r][word]), of1, word == 0 ? low.y : low.w);
-            } else {
-                const uint32 both = times(x[r][word], __byte_perm(of0, of1, 0x5410));
-                q[0][r] = first_of(both), q[1][r] = second_of(both);
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-            store_if(exists, to + (2 * word + k) * static_cast<int64>(col),
-                     uint2{encode<ELEMENT_R>(q[k][0], q[k][1], q[k][2], q[k][3]), encode<ELEMENT_R>(q[k][4], q[k][5], q[k][6], q[k][7])});
-    }
+    for (int k = 0; k < 2; k++)
+        store_if(exists, to + (2 * word + k) * static_cast<int64>(col),
+                 uint2{encode<ELEMENT_R>(q[k][0], q[k][1], q[k][2], q[k][3]), encode<ELEMENT_R>(q[k][4], q[k][5], q[k][6], q[k][7])});
 }
 
 // Round 1: half a warp has 8 columns, 4 at a time; a lane has 8 rows of them.
@@ -203,7 +191,10 @@ DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
             decode<ELEMENT_C>(next_gate, g);
             decode<ELEMENT_C>(next_up, u);
             const float4 in = next_in;
-            if (r + 1 < ROWS) next_two = dh[r * 32 + 32], next_gate = gate[r * 32 + 32], next_up = up[r * 32 + 32], next_in = shared.row_in[turn % 2][r + 1][block];
+            if (r + 1 < ROWS) {
+                next_two = dh[r * 32 + 32], next_gate = gate[r * 32 + 32], next_up = up[r * 32 + 32];
+                next_in = shared.row_in[turn % 2][r + 1][block];
+            }
             float& sum = shared.sums[warp * 2 + half][r * 17 + block];
             float terms = WEIGHTED && pass > 0 ? sum : 0.0f;
             const Gradients p = differentiate(two.x, g[0], g[1], u[0], u[1], in, terms);
@@ -216,6 +207,10 @@ DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) amax[k][i] = r == 0 ? x[k][r][i] : larger(amax[k][i], x[k][r][i]);
             if constexpr (WEIGHTED) sum = terms;
+        }
+        if (pass == PASSES - 1) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared_address(&shared.computed));
         }
         // Over the 16 lanes of a column. A lane ends up with a pair of columns, of which it makes one's scale.
         const bool bit16 = lane & 16, bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
@@ -230,66 +225,58 @@ DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
         const int word = (bit16 ? 3 : 0) + (bit2 ? 2 : bit4 ? 1 : 0), result = word / 2, column = word % 2 * 2 + bit1;
         const float most = bit1 ? second_of(pair) : first_of(pair);
         float scale;
-        Divisor own;
-        const uint32* factors = USES_FACTORS ? shared.factors : nullptr;
+        Reciprocal own;
         if (ELEMENT_H == ELEMENT_T && KIND_H == KIND_T) {
-            scale = scale_of<ELEMENT_T, KIND_T>(most), own = divisor_of<ELEMENT_T, KIND_T>(most, scale, factors);
+            scale = scale_of<ELEMENT_T, KIND_T>(most), own = reciprocal<KIND_T>(scale);
         } else if (result == H) {
-            scale = scale_of<ELEMENT_H, KIND_H>(most), own = divisor_of<ELEMENT_H, KIND_H>(most, scale, factors);
+            scale = scale_of<ELEMENT_H, KIND_H>(most), own = reciprocal<KIND_H>(scale);
         } else {
-            scale = scale_of<ELEMENT_T, KIND_T>(most), own = divisor_of<ELEMENT_T, KIND_T>(most, scale, factors);
+            scale = scale_of<ELEMENT_T, KIND_T>(most), own = reciprocal<KIND_T>(scale);
         }
-        const Tile tile = unpacked(read_again(shared.tiles[turn % 4]));
+        const Tile tile = tile_at(shared, turn);
         const bool is_group = tile.group < a.groups;
         const int first = tile.tile * 128 + warp * 16 + half * 8 + part * COLUMNS;
-        reinterpret_cast<uint32*>(&shared.of_col[warp][half][result])[column] = own.word;
-        if (KIND_H == FP32 || KIND_T == FP32) reinterpret_cast<float*>(&shared.col_low[warp][half][result])[column] = own.low;
+        shared.of_col[warp][half][result][column] = own;
         if (is_group) {
             if (result == H)
                 store_scale<KIND_H>(a.hs, tile.group * a.hs_row + (first + column) * a.hs_col, scale);
             else
                 store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (first + column + (result == UP ? a.F : 0)) * a.dts_col, scale);
         }
-        const bool takes_both = (KIND_H == FP32 || KIND_T == FP32) && (!USES_FACTORS || __any_sync(ALL_LANES, own.takes_both));
         __syncwarp();
         const int64 row = static_cast<int64>(tile.group) * 128 + block * ROWS;
         const bool exists = is_group && (EXPERTS || row < a.R);
         uint8 *h = a.h + first * static_cast<int64>(a.h_col) + row, *dt = a.dt + first * static_cast<int64>(a.dt_col) + row;
-        const uint4(&of)[3] = shared.of_col[warp][half];
-        const float4(&low)[3] = shared.col_low[warp][half];
-        uint8* du = dt + a.F * static_cast<int64>(a.dt_col);
-        if (takes_both) {
-            store_columns<ELEMENT_H, KIND_H, true>(x[H], of[H], low[H], h, a.h_col, exists);
-            store_columns<ELEMENT_T, KIND_T, true>(x[GATE], of[GATE], low[GATE], dt, a.dt_col, exists);
-            store_columns<ELEMENT_T, KIND_T, true>(x[UP], of[UP], low[UP], du, a.dt_col, exists);
-        } else {
-            store_columns<ELEMENT_H, KIND_H, false>(x[H], of[H], {}, h, a.h_col, exists);
-            store_columns<ELEMENT_T, KIND_T, false>(x[GATE], of[GATE], {}, dt, a.dt_col, exists);
-            store_columns<ELEMENT_T, KIND_T, false>(x[UP], of[UP], {}, du, a.dt_col, exists);
-        }
+        const Reciprocal(&of)[3][COLUMNS] = shared.of_col[warp][half];
+#pragma unroll
+        for (int i = 0; i < 2; i++) store_pair<ELEMENT_H, KIND_H>(x[H], i, of[H], h, a.h_col, exists);
+#pragma unroll
+        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[GATE], i, of[GATE], dt, a.dt_col, exists);
+        dt += a.F * static_cast<int64>(a.dt_col);
+#pragma unroll
+        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[UP], i, of[UP], dt, a.dt_col, exists);
         __syncwarp();
     }
 }
 
-DEVICE bool has_rows(const Tile& tile) { return tile.begin < tile.end; }
-
-// A group without rows: zeros. Warp w has the columns of h and of the gradients that are w mod 8.
+// A group without rows: zeros. A thread has 16 bytes of each 32nd column.
 DEVICE void clear(Shared& shared, const Arguments& a, int turn) {
-    const Tile tile = unpacked(read_again(shared.tiles[turn % 4]));
-    const int thread = thread_index_again(), lane = thread % 32, warp = thread / 32, first = tile.tile * 128;
-    const int64 row = static_cast<int64>(tile.group) * 128 + lane % 8 * 16;
+    const Tile tile = tile_at(shared, turn);
+    const int thread = thread_index_again(), first = tile.tile * 128;
+    const int64 row = static_cast<int64>(tile.group) * 128 + thread % 8 * 16;
 #pragma unroll 1
-    for (int column = warp * 4 + lane / 8; column < 128; column += THREADS / 8) {
+    for (int column = thread / 8; column < 128; column += THREADS / 8) {
         *reinterpret_cast<uint4*>(a.h + (first + column) * static_cast<int64>(a.h_col) + row) = {};
         *reinterpret_cast<uint4*>(a.dt + (first + column) * static_cast<int64>(a.dt_col) + row) = {};
         *reinterpret_cast<uint4*>(a.dt + (first + column + a.F) * static_cast<int64>(a.dt_col) + row) = {};
     }
-    if (threadIdx.x < 128) {
-        const int column = first + threadIdx.x;
+    if (thread < 128) {
+        const int column = first + thread;
         store_scale<KIND_H>(a.hs, tile.group * a.hs_row + column * a.hs_col, 1.0f);
         store_scale<KIND_T>(a.dts, tile.group * a.dts_row + column * a.dts_col, 1.0f);
         store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (column + a.F) * a.dts_col, 1.0f);
     }
+    if (thread % 32 == 0) barrier_arrive(shared_address(&shared.computed));
 }
 
 // Round 2: along rows. A warp has 16 rows, half a warp each second of them, a lane 8 columns.
@@ -315,20 +302,6 @@ DEVICE void read_rows(const Shared& shared, const Arguments& a, const Tile& at, 
         if (thread % 2 == 0 && at.begin + own < at.end) a.dweight[static_cast<int64>(at.tile) * a.R + at.begin + own] = total;
     }
 }
-template <bool BOTH>
-DEVICE void store_rows(const Shared& shared, const Arguments& a, const Tile& at, const RowGradients& x) {
-    const int thread = thread_index_again(), lane = thread % 16, first = first_row(thread);
-    uint8* d = a.d + static_cast<int64>(at.begin + first) * a.d_row + at.tile * 128 + lane * 8;
-    const int rows = at.end - at.begin - first;
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const uint2 of = shared.of_row[first + 2 * i];
-        const float2 low = BOTH ? shared.row_low[first + 2 * i] : float2{};
-        store_if(2 * i < rows, d, codes_by<ELEMENT, KIND, BOTH>(x.gate[i], of.x, low.x));
-        store_if(2 * i < rows, d + a.F, codes_by<ELEMENT, KIND, BOTH>(x.up[i], of.y, low.y));
-        d += 2 * static_cast<int64>(a.d_row);
-    }
-}
 DEVICE void quantize_rows(Shared& shared, const Arguments& a, const Tile& at, const RowGradients& x) {
     const int thread = thread_index_again(), lane = thread % 16, first = first_row(thread);
     uint32 both[ROWS];
@@ -341,18 +314,20 @@ DEVICE void quantize_rows(Shared& shared, const Arguments& a, const Tile& at, co
     for (int i = 0; i < 2; i++) both[i] = exchange_larger(both[i], both[i + 2], 4, bit4);
     const uint32 pair = reduce_larger(exchange_larger(both[0], both[1], 2, bit2), 1);
     const int own = first + 2 * ((bit8 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0));
-    const float amax = is_up ? second_of(pair) : first_of(pair), scale = scale_of<ELEMENT, KIND>(amax);
-    const Divisor divisor = divisor_of<ELEMENT, KIND>(amax, scale, USES_FACTORS ? shared.factors : nullptr);
-    reinterpret_cast<uint32*>(&shared.of_row[own])[is_up] = divisor.word;
-    if (KIND == FP32) reinterpret_cast<float*>(&shared.row_low[own])[is_up] = divisor.low;
+    const float scale = scale_of<ELEMENT, KIND>(is_up ? second_of(pair) : first_of(pair));
+    shared.of_row[own][is_up] = reciprocal<KIND>(scale);
     const int64 row = at.begin + own;
     if (row < at.end) store_scale<KIND>(a.ds, row * a.ds_row + (at.tile + (is_up ? a.F / 128 : 0)) * a.ds_col, scale);
-    const bool takes_both = KIND == FP32 && (!USES_FACTORS || __any_sync(ALL_LANES, divisor.takes_both));
     __syncwarp();
-    if (takes_both)
-        store_rows<true>(shared, a, at, x);
-    else
-        store_rows<false>(shared, a, at, x);
+    uint8* d = a.d + static_cast<int64>(at.begin + first) * a.d_row + at.tile * 128 + lane * 8;
+    const int rows = at.end - at.begin - first;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const float4 of = *reinterpret_cast<const float4*>(shared.of_row[first + 2 * i]);
+        store_if(2 * i < rows, d, codes_of<ELEMENT, KIND>(x.gate[i], {of.x, of.y}));
+        store_if(2 * i < rows, d + a.F, codes_of<ELEMENT, KIND>(x.up[i], {of.z, of.w}));
+        d += 2 * static_cast<int64>(a.d_row);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backward(const __grid_constant__ Arguments a) {
@@ -360,56 +335,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backwa
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int count = a.groups * (a.F / 128);
     if constexpr (EXPERTS) count += (a.R - __ldg(a.ends + a.E - 1) + 127) / 128 * (a.F / 128);
-    if (blockIdx.x >= count) return;
-    if constexpr (USES_FACTORS) {
-        if (threadIdx.x < 128) shared.factors[threadIdx.x] = __ldg(FACTORS + threadIdx.x);
+    if (static_cast<int>(blockIdx.x) >= count) return;
+    if (threadIdx.x == 0) {
+        barrier_init(shared_address(&shared.fetched), THREADS + THREADS / 32);
+        barrier_init(shared_address(&shared.computed), THREADS / 32);
+        barrier_init_done();
     }
     // The first two tiles of a block are not claimed.
-    if (threadIdx.x / 32 < 2) {
-        const int index = blockIdx.x + threadIdx.x / 32 * gridDim.x;
-        const uint4 tile = index < count ? packed(tile_of(a, index)) : NO_TILE;
+    if (threadIdx.x < 64) {
+        const uint4 tile = tile_or_none(a, blockIdx.x + threadIdx.x / 32 * gridDim.x, count);
         if (threadIdx.x % 32 == 0) shared.tiles[threadIdx.x / 32] = tile;
     }
     __syncthreads();
-    // A turn before the first fetches the first tile.
+    // The turn before the first one fetches its inputs.
     for (int turn = -1;; turn++) {
         RowGradients x;
         const bool works = turn >= 0;
         if (works) {
             int claimed = 0;
             if (threadIdx.x == THREADS - 32) claimed = atomicAdd(a.claimed, 1) + 2 * gridDim.x;
-            wait_for_copies();
-            __syncthreads();
+            barrier_wait_asleep(shared_address(&shared.fetched), turn & 1);
             {
-                const uint4 next = read_again(shared.tiles[(turn + 1) % 4]);
+                const Tile next = tile_at(shared, turn + 1);
                 if (is_tile(next)) {
-                    fetch_codes(shared, a, unpacked(next), (turn + 1) % 2);
-                    fetch_row_inputs(shared, a, unpacked(next), (turn + 1) % 2);
+                    fetch_codes(shared, a, next, (turn + 1) % 2);
+                    fetch_row_inputs(shared, a, next, (turn + 1) % 2);
                 }
             }
-            if (!EXPERTS || has_rows(unpacked(read_again(shared.tiles[turn % 4]))))
+            if (!EXPERTS || has_rows(tile_at(shared, turn)))
                 compute(shared, a, turn);
             else
                 clear(shared, a, turn);
             if (threadIdx.x >= THREADS - 32) {
-                claimed = __shfl_sync(ALL_LANES, claimed, 0);
-                const uint4 tile = claimed < count ? packed(tile_of(a, claimed)) : NO_TILE;
+                const uint4 tile = tile_or_none(a, __shfl_sync(ALL_LANES, claimed, 0), count);
                 if (threadIdx.x == THREADS - 1) shared.tiles[(turn + 2) % 4] = tile;
             }
-            __syncthreads();
-            read_rows(shared, a, unpacked(read_again(shared.tiles[turn % 4])), turn, x);
+            barrier_wait_asleep(shared_address(&shared.computed), turn & 1);
+            read_rows(shared, a, tile_at(shared, turn), turn, x);
             __syncwarp();
         }
-        const uint4 next = read_again(shared.tiles[(turn + 1) % 4]);
+        const Tile next = tile_at(shared, turn + 1);
         if (is_tile(next)) {
-            fetch_gradient(shared, a, unpacked(next));
+            fetch_gradient(shared, a, next);
             if (!works) {
-                fetch_codes(shared, a, unpacked(next), 0);
-                fetch_row_inputs(shared, a, unpacked(next), 0);
+                fetch_codes(shared, a, next, 0);
+                fetch_row_inputs(shared, a, next, 0);
             }
+            arrive_fetched(shared);
         }
         if (works) {
-            const Tile tile = unpacked(read_again(shared.tiles[turn % 4]));
+            const Tile tile = tile_at(shared, turn);
             if (has_rows(tile)) quantize_rows(shared, a, tile, x);
             if (!is_tile(next)) return;
         }

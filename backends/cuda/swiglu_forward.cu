@@ -1,4 +1,4 @@
-// SwiGLU and the quantizes around it from one read: the (weighted) product along rows and, where CACHED, gate and up as well.
+// SwiGLU and the quantizes around it from one read: the (weighted) product along rows, and gate and up for backward.
 // fp8c/ops/swiglu.py says what is computed.
 //
 // Legend: R rows, F features. Half a warp has 128 features of ROWS rows, a lane 8 of them, which stay in registers until the
@@ -13,7 +13,7 @@ struct Arguments {
     const float* weight;  // of each row, where WEIGHTED
     uint8* q;
     void* s;
-    uint8* c;  // CACHED: [R, 2F], gate in its first F columns
+    uint8* c;  // [R, 2F], gate in its first F columns
     void* cs;
     int64 gate_row, up_row, q_row, s_row, s_col, c_row, cs_row, cs_col;
     int R, F;
@@ -21,11 +21,10 @@ struct Arguments {
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES_OF_HOST, "host and kernel disagree on the arguments");
 
 constexpr int ROWS = 4;
-constexpr int WORDS = CACHED ? ROWS + ROWS / 2 : ROWS / 2;  // each has two maxima: of gate and up of a row, of two rows of h
+constexpr int WORDS = ROWS + ROWS / 2;  // each has two maxima: of gate and up of a row, of two rows of h
 
 // The lane of 16, but for bits that don't matter, that makes a scale: of the first or second maximum of a word.
 DEVICE constexpr int maker_of(int word, int second) {
-    if (!CACHED) return word * 8 + second;
     return (word < 3 ? 0 : 8) + (word % 3 == 1 ? 4 : word % 3 == 2 ? 2 : 0) + second;
 }
 
@@ -44,9 +43,9 @@ DEVICE void make(float amax, float& scale, Divisor& divisor) {
 
 template <int ELEMENT_R, int KIND_R, bool BOTH>
 DEVICE void store_codes(uint8* to, const uint4& x, const Divisor& divisor, int maker, bool exists) {
-    const uint32 word = __shfl_sync(ALL_LANES, divisor.word, maker, 16);
+    const float factor = __shfl_sync(ALL_LANES, divisor.factor, maker, 16);
     const float low = BOTH ? __shfl_sync(ALL_LANES, divisor.low, maker, 16) : 0.0f;
-    store_if(exists, to, codes_by<ELEMENT_R, KIND_R, BOTH>(x, word, low));
+    store_if(exists, to, codes_by<ELEMENT_R, KIND_R, BOTH>(x, factor, low));
 }
 
 template <bool BOTH>
@@ -55,12 +54,10 @@ DEVICE void store_rows(const Arguments& a, const uint4 (&gate)[ROWS], const uint
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const bool exists = row + r < a.R;
-        if constexpr (CACHED) {
-            uint8* c = a.c + (row + r) * a.c_row + column;
-            store_codes<ELEMENT_C, KIND_C, BOTH>(c, gate[r], divisor, maker_of(r, 0), exists);
-            store_codes<ELEMENT_C, KIND_C, BOTH>(c + a.F, up[r], divisor, maker_of(r, 1), exists);
-        }
-        store_codes<ELEMENT, KIND, BOTH>(a.q + (row + r) * a.q_row + column, h[r], divisor, maker_of((CACHED ? ROWS : 0) + r / 2, r % 2), exists);
+        uint8* c = a.c + (row + r) * a.c_row + column;
+        store_codes<ELEMENT_C, KIND_C, BOTH>(c, gate[r], divisor, maker_of(r, 0), exists);
+        store_codes<ELEMENT_C, KIND_C, BOTH>(c + a.F, up[r], divisor, maker_of(r, 1), exists);
+        store_codes<ELEMENT, KIND, BOTH>(a.q + (row + r) * a.q_row + column, h[r], divisor, maker_of(ROWS + r / 2, r % 2), exists);
     }
 }
 
@@ -87,29 +84,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_forwar
     }
     uint32 amax[WORDS];
 #pragma unroll
-    for (int i = 0; i < ROWS / 2; i++) amax[WORDS - ROWS / 2 + i] = side_by_side(larger_of(h[2 * i]), larger_of(h[2 * i + 1]));
+    for (int r = 0; r < ROWS; r++) amax[r] = side_by_side(larger_of(gate[r]), larger_of(up[r]));
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; i++) amax[ROWS + i] = side_by_side(larger_of(h[2 * i]), larger_of(h[2 * i + 1]));
     const bool bit8 = lane & 8, bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
-    uint32 pair;
-    int word;
-    bool is_first;  // of the lanes that make the same scale
-    if constexpr (CACHED) {
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) amax[r] = side_by_side(larger_of(gate[r]), larger_of(up[r]));
-#pragma unroll
-        for (int i = 0; i < 3; i++) amax[i] = exchange_larger(amax[i], amax[i + 3], 8, bit8);
-        const uint32 one = exchange_larger(amax[0], amax[1], 4, bit4), other = reduce_larger(amax[2], 4);
-        pair = reduce_larger(exchange_larger(one, other, 2, bit2), 1);
-        word = (bit8 ? 3 : 0) + (bit2 ? 2 : bit4 ? 1 : 0), is_first = !(bit2 && bit4);
-    } else {
-        pair = reduce_larger(reduce_larger(reduce_larger(exchange_larger(amax[0], amax[1], 8, bit8), 4), 2), 1);
-        word = bit8, is_first = !(bit4 || bit2);
-    }
+    for (int i = 0; i < WORDS / 2; i++) amax[i] = exchange_larger(amax[i], amax[i + WORDS / 2], 8, bit8);
+    const uint32 one = exchange_larger(amax[0], amax[1], 4, bit4), other = reduce_larger(amax[2], 4);
+    const uint32 pair = reduce_larger(exchange_larger(one, other, 2, bit2), 1);
+    const int word = (bit8 ? 3 : 0) + (bit2 ? 2 : bit4 ? 1 : 0);
+    const bool is_first = !(bit2 && bit4);  // of the lanes that make the same scale
     const float most = bit1 ? second_of(pair) : first_of(pair);
-    const bool is_h = word >= WORDS - ROWS / 2;
-    const int own = row + (is_h ? 2 * (word - (WORDS - ROWS / 2)) + bit1 : word);
+    const bool is_h = word >= ROWS;
+    const int own = row + (is_h ? 2 * (word - ROWS) + bit1 : word);
     float scale;
     Divisor divisor;
-    if (!CACHED || is_h || (ELEMENT == ELEMENT_C && KIND == KIND_C))
+    if (is_h || (ELEMENT == ELEMENT_C && KIND == KIND_C))
         make<ELEMENT, KIND>(most, scale, divisor);
     else
         make<ELEMENT_C, KIND_C>(most, scale, divisor);

@@ -39,9 +39,8 @@ def instances() -> list[FusedConfig]:
     weights, ends = (None, empty(300, dtype=torch.float32)), (None, empty(8, dtype=torch.int32))
     found = [backward(w, e) for w, e in itertools.product(weights, ends)]
     found += [backward(weights[1], ends[1], ROWS_2, COLUMNS_2)]
-    for w, fmt in itertools.product(weights, (ROWS, ROWS_2)):
-        found.append(config("swiglu_quantize_cached", empty(300, 512), w, fmt, fmt))
-        found.append(config("swiglu_quantize", empty(300, 256), empty(300, 256), w, fmt))
+    for w, cache in itertools.product(weights, (ROWS, ROWS_2)):
+        found.append(config("swiglu_quantize_cached", empty(300, 512), w, ROWS, cache))
     return found + [config("rms_norm_quantize", empty(9, c), empty(c), 1e-6, ROWS) for c in (128, 2048, 7168, 16384)]
 
 
@@ -75,8 +74,9 @@ def test_keys_name_what_is_compiled() -> None:
         ("rms_norm_quantize", (empty(8, 32768), empty(32768), 1e-6, ROWS)),
         ("rms_norm_quantize", (empty(8, 256), empty(256), 1e-6, "e4m3[1x32] e8m0")),
         ("rms_norm_quantize", (empty(0, 256), empty(256), 1e-6, ROWS)),
-        ("swiglu_quantize", (empty(8, 200), empty(8, 200), None, ROWS)),
-        ("swiglu_quantize", (empty(8, 256, dtype=torch.float16), empty(8, 256, dtype=torch.float16), None, ROWS)),
+        ("swiglu_quantize_cached", (empty(8, 400), None, ROWS, ROWS)),
+        ("swiglu_quantize_cached", (empty(8, 512, dtype=torch.float16), None, ROWS, ROWS)),
+        ("swiglu_quantize_cached", (empty(8, 512), None, ROWS_2, ROWS_2)),
         ("swiglu_quantize_cached", (empty(8, 512), None, ROWS, "e5m6[1x128] pow2")),
         ("swiglu_quantize_cached", (empty(0, 512), None, ROWS, ROWS)),
     ],
