@@ -16,6 +16,7 @@ from fp8c.backends.cuda import build
 from fp8c.backends.cuda.wgmma import wgmma_header
 
 SHARED_LIMIT_BYTES = 232_448  # of one block on sm_90 (CUDA programming guide, compute capabilities)
+SHARED_LIMIT_OF_TWO_BYTES = 115_712  # of each of two blocks: 228 KiB of an SM, 1 KiB reserved for each
 BLOCK_K = 128  # length of a scale group along K
 MAX_STAGES = 8  # the loop over a round of stages is unrolled
 MAX_SMALL_STAGES = 16  # of small tiles, whose rounds are shorter
@@ -66,7 +67,7 @@ class GemmConfig:
     wave_n: int = 128
     band: int = 16
     cluster: int = 1
-    shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
+    shares_b: bool = False  # the blocks of a cluster lie below each other, not beside; of a cluster of four both
     promote: bool = True
     unroll: bool = True
     narrow: int = 0  # columns of the wave that a last tile of no more columns takes
@@ -74,6 +75,11 @@ class GemmConfig:
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     meets: bool = False  # warpgroups begin each tile together
+    late: bool = False  # the next stage is waited for after the promotion instead of before
+    turns: int = 0  # warpgroups multiply in turn: the other one begins when so many of a wave's four wgmma are left; 0: no turns
+    resident: int = 1  # blocks of an SM: with two, the next kernel's can begin while this one ends
+    most_stages: int = 0  # 0: as many as fit
+    serpentine: bool = False  # every other band walks its columns backwards
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -93,17 +99,25 @@ class GemmConfig:
     @property
     def a_box(self) -> int:
         """Rows of one box of A: half a tile where blocks share it, or where a tile may have an upper half only."""
-        return self.tile_m // max(1 if self.shares_b else self.cluster, self.waves_m)
+        return self.tile_m // max(self.cluster_columns, self.waves_m)
 
     @property
     def b_box(self) -> int:
         """Rows of one box of B: half a tile where blocks share it."""
-        return self.tile_n // (self.cluster if self.shares_b else 1)
+        return self.tile_n // self.cluster_rows
+
+    @property
+    def cluster_rows(self) -> int:
+        """Blocks of a cluster that lie below each other."""
+        return 2 if self.shares_b else 1
+
+    @property
+    def cluster_columns(self) -> int:
+        return self.cluster // self.cluster_rows
 
     def pairs(self, m: int, n: int) -> int:
         """Tiles of a dense m x n output, in pairs of a cluster's blocks where there are any."""
-        rows, columns = (self.cluster, 1) if self.shares_b else (1, self.cluster)
-        return -(-m // (self.tile_m * rows)) * -(-n // (self.tile_n * columns))
+        return -(-m // (self.tile_m * self.cluster_rows)) * -(-n // (self.tile_n * self.cluster_columns))
 
     @property
     def has_one_box_of_rows(self) -> bool:
@@ -142,8 +156,9 @@ class GemmConfig:
     def stages(self) -> int:
         """As many as fit."""
         limit = MAX_SMALL_STAGES if self.flight > 1 else MAX_STAGES
-        counts = range(self.flight, limit + 1, self.flight)
-        return max(s for s in counts if self._shared_bytes(s) <= SHARED_LIMIT_BYTES)
+        counts = range(self.flight, (self.most_stages or limit) + 1, self.flight)
+        most = SHARED_LIMIT_BYTES if self.resident == 1 else SHARED_LIMIT_OF_TWO_BYTES
+        return max(s for s in counts if self._shared_bytes(s) <= most)
 
     @property
     def shared_bytes(self) -> int:
@@ -189,6 +204,8 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
+            "TURNS": self.turns,
+            "RESIDENT": self.resident,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -200,6 +217,8 @@ class GemmConfig:
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
             f"constexpr bool MEETS = {str(self.meets).lower()};",
+            f"constexpr bool LATE = {str(self.late).lower()};",
+            f"constexpr bool SERPENTINE = {str(self.serpentine).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
