@@ -19,7 +19,7 @@ SHARED_LIMIT_BYTES = 232_448  # of one block on sm_90 (CUDA programming guide, c
 SHARED_LIMIT_OF_TWO_BYTES = 115_712  # of each of two blocks: 228 KiB of an SM, 1 KiB reserved for each
 BLOCK_K = 128  # length of a scale group along K
 MAX_STAGES = 8  # the loop over a round of stages is unrolled
-MAX_SMALL_STAGES = 16  # of small tiles, whose rounds are shorter
+MAX_SMALL_STAGES = 20  # of small tiles, whose rounds are shorter
 TILE_SLOTS = 4  # of the ring that carries tiles from the producer to the consumers
 
 
@@ -75,8 +75,10 @@ class GemmConfig:
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     meets: bool = False  # warpgroups begin each tile together
+    early: bool = False  # a tile's first wave is begun before the tile before it is written
     late: bool = False  # the next stage is waited for after the promotion instead of before
     turns: int = 0  # warpgroups multiply in turn: the other one begins when so many of a wave's four wgmma are left; 0: no turns
+    sleeps: int = 0  # who sleeps while it waits: 1: who may wait long, 2: also consumers
     resident: int = 1  # blocks of an SM: with two, the next kernel's can begin while this one ends
     most_stages: int = 0  # 0: as many as fit
     serpentine: bool = False  # every other band walks its columns backwards
@@ -206,6 +208,7 @@ class GemmConfig:
             "LEAD": self.lead,
             "TURNS": self.turns,
             "RESIDENT": self.resident,
+            "SLEEPS": self.sleeps,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -217,6 +220,7 @@ class GemmConfig:
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
             f"constexpr bool MEETS = {str(self.meets).lower()};",
+            f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool LATE = {str(self.late).lower()};",
             f"constexpr bool SERPENTINE = {str(self.serpentine).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",

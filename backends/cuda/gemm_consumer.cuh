@@ -7,8 +7,8 @@
 
 // Promotion ------------------------------------------------------------------------------------------------------
 
-template <int count>  // of a narrow tile, fewer than PART
-DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[count], const float (&a)[2],
+template <int count, int size>  // of a narrow tile, fewer than PART
+DEVICE void promote_blocks(float (&acc)[PART], const float (&part)[size], const float (&a)[2],
                            const float (&b)[SEGMENT_SLOTS]) {
 #pragma unroll
     for (int segment = 0; segment < SEGMENTS * count / PART; ++segment) {
@@ -65,6 +65,8 @@ DEVICE void release_stage(const Consumer& c, uint32 s) {
         if (c.lane < SHARERS) barrier_arrive_remote(empty, c.sharer);
     }
 }
+
+DEVICE void wait_stage(uint32 barrier, uint32 parity) { SLEEPS == 2 ? barrier_wait_asleep(barrier, parity) : barrier_wait(barrier, parity); }
 
 DEVICE void load_block_scales(float (&scales)[SEGMENT_SLOTS], uint32 address) {
     if constexpr (SEGMENT_SLOTS == 1) {
@@ -137,17 +139,17 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
             if (s < STAGES - HELD_STAGES || !is_last_round) release_stage(c, s);  // nothing of it is read below
             // Before the promotion, so that the loads' latency hides behind it.
             if (!LATE && (!last_of_tile_possible || has_next)) {
-                barrier_wait(c.barriers + next * 8, next_phase);
+                wait_stage(c.barriers + next * 8, next_phase);
                 if constexpr (A_IN_REGISTERS) load_a(c, next);
             }
         }
-        if constexpr (SCALES == PER_BLOCK) promote_blocks(c.acc[w], part, a_scale, b_scale);
+        if constexpr (SCALES == PER_BLOCK) promote_blocks<columns / 2>(c.acc[w], part, a_scale, b_scale);
         else if constexpr (SCALES == PER_ROW) promote_rows(c.acc[w], part, a_scale, b_columns);
         else if constexpr (PROMOTE)
 #pragma unroll
             for (int i = 0; i < PART; ++i) c.acc[w][i] += part[i];
         if (LATE && w == waves - 1 && (!last_of_tile_possible || has_next)) {
-            barrier_wait(c.barriers + next * 8, next_phase);
+            wait_stage(c.barriers + next * 8, next_phase);
             if constexpr (A_IN_REGISTERS) load_a(c, next);
         }
     }
@@ -165,7 +167,7 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
     // Beside a second loop, ptxas keeps what addresses follow from in uniform registers only if it is made so here.
     if (NARROW > 0 && columns == WAVE_N) c.a_descriptor = uniform64(c.a_descriptor), c.b_descriptor = uniform64(c.b_descriptor);
     if (blocks > 0) {
-        barrier_wait(c.barriers, phase);
+        wait_stage(c.barriers, phase);
         if constexpr (A_IN_REGISTERS) load_a(c, 0);
     }
     int block = 0;
@@ -184,11 +186,84 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
             multiply_block<true, waves, columns>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
 #pragma unroll 1
         for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
-            barrier_wait(c.barriers + s * 8, phase);
+            wait_stage(c.barriers + s * 8, phase);
             __syncwarp();
             if (s < STAGES - HELD_STAGES) release_stage(c, s);
         }
         if (LEAD > 0 && blocks < STAGES) let_follow(c);  // not before: the other one has begun the tile before this one
+        phase ^= 1;
+    }
+}
+
+// EARLY: the first wave of a tile is begun before the tile before it is written out, so that the tensor core has work meanwhile. The loop
+// is turned by half a step for it: a wave is finished, then the next one is begun.
+struct Begun {
+    float part[PART];
+    float a_scale[2], b_scale[SEGMENT_SLOTS];
+};
+
+template <int columns>
+DEVICE void begin_wave(Consumer& c, Begun& x, uint32 s, int w) {
+    const uint32 address = c.scale_a + s * SCALE_A_STRIDE + wave_row(w) * 4;
+    x.a_scale[0] = load_shared(address), x.a_scale[1] = load_shared(address + 8 * 4);
+    load_block_scales(x.b_scale, c.scale_b + s * SCALE_B_STRIDE);
+    float(&part)[columns / 2] = reinterpret_cast<float(&)[columns / 2]>(x.part);
+    pin(part);
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        wgmma(part, c.a_descriptor + (s * A_BYTES + wave_row(w) * BLOCK_K + k * 32) / 16, c.b_descriptor + (s * B_BYTES + k * 32) / 16, k > 0);
+    wgmma_commit();
+}
+
+template <bool last_of_tile_possible, int waves, int columns>
+DEVICE void finish_block(Consumer& c, Begun& x, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool is_last_round) {
+#pragma unroll
+    for (int w = 0; w < waves; ++w) {
+        wgmma_wait<0>();
+        pin(x.part);
+        if (w == waves - 1) {
+            __syncwarp();
+            if (s < STAGES - HELD_STAGES || !is_last_round) release_stage(c, s);
+            if (!last_of_tile_possible || has_next) wait_stage(c.barriers + next * 8, next_phase);
+        }
+        promote_blocks<columns / 2>(c.acc[w], x.part, x.a_scale, x.b_scale);
+        if (w < waves - 1) begin_wave<columns>(c, x, s, w + 1);
+        else if (!last_of_tile_possible || has_next) begin_wave<columns>(c, x, next, 0);
+    }
+}
+
+// All blocks of a round but the last one. A recursion, because as a loop it isn't unrolled.
+template <int s, int waves, int columns>
+DEVICE void finish_blocks(Consumer& c, Begun& x, uint32 phase, bool is_last_round) {
+    if constexpr (s + 1 < STAGES) {
+        finish_block<false, waves, columns>(c, x, s, s + 1, phase, true, is_last_round);
+        finish_blocks<s + 1, waves, columns>(c, x, phase, is_last_round);
+    }
+}
+
+template <int waves, int columns = WAVE_N>
+DEVICE void multiply_begun(Consumer& c, Begun& x, int blocks, uint32& phase) {
+    if (NARROW > 0 && columns == WAVE_N) c.a_descriptor = uniform64(c.a_descriptor), c.b_descriptor = uniform64(c.b_descriptor);
+    int block = 0;
+    for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
+        const bool is_last = block + STAGES == blocks;
+        finish_blocks<0, waves, columns>(c, x, phase, is_last);
+        finish_block<true, waves, columns>(c, x, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last);
+    }
+    if (block < max(blocks, 1)) {
+        if (blocks == 0) {  // numbers that nobody wants
+            wgmma_wait<0>();
+            pin(x.part);
+        }
+#pragma unroll 1
+        for (int s = 0; block < blocks; ++s, ++block) finish_block<true, waves, columns>(c, x, s, s + 1, phase, block + 1 < blocks, true);
+#pragma unroll 1
+        for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
+            wait_stage(c.barriers + s * 8, phase);
+            __syncwarp();
+            if (s < STAGES - HELD_STAGES) release_stage(c, s);
+        }
         phase ^= 1;
     }
 }
@@ -202,7 +277,7 @@ struct InFlight {
 };
 
 DEVICE void start_block(Consumer& c, InFlight& x, uint32 s, uint32 phase) {
-    barrier_wait(c.barriers + s * 8, phase);
+    wait_stage(c.barriers + s * 8, phase);
     x.stage = s;
     const uint32 address = c.scale_a + s * SCALE_A_STRIDE;
     x.a_scale[0] = load_shared(address), x.a_scale[1] = load_shared(address + 8 * 4);
@@ -222,7 +297,7 @@ DEVICE void finish_block(Consumer& c, InFlight& x) {
     pin(x.part);
     __syncwarp();
     release_stage(c, x.stage);
-    promote_blocks(c.acc[0], x.part, x.a_scale, x.b_scale);
+    promote_blocks<PART>(c.acc[0], x.part, x.a_scale, x.b_scale);
 }
 
 template <int index>
@@ -280,6 +355,50 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     StageRing stages(c.barriers);  // FLIGHT > 1
     uint32 phase = 0;              // of the ring of stages, else
     uint32 tile_phase = 0;  // of barriers that everybody passes once a tile
+    if constexpr (EARLY) {
+        Begun x;
+        tiles.wait_full();
+        Tile tile = read_tile(shared, tiles);
+        if (!tile.is_end) {
+            if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
+            wait_stage(c.barriers, phase);
+            begin_wave<WAVE_N>(c, x, 0, 0);
+        }
+        while (!tile.is_end) {
+            const int blocks = blocks_of(tile);
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+                for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+            if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_begun<1>(c, x, blocks, phase);
+            else if (NARROW > 0 && uniform(is_narrow(args.problem, tile.col))) {  // begun too wide: once more
+                wgmma_wait<0>();
+                pin(x.part);
+                multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
+            } else multiply_begun<WAVES>(c, x, blocks, phase);
+            const Tile done = read_tile(shared, tiles);
+            release_tile(tiles);
+            if constexpr (MEETS) consumers_sync();
+            tiles.wait_full();
+            tile = read_tile(shared, tiles);
+            if (!tile.is_end) {
+                if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
+                wait_stage(c.barriers, phase);
+                begin_wave<WAVE_N>(c, x, 0, 0);
+            }
+            const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
+            if constexpr (HELD_STAGES > 0) {
+                stage_output(args, shared, done, c.acc, warp_again, thread % 32, tile_phase);
+            } else {
+                write_output(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
+                                done.row + warp_again * 16, thread % 32);
+            }
+            __syncwarp();  // wgmma wants whole warps
+            tile_phase ^= 1;
+        }
+        wait_stores_read<0>();
+        return;
+    }
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);

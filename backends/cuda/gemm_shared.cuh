@@ -32,6 +32,7 @@ static_assert(!SHARES_B || TILE_N % 16 == 0, "each block fetches half of B, in g
 static_assert(NARROW == 0 || (WAVES == 1 && PROMOTE && FLIGHT == 1 && SCALES == PER_BLOCK && 2 * NARROW <= WAVE_N));
 static_assert(!MEETS || (WARPGROUPS == 2 && LEAD == 0));
 static_assert(RESIDENT == 1 || (RESIDENT == 2 && WARPGROUPS == 1), "65536 registers for all");
+static_assert(!EARLY || (SCALES == PER_BLOCK && FLIGHT == 1 && LEAD == 0 && TURNS == 0 && WAVES_N == 1 && !A_IN_REGISTERS));
 static_assert(TURNS == 0 || (WARPGROUPS == 2 && LEAD == 0 && FLIGHT == 1 && TURNS <= 4));
 static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");

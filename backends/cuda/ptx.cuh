@@ -78,6 +78,15 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
         "@done bra passed;\n\tbra again;\n"
         "passed:\n\t}" ::"r"(barrier), "r"(parity) : "memory");
 }
+// The same by a thread that may have to wait long: it sleeps until the phase ends (at most 10 ms at a time) instead of asking again every
+// hundred clocks or so.
+DEVICE void barrier_wait_asleep(uint32 barrier, uint32 parity) {
+    asm volatile(
+        "{\n\t.reg .pred done;\n"
+        "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n\t"
+        "@done bra passed;\n\tbra again;\n"
+        "passed:\n\t}" ::"r"(barrier), "r"(parity), "r"(10000000) : "memory");
+}
 // All warps of one warpgroup; hardware barrier 0 is __syncthreads's.
 DEVICE void warpgroup_sync(uint32 warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
 // All warps of two warpgroups.
