@@ -16,7 +16,6 @@ from fp8c.backends.cuda import build
 from fp8c.backends.cuda.wgmma import wgmma_header
 
 SHARED_LIMIT_BYTES = 232_448  # of one block on sm_90 (CUDA programming guide, compute capabilities)
-SHARED_LIMIT_OF_TWO_BYTES = 115_712  # of each of two blocks: 228 KiB of an SM, 1 KiB reserved for each
 BLOCK_K = 128  # length of a scale group along K
 MAX_STAGES = 8  # the loop over a round of stages is unrolled
 MAX_SMALL_STAGES = 20  # of small tiles, whose rounds are shorter
@@ -67,7 +66,7 @@ class GemmConfig:
     wave_n: int = 128
     band: int = 16
     cluster: int = 1
-    shares_b: bool = False  # the blocks of a cluster lie below each other, not beside; of a cluster of four both
+    shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
     unroll: bool = True
     narrow: int = 0  # columns of the wave that a last tile of no more columns takes
@@ -77,11 +76,7 @@ class GemmConfig:
     meets: bool = False  # warpgroups begin each tile together
     early: bool = False  # a tile's first wave is begun before the tile before it is written
     late: bool = False  # the next stage is waited for after the promotion instead of before
-    turns: int = 0  # warpgroups multiply in turn: the other one begins when so many of a wave's four wgmma are left; 0: no turns
     sleeps: int = 0  # who sleeps while it waits: 1: who may wait long, 2: also consumers
-    resident: int = 1  # blocks of an SM: with two, the next kernel's can begin while this one ends
-    most_stages: int = 0  # 0: as many as fit
-    serpentine: bool = False  # every other band walks its columns backwards
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -101,25 +96,17 @@ class GemmConfig:
     @property
     def a_box(self) -> int:
         """Rows of one box of A: half a tile where blocks share it, or where a tile may have an upper half only."""
-        return self.tile_m // max(self.cluster_columns, self.waves_m)
+        return self.tile_m // max(1 if self.shares_b else self.cluster, self.waves_m)
 
     @property
     def b_box(self) -> int:
         """Rows of one box of B: half a tile where blocks share it."""
-        return self.tile_n // self.cluster_rows
-
-    @property
-    def cluster_rows(self) -> int:
-        """Blocks of a cluster that lie below each other."""
-        return 2 if self.shares_b else 1
-
-    @property
-    def cluster_columns(self) -> int:
-        return self.cluster // self.cluster_rows
+        return self.tile_n // (self.cluster if self.shares_b else 1)
 
     def pairs(self, m: int, n: int) -> int:
         """Tiles of a dense m x n output, in pairs of a cluster's blocks where there are any."""
-        return -(-m // (self.tile_m * self.cluster_rows)) * -(-n // (self.tile_n * self.cluster_columns))
+        rows, columns = (self.cluster, 1) if self.shares_b else (1, self.cluster)
+        return -(-m // (self.tile_m * rows)) * -(-n // (self.tile_n * columns))
 
     @property
     def has_one_box_of_rows(self) -> bool:
@@ -158,9 +145,8 @@ class GemmConfig:
     def stages(self) -> int:
         """As many as fit."""
         limit = MAX_SMALL_STAGES if self.flight > 1 else MAX_STAGES
-        counts = range(self.flight, (self.most_stages or limit) + 1, self.flight)
-        most = SHARED_LIMIT_BYTES if self.resident == 1 else SHARED_LIMIT_OF_TWO_BYTES
-        return max(s for s in counts if self._shared_bytes(s) <= most)
+        counts = range(self.flight, limit + 1, self.flight)
+        return max(s for s in counts if self._shared_bytes(s) <= SHARED_LIMIT_BYTES)
 
     @property
     def shared_bytes(self) -> int:
@@ -206,8 +192,6 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
-            "TURNS": self.turns,
-            "RESIDENT": self.resident,
             "SLEEPS": self.sleeps,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
@@ -222,7 +206,6 @@ class GemmConfig:
             f"constexpr bool MEETS = {str(self.meets).lower()};",
             f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool LATE = {str(self.late).lower()};",
-            f"constexpr bool SERPENTINE = {str(self.serpentine).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",

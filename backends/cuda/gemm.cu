@@ -23,7 +23,7 @@
 
 #include "gemm_consumer.cuh"
 #include "gemm_producer.cuh"
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     fp8c_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
               const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_scale_b,
               const __grid_constant__ TensorMap map_out, const __grid_constant__ Arguments args) {
@@ -34,7 +34,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (threadIdx.x == 0) {
         const int few_rows = has_few_rows(args.problem);
         const int writers = 1 + SCALE_WARPS + (few_rows ? 1 << few_rows_shift(args.problem) : 0);
-        StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * SHARERS);
+        StageRing::init(shared + OFFSET_STAGE_BARRIERS, writers, CONSUMER_WARPS * CLUSTER);
         TileRing::init(shared + OFFSET_TILE_BARRIERS, 1, TILE_READERS);
         for (int i = 0; i < OUTPUT_BARRIERS; ++i)
             barrier_init(shared + OFFSET_OUTPUT_BARRIERS + i * 8, 4);

@@ -44,7 +44,6 @@ struct Consumer {
     uint32 barriers;  // of the stages
     int lane;
     bool leads;  // the first warpgroup
-    uint32 sharer;  // CLUSTER > 1: the block that this lane tells of freed stages
     float acc[WAVES][PART];
     uint32 a[4][4];  // A_IN_REGISTERS: this warpgroup's rows of A in the current k-block
 };
@@ -62,7 +61,7 @@ DEVICE void release_stage(const Consumer& c, uint32 s) {
     if constexpr (CLUSTER == 1) {
         if (c.lane == 0) barrier_arrive(empty);
     } else {
-        if (c.lane < SHARERS) barrier_arrive_remote(empty, c.sharer);
+        if (c.lane < CLUSTER) barrier_arrive_remote(empty, c.lane);
     }
 }
 
@@ -110,12 +109,10 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
             load_block_scales(b_scale, c.scale_b + s * SCALE_B_STRIDE + wn * SEGMENT_SLOTS * 4);
 
         float(&result)[columns / 2] = result_of(part, c.acc[w]);
-        if constexpr (TURNS > 0) wait_turn(c.leads ? 0 : 1);
         pin(result);
         wgmma_begin();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            if (TURNS > 0 && TURNS < 4 && k == 4 - TURNS) wgmma_commit();
             const uint64 b_tile = c.b_descriptor + (s * B_BYTES + wave_col(wn) * BLOCK_K + k * 32) / 16;
             if constexpr (A_IN_REGISTERS)
                 wgmma(result, c.a[k], b_tile, k > 0 || accumulate);
@@ -123,10 +120,6 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
                 wgmma(result, c.a_descriptor + (s * A_BYTES + wave_row(wm) * BLOCK_K + k * 32) / 16, b_tile, k > 0 || accumulate);
         }
         wgmma_commit();
-        if constexpr (TURNS > 0) {
-            if constexpr (TURNS < 4) wgmma_wait<1>();
-            pass_turn(c.leads ? 0 : 1);
-        }
         if (SCALES == PER_ROW && (w == 0 || WAVES_N > 1))
 #pragma unroll
             for (int i = 0; i < WAVE_N / 8; ++i)
@@ -339,8 +332,6 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     Consumer c;
     c.lane = lane;
     c.leads = warpgroup == 0;
-    c.sharer = sharer(lane);
-    if (TURNS > 0 && !c.leads) pass_turn(1);
     c.barriers = shared + OFFSET_STAGE_BARRIERS;
     c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
     c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
@@ -438,6 +429,5 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
             tile_phase ^= 1;
         }
     }
-    if (TURNS > 0 && c.leads) wait_turn(0);  // the last one is nobody's
     wait_stores_read<0>();  // what was written is visible when the grid ends; shared memory must be there until it is read
 }

@@ -210,6 +210,6 @@ DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32
         const uint32 empty = shared + OFFSET_STAGE_BARRIERS + (STAGES + STAGES - 1) * 8;  // as if all consumer warps had freed it
         if constexpr (CLUSTER == 1) barrier_arrive(empty, CONSUMER_WARPS);
         else
-            for (uint32 i = 0; i < SHARERS; ++i) barrier_arrive_remote(empty, sharer(i), CONSUMER_WARPS);
+            for (int block = 0; block < CLUSTER; ++block) barrier_arrive_remote(empty, block, CONSUMER_WARPS);
     }
 }

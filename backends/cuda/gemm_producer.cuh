@@ -18,7 +18,6 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                           const TensorMap& map_scale_a, const TensorMap& map_scale_b) {
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
     TilesToLoad<true> tiles(p, shared);
-    const uint32 to_row = CLUSTER == 4 ? 3 << (cluster_rank() & 2) : 3, to_column = CLUSTER == 4 ? 5 << (cluster_rank() & 1) : 3;
     Tile tile;
     while (tiles.next(tile)) {
         const int k_end = tile.k_begin + tile.k_length, k_stop = tile.k_begin + whole_rounds(blocks_of(tile)) * BLOCK_K;
@@ -43,19 +42,19 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                 }
                 // Rows and columns past the tensors' ends arrive as zeros. K starts at a whole group of scales: row k / 128.
                 barrier_arrive_expect(full, bytes);
-                if constexpr (!SHARES_A) {
+                if constexpr (CLUSTER == 1 || SHARES_B) {
                     load_tile(shared + s * A_BYTES, map_a, full, k, tile.row);
                     if (WAVES_M == 2 && !is_half)
                         load_tile(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
-                } else {  // of two blocks beside each other, each fetches one half of A for both
-                    const int half = rank_in_row() * (TILE_M / 2);
+                } else {  // each block of the cluster fetches one half of A for both
+                    const int half = cluster_rank() * (TILE_M / 2);
                     if (!is_half || half == 0)
-                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half, to_row);
+                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
                 }
                 if constexpr (SHARES_B) {
-                    const int half = rank_in_column() * (TILE_N / 2);
+                    const int half = cluster_rank() * (TILE_N / 2);
                     if (!is_narrow_tile || half == 0)
-                        load_tile_to_both(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half, to_column);
+                        load_tile_to_both(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
                 } else {
                     load_tile(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
                 }

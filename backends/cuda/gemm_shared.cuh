@@ -24,16 +24,14 @@ constexpr bool WALKS_SCHEDULE = FLIGHT > 1 && GROUPING == DENSE;
 constexpr int TILE_READERS = CONSUMER_WARPS + STORE_WARPS + (WALKS_SCHEDULE ? 0 : 1 + SCALE_WARPS);
 // setmaxnreg hands the producer's registers to the consumers: 65536 registers in all, a multiple of 8 for each thread.
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 24 : 40;
-constexpr int CONSUMER_REGISTERS = RESIDENT == 2 ? 208 : WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
+constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 && SCALES == PER_ROW && WAVES > 1 ? 240 : 232;
 
 static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
-static_assert(CLUSTER == 1 || PAIRED_ROWS <= 2 && PAIRED_COLUMNS <= 2);
-static_assert(!SHARES_B || TILE_N % 16 == 0, "each block fetches half of B, in groups of 8 rows");
+static_assert(!SHARES_B || (CLUSTER == 2 && TILE_N % 16 == 0), "each block fetches half of B, in groups of 8 rows");
+static_assert(!SHARES_B || WAVES_M == 1, "halves of a cluster's tiles would need the same columns");
 static_assert(NARROW == 0 || (WAVES == 1 && PROMOTE && FLIGHT == 1 && SCALES == PER_BLOCK && 2 * NARROW <= WAVE_N));
 static_assert(!MEETS || (WARPGROUPS == 2 && LEAD == 0));
-static_assert(RESIDENT == 1 || (RESIDENT == 2 && WARPGROUPS == 1), "65536 registers for all");
-static_assert(!EARLY || (SCALES == PER_BLOCK && FLIGHT == 1 && LEAD == 0 && TURNS == 0 && WAVES_N == 1 && !A_IN_REGISTERS));
-static_assert(TURNS == 0 || (WARPGROUPS == 2 && LEAD == 0 && FLIGHT == 1 && TURNS <= 4));
+static_assert(!EARLY || (SCALES == PER_BLOCK && FLIGHT == 1 && LEAD == 0 && WAVES_N == 1 && !A_IN_REGISTERS));
 static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
 static_assert(WAVE_N % 8 == 0 && (WAVES + FLIGHT) * WAVE_N / 2 <= 192, "accumulators and what is in flight must fit into registers");
@@ -126,10 +124,6 @@ DEVICE bool has_few_rows(const Problem& p) { return FEW_ROWS > 0 && p.m <= FEW_R
 // Rows past the tensor's end cost requests to memory, all of them to one place; so the host's box of A has no more rows than
 // the tensor. What lies in the tile's other rows of shared memory goes into rows of the result that nobody writes.
 constexpr bool ONE_BOX_OF_ROWS = GROUPING == DENSE && CLUSTER == 1 && WAVES_M == 1;
-
-// Blocks that write into this one's stages, and into whose stages it writes: itself, who shares A, who shares B.
-constexpr int SHARERS = 1 + SHARES_A + SHARES_B;
-DEVICE uint32 sharer(uint32 index) { return CLUSTER == 2 ? index : cluster_rank() ^ index; }
 
 using StageRing = Ring<STAGES>;
 using TileRing = Ring<TILE_SLOTS>;

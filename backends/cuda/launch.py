@@ -28,7 +28,6 @@ _UINT8, _FLOAT32, _BFLOAT16 = 0, 7, 9  # CUtensorMapDataType
 _NO_SWIZZLE, _SWIZZLE_128B = 0, 3  # CUtensorMapSwizzle
 _PROMOTE_L2_256B = 3  # CUtensorMapL2promotion
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
-_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _TENSOR_MAP_BYTES, _TENSOR_MAP_ALIGNMENT = 128, 64
@@ -142,21 +141,6 @@ def reserve_multiprocessors(count: int) -> None:
 
 def reserved_multiprocessors() -> int:
     return _reserved
-
-
-@cache
-def _fitting_clusters(config: GemmConfig, device_index: int) -> int:
-    """Clusters that run at a time. An SM cluster (GPC) whose number of SMs is no multiple of theirs leaves some idle."""
-    count = ctypes.c_int()
-    attribute = _LaunchAttribute(_CLUSTER_DIMENSION)
-    attribute.value[:3] = config.cluster, 1, 1
-    launch_config = _LaunchConfig(
-        config.cluster, 1, 1, config.threads, 1, 1, config.shared_bytes, None, ctypes.pointer(attribute), 1
-    )
-    function = _function(config, device_index)
-    status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), function, ctypes.byref(launch_config))
-    _check(status, "cuOccupancyMaxActiveClusters")
-    return count.value
 
 
 @dataclass(frozen=True)
@@ -324,8 +308,6 @@ def prepare(
     if config.grouping is Grouping.DENSE:
         grid = min(sms, config.pairs(a.shape[0], n) * config.cluster)
     grid -= grid % config.cluster
-    if config.cluster > 2:
-        grid = min(grid, _fitting_clusters(config, index) * config.cluster)
     attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
     attribute.value[0] = 1
     launch_config = _LaunchConfig(

@@ -91,9 +91,6 @@ DEVICE void barrier_wait_asleep(uint32 barrier, uint32 parity) {
 DEVICE void warpgroup_sync(uint32 warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
 // All warps of two warpgroups.
 DEVICE void consumers_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
-// Two warpgroups take turns: each waits until the other one has passed the turn to it.
-DEVICE void wait_turn(uint32 warpgroup) { asm volatile("bar.sync %0, 256;" ::"r"(warpgroup + 4) : "memory"); }
-DEVICE void pass_turn(uint32 warpgroup) { asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory"); }
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor core.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -107,12 +104,12 @@ DEVICE void load_tile(uint32 destination, const TensorMap& map, uint32 barrier, 
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
             destination), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
-// To the same place in two blocks of a cluster, given as bits, and to the same barrier in each.
-DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y, uint32 blocks) {
+// To the same place in both blocks of a cluster of two, and to the same barrier in each.
+DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
-        "h"(static_cast<uint16>(blocks)) : "memory");
+        "h"(static_cast<uint16>(3)) : "memory");
 }
 DEVICE void store_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

@@ -53,16 +53,15 @@ DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The two blocks of a cluster take neighbouring tiles of a row (or, with SHARES_B, of a column), so that they share the rows of
 // A (or of B). Schedules count such pairs; where the number of tiles is odd, one block of the last pair gets none of the output.
-constexpr int PAIRED_ROWS = SHARES_B ? 2 : 1, PAIRED_COLUMNS = CLUSTER / PAIRED_ROWS;
-constexpr bool SHARES_A = PAIRED_COLUMNS > 1;
-DEVICE int rank_in_column() { return PAIRED_ROWS > 1 ? cluster_rank() / PAIRED_COLUMNS : 0; }
-DEVICE int rank_in_row() { return PAIRED_COLUMNS > 1 ? cluster_rank() % PAIRED_COLUMNS : 0; }
+constexpr int PAIRED_ROWS = SHARES_B ? CLUSTER : 1, PAIRED_COLUMNS = SHARES_B ? 1 : CLUSTER;
 DEVICE int first_index() { return blockIdx.x / CLUSTER; }
 DEVICE int index_step() { return grid_blocks_again() / CLUSTER; }
 DEVICE int row_groups(int m) { return ceil_div(m, TILE_M * PAIRED_ROWS); }
 DEVICE int column_groups(int n) { return ceil_div(n, TILE_N * PAIRED_COLUMNS); }
-DEVICE int first_row(int row_group) { return (row_group * PAIRED_ROWS + rank_in_column()) * TILE_M; }
-DEVICE int first_column(int column_group) { return (column_group * PAIRED_COLUMNS + rank_in_row()) * TILE_N; }
+DEVICE int first_row(int row_group) { return (row_group * PAIRED_ROWS + (PAIRED_ROWS > 1 ? cluster_rank() : 0)) * TILE_M; }
+DEVICE int first_column(int column_group) {
+    return (column_group * PAIRED_COLUMNS + (PAIRED_COLUMNS > 1 ? cluster_rank() : 0)) * TILE_N;
+}
 
 // Where the last tile of a row has no more than NARROW columns, it is a job of its own kind that takes a fraction of a tile's time,
 // and such jobs are dealt out separately: to the last block first, so that who has a tile fewer begins, and each when the
@@ -82,8 +81,7 @@ DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
     const uint32 band = index / (BAND * col_tiles);
     const uint32 height = min(BAND, row_tiles - band * BAND);
     const uint32 rest = index - band * BAND * col_tiles;
-    const uint32 column = rest / height;
-    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(SERPENTINE && band % 2 == 1 ? col_tiles - 1 - column : column)};
+    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
 }
 
 // The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into
