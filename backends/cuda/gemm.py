@@ -27,9 +27,10 @@ from fp8c.backends.cuda.launch import (
     reserved_multiprocessors,
 )
 from fp8c.backends.gemms.unsupported import Unsupported
-from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, fail, render
+from fp8c.diagnostics import Diagnostic, DiagnosticError, Severity, render
 from fp8c.formats import WHOLE, Element, Format
-from fp8c.ops import check_accumulator, quantized_format
+from fp8c.ops import check_sum, quantized_format
+from fp8c.ops.operands import Operands, takes_operands
 
 _LOG = logging.getLogger(__name__)
 _HOPPER = (9, 0)
@@ -42,57 +43,25 @@ _MOST_READY = 8192  # of about 3 KB
 OUTPUTS = {torch.bfloat16: Output.BF16, torch.float32: Output.FP32}
 
 
-def scaled_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """a [M, K] @ b [N, K].T -> [M, N]; schema and meaning: `fp8c.ops`, `backends.reference.gemm`."""
-    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
-    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-    multiply(plan, a, a_scale, b, b_scale, out)
-    return out
+    plan = _Plan.of(x, Grouping.DENSE)
+    return multiply(plan, x, x.a.new_empty((x.a.shape[0], x.b.shape[0]), dtype=out_dtype))
 
 
-def scaled_grouped_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """Rows of a [T, K] by their expert's b [E, N, K] -> [T, N]; rows past offs[-1] are 0."""
-    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.ROW_GROUPS, a.device)
-    out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-    multiply(plan, a, a_scale, b, b_scale, out, offs)
-    return out
+    plan = _Plan.of(x, Grouping.ROW_GROUPS)
+    return multiply(plan, x, x.a.new_empty((x.a.shape[0], x.b.shape[1]), dtype=out_dtype))
 
 
-def scaled_grouped_wgrad(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_wgrad(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """Each expert's tokens of a [N, T'] and b [K, T'] -> [E, N, K]; experts lie in whole groups of tokens (`fp8c.ops`)."""
-    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
-    out = a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-    multiply(plan, a, a_scale, b, b_scale, out, offs)
-    return out
+    plan = _Plan.of(x, Grouping.REDUCTION_GROUPS)
+    return multiply(plan, x, x.a.new_empty((x.ends.shape[0], x.a.shape[0], x.b.shape[0]), dtype=out_dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +75,9 @@ class _Plan:
     b_type: str
 
     @staticmethod
-    def of(a_fmt: str, b_fmt: str, promote_every: int, grouping: Grouping, device: torch.device) -> _Plan:
-        plan = plan_of(a_fmt, b_fmt, promote_every, grouping)
-        if _capability(device.index) != _HOPPER:
+    def of(x: Operands, grouping: Grouping) -> _Plan:
+        plan = plan_of(x.a_fmt, x.b_fmt, x.promote_every, grouping)
+        if _capability(x.a.device.index) != _HOPPER:
             raise Unsupported("the kernels are for compute capability 9.0")
         return plan
 
@@ -148,59 +117,32 @@ def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
 
-def multiply(
-    plan: _Plan, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, offs: Tensor | None = None
-) -> None:
-    """Write the product into `out`, whose dtype and shape are checked here."""
+def multiply(plan: _Plan, x: Operands, out: Tensor) -> Tensor:
+    """Write the product into `out`, whose dtype is checked here."""
     if out.dtype not in OUTPUTS:
         raise Unsupported(f"no instance writes {out.dtype}")
-    run(plan, a, a_scale, b, b_scale, out, OUTPUTS[out.dtype], offs)
+    run(plan, x, out, OUTPUTS[out.dtype])
+    return out
 
 
-def scaled_mm_add_(
-    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
-) -> None:
+@takes_operands
+def scaled_mm_add_(acc: Tensor, x: Operands) -> None:
     """acc f32 [M, N] += a @ b.T. Each element is added to exactly once, so the result does not depend on timing."""
-    _check_accumulator("scaled_mm_add_", acc, (a.shape[0], b.shape[0]))
-    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.DENSE, a.device)
-    run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, None)
+    check_sum("scaled_mm_add_", acc, (x.a.shape[0], x.b.shape[0]))
+    run(_Plan.of(x, Grouping.DENSE), x, acc, Output.FP32_ADD)
 
 
-def scaled_grouped_wgrad_add_(
-    acc: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-) -> None:
+@takes_operands
+def scaled_grouped_wgrad_add_(acc: Tensor, x: Operands) -> None:
     """acc f32 [E, N, K] += each expert's weight gradient, as `scaled_grouped_wgrad` computes it in FP32."""
-    _check_accumulator("scaled_grouped_wgrad_add_", acc, (offs.shape[0], a.shape[0], b.shape[0]))
-    plan = _Plan.of(a_fmt, b_fmt, promote_every, Grouping.REDUCTION_GROUPS, a.device)
-    run(plan, a, a_scale, b, b_scale, acc, Output.FP32_ADD, offs)
+    check_sum("scaled_grouped_wgrad_add_", acc, (x.ends.shape[0], x.a.shape[0], x.b.shape[0]))
+    run(_Plan.of(x, Grouping.REDUCTION_GROUPS), x, acc, Output.FP32_ADD)
 
 
-def _check_accumulator(name: str, acc: Tensor, shape: tuple[int, ...]) -> None:
-    check_accumulator(name, acc, len(shape))
-    if acc.shape != shape or acc.stride(-1) != 1:
-        found = f"{list(acc.shape)} with strides {list(acc.stride())}"
-        raise fail("E0520", f"fp8c::{name}: expected an accumulator {list(shape)}, its last axis dense; found {found}")
-
-
-def run(
-    plan: _Plan,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    out: Tensor,
-    output: Output,
-    offs: Tensor | None,
-) -> None:
-    key = _call_key(plan, a, a_scale, b, b_scale, out, output, offs)
+def run(plan: _Plan, x: Operands, out: Tensor, output: Output) -> None:
+    a, a_scale, b, b_scale = x[:4]
+    offs = x.offs
+    key = _call_key(plan, x, out, output)
     ready = _READY.get(key)
     if ready is not None:
         ready.start()
@@ -212,7 +154,6 @@ def run(
             out.zero_()
         return
     config = plan.instance(a, b, output, offs, multiprocessors(a.device.index))
-    given = (a, a_scale, b, b_scale, offs)
     a, b = _addressable(a), _addressable(b)
     a_scale, b_scale = a_scale.float(), b_scale.float()  # E8M0 is read as the FP32 it stands for
     if plan.scales is not Scales.PER_TENSOR:
@@ -228,24 +169,18 @@ def run(
         if error.diagnostics[0].code == "E0430":
             raise Unsupported(error.diagnostics[0].message) from None
         raise
-    if all(used is it for used, it in zip((a, a_scale, b, b_scale, offs), given)):  # a copy is made anew in every call
+    if all(
+        used is it for used, it in zip((a, a_scale, b, b_scale, offs), (*x[:4], x.offs))
+    ):  # a copy is made anew in every call
         if len(_READY) >= _MOST_READY:
             _READY.clear()
         _READY[key] = ready
 
 
-def _call_key(
-    plan: _Plan,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    out: Tensor,
-    output: Output,
-    offs: Tensor | None,
-) -> tuple[object, ...]:
+def _call_key(plan: _Plan, x: Operands, out: Tensor, output: Output) -> tuple[object, ...]:
     """All that a launch depends on. Every step computes it for every GEMM, so it is written out."""
-    index = a.device.index
+    a, a_scale, b, b_scale = x[:4]
+    offs, index = x.offs, a.device.index
     return (
         plan, output.value, index, current_stream(index), reserved_multiprocessors(),
         a.data_ptr(), a.shape, a.stride(), a_scale.data_ptr(), a_scale.shape, a_scale.stride(), a_scale.dtype,

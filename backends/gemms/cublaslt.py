@@ -16,24 +16,18 @@ from torch import Tensor
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.formats import WHOLE
 from fp8c.ops import quantized_format
+from fp8c.ops.operands import Operands, takes_operands
 
 _ROW, _BLOCK, _TENSOR, _WHOLE_ROW = (1, 128), (128, 128), (WHOLE, WHOLE), (1, WHOLE)
 _HOPPER = (9, 0)
 _ALIGNMENT = 16  # of K and N
 
 
-def scaled_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """a [M, K] @ b [N, K].T -> [M, N]; schema as `fp8c.ops`."""
-    recipes = _recipes(a_fmt, b_fmt, promote_every, a.device.index)
+    a, a_scale, b, b_scale = x[:4]
+    recipes = _recipes(x.a_fmt, x.b_fmt, x.promote_every, a.device.index)
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or k % _ALIGNMENT or n % _ALIGNMENT or k == 0 or n == 0:
         raise Unsupported(f"it takes K and N in multiples of {_ALIGNMENT}")
@@ -52,7 +46,7 @@ def scaled_mm(
         raise Unsupported(f"it does not write {out_dtype}")
     functional: Any = torch.nn.functional
     kinds = [getattr(functional.ScalingType, name) for name in recipes]
-    fast = promote_every == 0 and recipes[0] in ("TensorWise", "RowWise")
+    fast = x.promote_every == 0 and recipes[0] in ("TensorWise", "RowWise")
     try:
         out: Tensor = functional.scaled_mm(
             a, b.t(), left, kinds[0], right, kinds[1], output_dtype=out_dtype, use_fast_accum=fast

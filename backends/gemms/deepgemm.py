@@ -15,44 +15,35 @@ from torch import Tensor
 from fp8c.backends.gemms.unsupported import Unsupported
 from fp8c.formats import Element
 from fp8c.ops import quantized_format
+from fp8c.ops.operands import Operands, takes_operands
 
 _ROW, _BLOCK = (1, 128), (128, 128)
 _HOPPER = (9, 0)
 
 
-def scaled_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """a [M, K] @ b [N, K].T -> [M, N]; schema as `fp8c.ops`."""
-    recipe = _recipe(a_fmt, b_fmt, promote_every, a.device.index)
+    recipe = _recipe(x.a_fmt, x.b_fmt, x.promote_every, x.a.device.index)
     wanted = torch.bfloat16 if recipe == (1, 128, 128) else torch.float32
     if out_dtype is not wanted:
-        raise Unsupported(f"it writes {wanted} from {a_fmt} by {b_fmt}")
-    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-    _multiply(recipe, a, a_scale, b, b_scale, out, None)
+        raise Unsupported(f"it writes {wanted} from {x.a_fmt} by {x.b_fmt}")
+    out = x.a.new_empty((x.a.shape[0], x.b.shape[0]), dtype=out_dtype)
+    _multiply(recipe, x, out, None)
     return out
 
 
-def scaled_mm_add_(
-    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
-) -> None:
+@takes_operands
+def scaled_mm_add_(acc: Tensor, x: Operands) -> None:
     """acc f32 [M, N] += a @ b.T."""
-    recipe = _recipe(a_fmt, b_fmt, promote_every, a.device.index)
+    recipe = _recipe(x.a_fmt, x.b_fmt, x.promote_every, x.a.device.index)
     if recipe != (1, 1, 128) or acc.dtype is not torch.float32:
         raise Unsupported("it adds to FP32 from 1x128 by 1x128")
-    _multiply(recipe, a, a_scale, b, b_scale, acc, acc)
+    _multiply(recipe, x, acc, acc)
 
 
-def _multiply(
-    recipe: tuple[int, int, int], a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, c: Tensor | None
-) -> None:
+def _multiply(recipe: tuple[int, int, int], x: Operands, out: Tensor, c: Tensor | None) -> None:
+    a, a_scale, b, b_scale = x[:4]
     for data, scale, groups in ((a, a_scale, _ROW), (b, b_scale, (recipe[1], 128))):
         rows, k = data.shape
         if k % 128 or data.stride(1) != 1 or data.stride(0) % 16:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fp8c.backends.reference.quantize import dequantize_f32, expert_blocks, expe
 from fp8c.diagnostics import fail
 from fp8c.formats import Format
 from fp8c.ops import check_accumulator, quantized_format, scale_shape
+from fp8c.ops.operands import Operands, takes_operands
 
 Accumulator = Literal["fp32", "hopper"]
 
@@ -44,73 +45,46 @@ def accumulator(name: Accumulator) -> Iterator[None]:
         _ACCUMULATOR.reset(token)
 
 
-def scaled_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """out = a @ b.T of two quantized matrices in any strides.
 
     Shapes: a [M, K], a_scale [M/g0, K/g1] of a_fmt; b [N, K], b_scale of b_fmt -> out [M, N] out_dtype.
-    promote_every: elements of K between promotions under `hopper`; 0: only where a scale changes along K.
     """
-    formats = quantized_format(a_fmt), quantized_format(b_fmt)
-    check_operands("scaled_mm", a, b)
-    return _product(a, a_scale, b, b_scale, *formats, promote_every).to(out_dtype)
+    check_operands("scaled_mm", x.a, x.b)
+    return _product(*x[:4], quantized_format(x.a_fmt), quantized_format(x.b_fmt), x.promote_every).to(out_dtype)
 
 
-def scaled_grouped_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """One GEMM for each expert on its rows of a; rows past offs[-1] of the result are 0.
 
     Shapes: a [T, K] with groups of one row, b [E, N, K], offs int32 [E] -> out [T, N] out_dtype.
     """
-    left, right = quantized_format(a_fmt), quantized_format(b_fmt)
+    a, a_scale, b, b_scale = x[:4]
+    left, right = quantized_format(x.a_fmt), quantized_format(x.b_fmt)
     check_operands("scaled_grouped_mm", a, b)
     if left.group is None or left.group[0] != 1:
-        raise fail("E0520", f"fp8c::scaled_grouped_mm: groups of a must be one row high, found '{a_fmt}'")
-    check_experts("scaled_grouped_mm", offs, b.shape[0])
+        raise fail("E0520", f"fp8c::scaled_grouped_mm: groups of a must be one row high, found '{x.a_fmt}'")
+    check_experts("scaled_grouped_mm", x.ends, b.shape[0])
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype)
-    for expert, start, end in expert_ranges(offs, a.shape[0]):
+    for expert, start, end in expert_ranges(x.ends, a.shape[0]):
         if start < end:
-            rows = slice(start, end)
-            out[rows] = _product(a[rows], a_scale[rows], b[expert], b_scale[expert], left, right, promote_every).to(
-                out_dtype
-            )
+            operands = (a[start:end], a_scale[start:end], b[expert], b_scale[expert])
+            out[start:end] = _product(*operands, left, right, x.promote_every).to(out_dtype)
     return out
 
 
-def scaled_grouped_wgrad(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_wgrad(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """out[e] = a[:, rows of e] @ b[:, rows of e].T, the weight gradient of each expert; 0 for one without rows.
 
     Shapes: a [N, T'] and b [K, T'] with groups 1 x g along T', T' = g * (T//g + E) as `fp8c.ops.data_shape` stores
             experts, scales [N, T'/g] and [K, T'/g], offs int32 [E] the ends among the T tokens -> out [E, N, K] out_dtype.
     """
-    left, right = quantized_format(a_fmt), quantized_format(b_fmt)
+    a, a_scale, b, b_scale = x[:4]
+    experts = x.ends.shape[0]
+    left, right = quantized_format(x.a_fmt), quantized_format(x.b_fmt)
     check_operands("scaled_grouped_wgrad", a, b)
     for fmt in (left, right):
         assert fmt.group is not None
@@ -124,42 +98,28 @@ def scaled_grouped_wgrad(
     size = left.group[1]
     for fmt, operand, scale in ((left, a, a_scale), (right, b, b_scale)):
         expected = scale_shape(operand.shape, fmt)
-        if list(scale.shape) != expected or operand.shape[1] % size or expected[1] < offs.shape[0]:
+        if list(scale.shape) != expected or operand.shape[1] % size or expected[1] < experts:
             raise fail(
                 "E0520",
                 f"fp8c::scaled_grouped_wgrad: expected scales {expected} with a whole group or more for each of "
-                f"{offs.shape[0]} experts, found {list(scale.shape)}",
+                f"{experts} experts, found {list(scale.shape)}",
             )
-    out = a.new_zeros((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-    for expert, columns, groups in expert_blocks(offs, size, a.shape[1] // size):
+    out = a.new_zeros((experts, a.shape[0], b.shape[0]), dtype=out_dtype)
+    for expert, columns, groups in expert_blocks(x.ends, size, a.shape[1] // size):
         if columns.start < columns.stop:
             operands = (a[:, columns], a_scale[:, groups], b[:, columns], b_scale[:, groups])
-            out[expert] = _product(*operands, left, right, promote_every).to(out_dtype)
+            out[expert] = _product(*operands, left, right, x.promote_every).to(out_dtype)
     return out
 
 
-def scaled_mm_add_(
-    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
-) -> None:
+def scaled_mm_add_(acc: Tensor, *operands: Any) -> None:
     """acc += a @ b.T; acc f32 [M, N], the rest as `scaled_mm` takes it. The FP32 product is rounded before it is added."""
-    product = scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32)
-    add_product("scaled_mm_add_", acc, product)
+    add_product("scaled_mm_add_", acc, scaled_mm(*operands, torch.float32))
 
 
-def scaled_grouped_wgrad_add_(
-    acc: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-) -> None:
+def scaled_grouped_wgrad_add_(acc: Tensor, *operands: Any) -> None:
     """acc[e] += the weight gradient of expert e; acc f32 [E, N, K], the rest as `scaled_grouped_wgrad` takes it."""
-    product = scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32)
-    add_product("scaled_grouped_wgrad_add_", acc, product)
+    add_product("scaled_grouped_wgrad_add_", acc, scaled_grouped_wgrad(*operands, torch.float32))
 
 
 def add_product(name: str, acc: Tensor, product: Tensor) -> None:

@@ -184,12 +184,17 @@ def launch_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
             signature[name] = _POINTERS[value.dtype]
             divisible.append(index)  # PyTorch's allocations are
         else:
-            signature[name], attribute = native_specialize_impl(_BACKEND, value, False, True, True)
+            is_special = name not in unspecialized(kernel)
+            signature[name], attribute = native_specialize_impl(_BACKEND, value, False, is_special, True)
             constants |= {index: value} if signature[name] == "constexpr" else {}
             divisible += [index] if attribute == "D" else []
     return Launch(
         kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(sorted(options.items()))
     )
+
+
+def unspecialized(kernel: Any) -> set[str]:
+    return {p.name for p in kernel.params if p.do_not_specialize}
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
@@ -214,9 +219,13 @@ def source_of(launch: Launch, capability: int) -> ASTSource:
     """As Triton's launcher states it: attributes are part of the key, and versions differ in how they state them."""
     constants = dict(launch.constants)
     bound = {name: constants.get(index) for index, (name, _) in enumerate(launch.signature)}
+    plain = unspecialized(launch.kernel)
     specialization = [
-        (kind, None if kind[0] not in "*iu" or kind == "u1" else "D" if index in launch.divisible else "")
-        for index, (_, kind) in enumerate(launch.signature)
+        (
+            kind,
+            None if kind[0] not in "*iu" or kind == "u1" or name in plain else "D" if index in launch.divisible else "",
+        )
+        for index, (name, kind) in enumerate(launch.signature)
     ]
     backend = make_backend(GPUTarget("cuda", capability, 32))
     _, signature, constexprs, attrs = launch.kernel._pack_args(

@@ -24,7 +24,8 @@ from fp8c.backends.triton.gemm_kernel import DENSE, REDUCTION_GROUPS, ROW_GROUPS
 from fp8c.backends.triton.quantize import KINDS
 from fp8c.diagnostics import fail
 from fp8c.formats import WHOLE, Element, Format
-from fp8c.ops import check_accumulator, quantized_format
+from fp8c.ops import check_sum, quantized_format
+from fp8c.ops.operands import Operands, takes_operands
 
 _TYPES = {Element.E4M3: "e4m3", Element.E5M2: "e5m2"}
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,87 +50,40 @@ SMALL = Tile(64, 128, 4, 3)  # 64 rows are wgmma's least
 LARGE = Tile(128, 128, 8, 3)  # 96 KiB of shared memory: what compute capability 8.9 has
 
 
-def scaled_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """a [M, K] @ b [N, K].T -> [M, N]; schema and meaning: `fp8c.ops`, `backends.reference.gemm`."""
-    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-    return multiply("scaled_mm", DENSE, a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, out)
+    out = x.a.new_empty((x.a.shape[0], x.b.shape[0]), dtype=out_dtype)
+    return multiply("scaled_mm", DENSE, x, out)
 
 
-def scaled_grouped_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """Rows of a [T, K] by their expert's b [E, N, K] -> [T, N]; rows past offs[-1] are 0."""
-    check_experts("scaled_grouped_mm", offs, b.shape[0])
-    out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-    return multiply("scaled_grouped_mm", ROW_GROUPS, a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, out, offs)
+    check_experts("scaled_grouped_mm", x.ends, x.b.shape[0])
+    out = x.a.new_empty((x.a.shape[0], x.b.shape[1]), dtype=out_dtype)
+    return multiply("scaled_grouped_mm", ROW_GROUPS, x, out)
 
 
-def scaled_grouped_wgrad(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_wgrad(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """Each expert's tokens of a [N, T'] and b [K, T'] -> [E, N, K]; experts lie in whole groups of tokens (`fp8c.ops`)."""
-    out = a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
-    formats = a_fmt, b_fmt, promote_every
-    return multiply("scaled_grouped_wgrad", REDUCTION_GROUPS, a, a_scale, b, b_scale, *formats, out, offs)
+    out = x.a.new_empty((x.ends.shape[0], x.a.shape[0], x.b.shape[0]), dtype=out_dtype)
+    return multiply("scaled_grouped_wgrad", REDUCTION_GROUPS, x, out)
 
 
-def scaled_mm_add_(
-    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
-) -> None:
+@takes_operands
+def scaled_mm_add_(acc: Tensor, x: Operands) -> None:
     """acc f32 [M, N] += a @ b.T. Each element is added to exactly once, so the result does not depend on timing."""
-    check_sum("scaled_mm_add_", acc, (a.shape[0], b.shape[0]))
-    multiply("scaled_mm_add_", DENSE, a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, acc, add=True)
+    check_sum("scaled_mm_add_", acc, (x.a.shape[0], x.b.shape[0]))
+    multiply("scaled_mm_add_", DENSE, x, acc, add=True)
 
 
-def scaled_grouped_wgrad_add_(
-    acc: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-) -> None:
+@takes_operands
+def scaled_grouped_wgrad_add_(acc: Tensor, x: Operands) -> None:
     """acc f32 [E, N, K] += each expert's weight gradient, as `scaled_grouped_wgrad` computes it in FP32."""
-    name = "scaled_grouped_wgrad_add_"
-    check_sum(name, acc, (offs.shape[0], a.shape[0], b.shape[0]))
-    formats = a_fmt, b_fmt, promote_every
-    multiply(name, REDUCTION_GROUPS, a, a_scale, b, b_scale, *formats, acc, offs, add=True)
-
-
-def check_sum(name: str, acc: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises: E0520 unless acc is FP32 of this shape, its last axis dense."""
-    check_accumulator(name, acc, len(shape))
-    if acc.shape != shape or acc.stride(-1) != 1:
-        found = f"{list(acc.shape)} with strides {list(acc.stride())}"
-        raise fail("E0520", f"fp8c::{name}: expected an accumulator {list(shape)}, its last axis dense; found {found}")
+    check_sum("scaled_grouped_wgrad_add_", acc, (x.ends.shape[0], x.a.shape[0], x.b.shape[0]))
+    multiply("scaled_grouped_wgrad_add_", REDUCTION_GROUPS, x, acc, add=True)
 
 
 @dataclass(frozen=True)
@@ -168,23 +122,12 @@ def _loop(name: str, a_fmt: str, b_fmt: str, promote_every: int, grouping: int, 
     return _Loop(left, right, step, native)
 
 
-def multiply(
-    name: str,
-    grouping: int,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out: Tensor,
-    offs: Tensor | None = None,
-    add: bool = False,
-) -> Tensor:
+def multiply(name: str, grouping: int, x: Operands, out: Tensor, add: bool = False) -> Tensor:
     """Write the product into `out`, or add it. Raises: `Unsupported` before anything is written."""
+    a, a_scale, b, b_scale = x[:4]
+    offs = x.offs
     check_operands(name, a, b)
-    loop = _loop(name, a_fmt, b_fmt, promote_every, grouping, _scales_natively(a.device))
+    loop = _loop(name, x.a_fmt, x.b_fmt, x.promote_every, grouping, _scales_natively(a.device))
     if out.dtype not in _OUTPUTS:
         raise Unsupported(f"no instance writes {out.dtype}")
     if out.numel() == 0:

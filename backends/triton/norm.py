@@ -21,7 +21,7 @@ TILES_PER_WARP = 16
 LARGEST = 16384  # columns whose row fits into registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("s_col",))
 def norm_kernel(
     x_ptr, w_ptr, q_ptr, s_ptr, factor_ptr, C, eps, x_row, q_row, s_row, s_col,
     TILES: tl.constexpr, EVEN: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,

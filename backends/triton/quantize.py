@@ -36,7 +36,7 @@ MASKED_WARPS = 16  # masks take registers
 # Kernels ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "s_col"))
 def row_kernel(
     x_ptr, q_ptr, s_ptr, R, C, x_row, q_row, s_row, s_col,
     ROWS: tl.constexpr, G: tl.constexpr, EVEN: tl.constexpr,

@@ -36,7 +36,7 @@ COLUMN_SHAPES = {True: (8, 2), False: (4, 4)}
 # Kernels ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "s_col"))
 def dequantize_kernel(
     q_ptr, s_ptr, out_ptr, R, C, q_row, s_row, s_col, out_row,
     ROWS: tl.constexpr, EVEN: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,
@@ -83,7 +83,7 @@ def columns_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "s_col", "out_s_col"))
 def rows_kernel(
     q_ptr, s_ptr, out_ptr, out_s_ptr, R, C, q_row, s_row, s_col, out_row, out_s_row, out_s_col,
     ROWS: tl.constexpr, EVEN: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,
@@ -102,7 +102,7 @@ def rows_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "s_col", "out_s_col"))
 def gather_kernel(
     q_ptr, s_ptr, rows_ptr, out_ptr, out_s_ptr, R, C, q_row, s_row, s_col, out_row, out_s_row, out_s_col,
     groups, share, ROWS: tl.constexpr, COLS: tl.constexpr, SHARE_PAD: tl.constexpr,
@@ -142,7 +142,7 @@ def dequantize(
     shape = original_shape(q, parsed, cols)
     out = q.new_empty(shape, dtype=dtype)
     flat = out.view(-1, shape[-1])
-    words, scale = _flat_words(q, parsed), scale_bytes(s).reshape(-1, s.shape[-1])
+    words, scale = _flat_words(q, parsed), scale_bytes(s if s.dim() == 2 else s.reshape(-1, s.shape[-1]))
     height, width = flat.shape
     dequantize_kernel[(triton.cdiv(height, ROW_TILE) * triton.cdiv(width, 128),)](
         words, scale, flat, height, width, words.stride(0), scale.stride(0), scale.stride(1), flat.stride(0),

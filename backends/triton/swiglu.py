@@ -66,7 +66,7 @@ def times(a, b):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "s_col", "cs_col"))
 def forward_kernel(
     gate_ptr, up_ptr, weight_ptr, q_ptr, s_ptr, c_ptr, cs_ptr, R, F,
     gate_row, up_row, q_row, s_row, s_col, c_row, cs_row, cs_col,
@@ -123,7 +123,7 @@ def differentiate(dh, gate, up, weight, WEIGHTED: tl.constexpr):
     return h.to(tl.float32), dgate.to(tl.float32), dup.to(tl.float32), terms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "s_col", "cs_col"))
 def backward_rows_kernel(
     dh_ptr, c_ptr, cs_ptr, weight_ptr, q_ptr, s_ptr, dweight_ptr, R, F,
     dh_row, c_row, cs_row, cs_col, q_row, s_row, s_col,

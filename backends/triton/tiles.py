@@ -3,6 +3,10 @@
 Legend: R rows, C columns; a tile has 128 columns; `tile` is its index along the columns. Rows groups are 1 x G, column
 groups G x 1. Data offsets are int64, so a tensor may hold more than 2^31 elements. EVEN: C is a multiple of 128, so no
 column needs a mask. `q_*`, `s_*` are strides in elements; E5M6 data is addressed in 4-byte words, 48 for 128 codes.
+
+Triton compiles a kernel anew where an integer argument is 1 or 16 divides it. Kernels that work along rows do without
+(`do_not_specialize`) for R and the strides of scales, which follow the number of tokens: a step with another number of
+them waits for no compiler. Transposed data is written along R, in pieces as wide as what divides R: there it stays.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"

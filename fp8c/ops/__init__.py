@@ -20,6 +20,7 @@ from torch import SymInt, Tensor
 
 from fp8c.diagnostics import fail
 from fp8c.formats import WHOLE, Element, Format, Rounding, ScaleKind
+from fp8c.ops.operands import Operands, takes_operands
 
 Size = int | SymInt
 
@@ -340,72 +341,34 @@ def _fake_requantize(
     return empty_quantized(q, original_shape(q, old, cols), new, restarts(new, offs))
 
 
-def _fake_scaled_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    for tensor in (a, a_scale, b, b_scale):
+@takes_operands
+def _fake_scaled_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
+    for tensor in x[:4]:
         _check_rank("scaled_mm", tensor, (2,))
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    return x.a.new_empty((x.a.shape[0], x.b.shape[0]), dtype=out_dtype)
 
 
-def _fake_scaled_grouped_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    for tensor, rank in ((a, 2), (a_scale, 2), (b, 3), (b_scale, 3), (offs, 1)):
+@takes_operands
+def _fake_scaled_grouped_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
+    for tensor, rank in ((x.a, 2), (x.a_scale, 2), (x.b, 3), (x.b_scale, 3), (x.ends, 1)):
         _check_rank("scaled_grouped_mm", tensor, (rank,))
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+    return x.a.new_empty((x.a.shape[0], x.b.shape[1]), dtype=out_dtype)
 
 
-def _fake_scaled_grouped_wgrad(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    for tensor, rank in ((a, 2), (a_scale, 2), (b, 2), (b_scale, 2), (offs, 1)):
+@takes_operands
+def _fake_scaled_grouped_wgrad(x: Operands, out_dtype: torch.dtype) -> Tensor:
+    for tensor, rank in ((x.a, 2), (x.a_scale, 2), (x.b, 2), (x.b_scale, 2), (x.ends, 1)):
         _check_rank("scaled_grouped_wgrad", tensor, (rank,))
-    return a.new_empty((offs.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+    return x.a.new_empty((x.ends.shape[0], x.a.shape[0], x.b.shape[0]), dtype=out_dtype)
 
 
-def _fake_scaled_mm_add_(
-    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
-) -> None:
-    product = _fake_scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32)
+def _fake_scaled_mm_add_(acc: Tensor, *operands: Any) -> None:
+    product = _fake_scaled_mm(*operands, torch.float32)
     check_accumulator("scaled_mm_add_", acc, product.dim())
 
 
-def _fake_scaled_grouped_wgrad_add_(
-    acc: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-) -> None:
-    product = _fake_scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32)
+def _fake_scaled_grouped_wgrad_add_(acc: Tensor, *operands: Any) -> None:
+    product = _fake_scaled_grouped_wgrad(*operands, torch.float32)
     check_accumulator("scaled_grouped_wgrad_add_", acc, product.dim())
 
 
@@ -414,6 +377,14 @@ def check_accumulator(name: str, acc: Tensor, rank: int) -> None:
     _check_rank(name, acc, (rank,))
     if acc.dtype is not torch.float32:
         raise fail("E0520", f"fp8c::{name}: expected a float32 accumulator, found {acc.dtype}")
+
+
+def check_sum(name: str, acc: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises: E0520 unless acc is FP32 of this shape, its last axis dense."""
+    check_accumulator(name, acc, len(shape))
+    if acc.shape != shape or acc.stride(-1) != 1:
+        found = f"{list(acc.shape)} with strides {list(acc.stride())}"
+        raise fail("E0520", f"fp8c::{name}: expected an accumulator {list(shape)}, its last axis dense; found {found}")
 
 
 def empty_heads_last(like: Tensor, shape: Sequence[Size]) -> Tensor:

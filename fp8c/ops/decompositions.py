@@ -13,6 +13,7 @@ Trap: bit identity needs IEEE division. Inductor's GPU code divides approximatel
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from fp8c.ops import (
     register_portable,
     restarts,
 )
+from fp8c.ops.operands import Operands, takes_operands
 
 SMALLEST_SCALE = 2.0**-126  # FP32's smallest normal number; why: backends/reference/quantize.py
 
@@ -214,100 +216,64 @@ def requantize(
     return quantize(_dequantize(q, s, old, cols), dst, restarts(new, offs))
 
 
-def scaled_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """Dequantize to FP32 and multiply in FP32; `promote_every` has no meaning here."""
-    left = dequantize(a, a_scale, a_fmt, torch.float32)
-    right = dequantize(b, b_scale, b_fmt, torch.float32)
+    left, right = _dequantized(x, torch.float32)
     return (left @ right.T).to(out_dtype)
 
 
-def scaled_grouped_mm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_mm(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """On CUDA `torch._grouped_mm` of operands dequantized to BF16 (exact for power-of-two scales, else one rounding each).
 
     Elsewhere, and where sizes don't allow that, every expert multiplies every row in FP32 and its own rows are taken.
     """
-    rows, experts = a.shape[0], b.shape[0]
+    rows, experts, offs = x.a.shape[0], x.b.shape[0], x.ends
     owner = torch.searchsorted(offs, torch.arange(rows, device=offs.device), right=True)[:, None]
-    if _grouped_mm_applies(a, b):
-        left = dequantize(a, a_scale, a_fmt, torch.bfloat16)
-        right = dequantize(b, b_scale, b_fmt, torch.bfloat16)
+    if _grouped_mm_applies(x.a, x.b):
+        left, right = _dequantized(x, torch.bfloat16)
         product = torch._grouped_mm(left, right.mT, offs=offs)
         return torch.where(owner < experts, product, 0.0).to(out_dtype)
-    left, right = (dequantize(*t, torch.float32) for t in ((a, a_scale, a_fmt), (b, b_scale, b_fmt)))
-    out = left.new_zeros((rows, b.shape[1]))
+    left, right = _dequantized(x, torch.float32)
+    out = left.new_zeros((rows, x.b.shape[1]))
     for expert in range(experts):
         out = torch.where(owner == expert, left @ right[expert].T, out)
     return out.to(out_dtype)
 
 
-def scaled_grouped_wgrad(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@takes_operands
+def scaled_grouped_wgrad(x: Operands, out_dtype: torch.dtype) -> Tensor:
     """On CUDA `torch._grouped_mm` of operands dequantized to BF16; its result is BF16, also where FP32 is asked for.
 
     Elsewhere, and where sizes don't allow that, one FP32 product for each expert with the other experts' columns zeroed.
     """
-    left_fmt, right_fmt = quantized_format(a_fmt).transposed, quantized_format(b_fmt).transposed
-    left = _dequantize(a.T, a_scale.T, left_fmt)  # [T', N], zero where no expert's token is
-    right = _dequantize(b.T, b_scale.T, right_fmt)  # [T', K]
+    left_fmt, right_fmt = quantized_format(x.a_fmt).transposed, quantized_format(x.b_fmt).transposed
+    left = _dequantize(x.a.T, x.a_scale.T, left_fmt)  # [T', N], zero where no expert's token is
+    right = _dequantize(x.b.T, x.b_scale.T, right_fmt)  # [T', K]
     assert left_fmt.group is not None
-    group, experts = left_fmt.group[0], offs.shape[0]
+    group, experts, offs = left_fmt.group[0], x.ends.shape[0], x.ends
     following = torch.arange(1, experts + 1, device=offs.device)
     ends = ((offs // group + following) * group).to(torch.int32)  # where the next expert's blocks start
-    if _grouped_mm_applies(a.T, b.T):
+    if _grouped_mm_applies(x.a.T, x.b.T):
         return torch._grouped_mm(left.bfloat16().T, right.bfloat16(), offs=ends).to(out_dtype)
-    owner = torch.searchsorted(ends, torch.arange(a.shape[1], device=offs.device), right=True)
+    owner = torch.searchsorted(ends, torch.arange(x.a.shape[1], device=offs.device), right=True)
     products = [torch.where((owner == expert)[:, None], left, 0.0).T @ right for expert in range(int(experts))]
     return torch.stack(products).to(out_dtype)
 
 
-def scaled_mm_add_(
-    acc: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_fmt: str, b_fmt: str, promote_every: int
-) -> None:
+def scaled_mm_add_(acc: Tensor, *operands: Any) -> None:
     check_accumulator("scaled_mm_add_", acc, 2)
-    acc.add_(scaled_mm(a, a_scale, b, b_scale, a_fmt, b_fmt, promote_every, torch.float32))
+    acc.add_(scaled_mm(*operands, torch.float32))
 
 
-def scaled_grouped_wgrad_add_(
-    acc: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    a_fmt: str,
-    b_fmt: str,
-    promote_every: int,
-) -> None:
+def scaled_grouped_wgrad_add_(acc: Tensor, *operands: Any) -> None:
     check_accumulator("scaled_grouped_wgrad_add_", acc, 3)
-    acc.add_(scaled_grouped_wgrad(a, a_scale, b, b_scale, offs, a_fmt, b_fmt, promote_every, torch.float32))
+    acc.add_(scaled_grouped_wgrad(*operands, torch.float32))
+
+
+def _dequantized(x: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return dequantize(x.a, x.a_scale, x.a_fmt, dtype), dequantize(x.b, x.b_scale, x.b_fmt, dtype)
 
 
 def _grouped_mm_applies(*operands: Tensor) -> bool:

@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton compiles the kernels")
 
 from fp8c.backends.cuda import build
+from fp8c.backends.triton import KERNELS
+from fp8c.backends.triton.ahead import Launch
 from fp8c.cli import main
+from fp8c.ops import empty_quantized, quantized_format
 from fp8c.tools import opt
 from tests.passes.steps import STEPS
+
+ROW_FORMAT = "e4m3[1x128] fp32"
 
 
 def test_kernels_of_an_expert_layer_compile_for_hopper_without_spills() -> None:
@@ -29,6 +35,33 @@ def test_kernels_of_an_expert_layer_compile_for_hopper_without_spills() -> None:
         if kernel.name.startswith(("both", "row_", "forward")):
             assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx, kernel.name
             assert "ld.global.v4" in kernel.ptx, kernel.name  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("kernel", ["quantize", "dequantize", "gather", "swiglu", "norm"])
+def test_other_numbers_of_rows_need_no_other_machine_code(kernel: str) -> None:
+    """1 and multiples of 16 are what Triton specialises on."""
+    from fp8c.backends.triton.ahead import recording
+
+    launches: dict[str, Launch] = {}
+    with recording(launches):
+        for rows in (1, 16, 17, 4096):
+            start(kernel, rows)
+    assert len(launches) == 1, [launch.divisible for launch in launches.values()]
+
+
+def start(kernel: str, rows: int) -> None:
+    x = torch.empty(rows, 256, dtype=torch.bfloat16, device="meta")
+    q, s = empty_quantized(x, x.shape, quantized_format(ROW_FORMAT))
+    index = torch.empty(rows, dtype=torch.int64, device="meta")
+    arguments: dict[str, tuple[object, ...]] = {
+        "quantize": (x, ROW_FORMAT),
+        "dequantize": (q, s, ROW_FORMAT, torch.bfloat16),
+        "gather": (q, s, index, ROW_FORMAT),
+        "swiglu": (x[:, :128], x[:, 128:], None, ROW_FORMAT),
+        "norm": (x, x[0], 1e-6, ROW_FORMAT),
+    }
+    operators = {"gather": "gather_quantized", "swiglu": "swiglu_quantize", "norm": "rms_norm_quantize"}
+    KERNELS[operators.get(kernel, kernel)](*arguments[kernel])
 
 
 @pytest.mark.skipif(not build.has_compiler(), reason="neither NVRTC nor nvcc is installed")
