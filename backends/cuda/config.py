@@ -75,6 +75,7 @@ class GemmConfig:
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     meets: bool = False  # warpgroups begin each tile together
     early: bool = False  # a tile's first wave is begun before the tile before it is written
+    ahead: bool = True
     late: bool = False  # the next stage is waited for after the promotion instead of before
     sleeps: int = 0  # who sleeps while it waits: 1: who may wait long, 2: also consumers
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
@@ -204,6 +205,7 @@ class GemmConfig:
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
             f"constexpr bool MEETS = {str(self.meets).lower()};",
+            f"constexpr bool AHEAD = {str(self.ahead).lower()};",
             f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool LATE = {str(self.late).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
