@@ -65,6 +65,7 @@ class GemmConfig:
     waves_n: int = 2
     wave_n: int = 128
     band: int = 16
+    column_bands: bool = False  # `band` counts column tiles (or pairs)
     cluster: int = 1
     shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
@@ -206,6 +207,7 @@ class GemmConfig:
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
             f"constexpr bool MEETS = {str(self.meets).lower()};",
             f"constexpr bool AHEAD = {str(self.ahead).lower()};",
+            f"constexpr bool COLUMN_BANDS = {str(self.column_bands).lower()};",
             f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool LATE = {str(self.late).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
