@@ -15,6 +15,10 @@ After:   %qt, %st = fp8c.gather_requantized(%q, %s, %rows, ..., %offs) or gather
 Before:  %qt, %st = fp8c.quantize(aten.index(%x, [%rows]), 'e4m3[128x1] pow2', %offs)
 After:   %qt, %st = fp8c.gather_quantize(%x, %rows, 'e4m3[128x1] pow2', %offs)
 
+Before:  %qt, %st = fp8c.requantize(%q, %s, 'e5m6[1x128] pow2', 'e4m3[128x1] pow2')   attention's output, for wgrad
+         %x = fp8c.dequantize(%q, %s, 'e5m6[1x128] pow2', bfloat16)                 and for attention's own backward
+After:   %x = fp8c.dequantize(...);  %qt, %st = fp8c.quantize(%x, 'e4m3[128x1] pow2')
+
 Quantizes around a SwiGLU join it: `fuse_swiglu.py`; a quantize behind an RMSNorm joins that: `fuse_norm.py`.
 
 Contract: exact: every fused operator is defined as what it replaces (a norm's FP32 sum may be taken in another order). Only operators that the backend has
@@ -32,7 +36,7 @@ import torch
 from torch import fx
 
 from fp8c import graph as g
-from fp8c.formats import Format
+from fp8c.formats import Element, Format, ScaleKind
 from fp8c.graph import aten
 from fp8c.ops import fused
 from fp8c.partition import Halves
@@ -173,6 +177,37 @@ def gather_and_quantize(graph: fx.Graph, fusions: frozenset[str]) -> int:
     return count
 
 
+def quantize_what_was_unpacked(graph: fx.Graph, fusions: frozenset[str]) -> int:
+    """Requantizes of 12-bit codes whose values are made in BF16 as well: read those, which need no unpacking.
+
+    The values are the same: seven significant bits times a power of two. BF16 has eight and FP32's exponents, and what was
+    quantized was BF16, so nothing is below its smallest number.
+    """
+    if not fusions:
+        return 0
+    unpacked: dict[tuple[Any, ...], fx.Node] = {}
+    for node in g.calls(graph, {ops.dequantize.default}):
+        if node.args[3] is torch.bfloat16 and fits_bf16(Format.parse(str(node.args[2]))):
+            unpacked.setdefault(node.args[:3], node)
+    count = 0
+    for node in g.calls(graph, {ops.requantize.default}):
+        values, target = unpacked.get(node.args[:3]), Format.parse(str(node.args[3]))
+        if values is None or target.group != (128, 1):
+            continue
+        if node < values:
+            node.prepend(values)  # the requantize reads what it reads
+        offs = [a for a in node.args[4:5] if a is not None]
+        with graph.inserting_before(node):
+            new = g.emit(graph, QUANTIZE, values, target.text, *offs, like=node)
+        take_results(new, node, {0: 0, 1: 1})
+        count += 1
+    return count
+
+
+def fits_bf16(fmt: Format) -> bool:
+    return fmt.element is Element.E5M6 and fmt.scale in (ScaleKind.POW2, ScaleKind.E8M0)
+
+
 REWRITES: tuple[Callable[[fx.Graph, frozenset[str]], int], ...] = (
     fuse_forward,
     fuse_backward,
@@ -181,6 +216,7 @@ REWRITES: tuple[Callable[[fx.Graph, frozenset[str]], int], ...] = (
     read_both_ways,
     store_weights_transposed,
     gather_pairs,
+    quantize_what_was_unpacked,
 )
 
 
