@@ -65,7 +65,6 @@ class GemmConfig:
     waves_n: int = 2
     wave_n: int = 128
     band: int = 16
-    column_bands: bool = False  # `band` counts column tiles (or pairs)
     cluster: int = 1
     shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
@@ -74,11 +73,7 @@ class GemmConfig:
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
-    meets: bool = False  # warpgroups begin each tile together
     early: bool = False  # a tile's first wave is begun before the tile before it is written
-    ahead: bool = True
-    late: bool = False  # the next stage is waited for after the promotion instead of before
-    sleeps: int = 0  # who sleeps while it waits: 1: who may wait long, 2: also consumers
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -194,7 +189,6 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
-            "SLEEPS": self.sleeps,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -205,11 +199,7 @@ class GemmConfig:
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
-            f"constexpr bool MEETS = {str(self.meets).lower()};",
-            f"constexpr bool AHEAD = {str(self.ahead).lower()};",
-            f"constexpr bool COLUMN_BANDS = {str(self.column_bands).lower()};",
             f"constexpr bool EARLY = {str(self.early).lower()};",
-            f"constexpr bool LATE = {str(self.late).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
@@ -249,10 +239,9 @@ def two_row_waves(
     )
 
 
-def one_wide_wave(
-    scales: Scales, grouping: Grouping, output: Output, cluster: int = 1, narrow: int = 0, meets: bool = False
-) -> GemmConfig:
-    """128 x 192 tiles, each warpgroup one wave of 64 rows; BF16 outputs have memory for a whole tile.
+def one_wide_wave(scales: Scales, grouping: Grouping, output: Output, cluster: int = 1, narrow: int = 0) -> GemmConfig:
+    """128 x 192 tiles, each warpgroup one wave of 64 rows; BF16 outputs have memory for a whole tile, and a tile begins before the last one
+    is written.
 
     A cluster's blocks share rows of B: with tiles wider than high that leaves the fewest bytes to fetch. Where the last
     tile of a row has no more than `narrow` columns, only as many are multiplied.
@@ -268,7 +257,7 @@ def one_wide_wave(
         shares_b=cluster > 1,
         narrow=narrow,
         staging_bytes=6144 if output is Output.BF16 else 4096,
-        meets=meets,
+        early=True,
     )
 
 

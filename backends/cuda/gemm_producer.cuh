@@ -71,67 +71,50 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
 }
 
 // One warp: a lane fetches the scales of one k-block for all waves, some rounds of k-blocks at a time, and hands them over
-// when its stage is free; those that come next, also of the next tile, are under way meanwhile. Lanes that wait together go on together,
-// when the last of their stages is free. That keeps warpgroups with LEAD in step; elsewhere it would only let the ring run empty at each
-// round's end, so lanes come one by one.
-constexpr int SCALES_AT_ONCE = 32 / ROUND * ROUND;
-struct BlockScales {
-    float of[WAVES_N][BLOCKS_OF_WAVE];
-};
-
-DEVICE BlockScales load_scales(const Arguments& args, const Tile& tile, int block) {
-    const Problem& p = args.problem;
-    const float* scales = args.scale_b + ((tile.k_begin >> 7) + block) * args.scale_b_col;
-    if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
-    BlockScales x;
-#pragma unroll
-    for (int w = 0; w < WAVES_N; ++w)
-#pragma unroll
-        for (int j = 0; j < BLOCKS_OF_WAVE; ++j) {
-            const int row = min((tile.col + w * WAVE_N) / 128 + j, ceil_div(p.n, 128) - 1);
-            if (block < blocks_of(tile)) x.of[w][j] = __ldg(scales + row * args.scale_b_row);
-        }
-    return x;
-}
-
+// when its stage is free. Lanes that wait together go on together, when the last of their stages is free. That keeps warpgroups
+// with LEAD in step; elsewhere it would only let the ring run empty at each round's end, so lanes come one by one.
 DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
-    constexpr int TOGETHER = FLIGHT == 1 && LEAD == 0 ? 1 : ROUND;
-    const int lane = threadIdx.x % 32;
+    constexpr int AT_ONCE = 32 / ROUND * ROUND, TOGETHER = FLIGHT == 1 && LEAD == 0 ? 1 : ROUND;
+    const Problem& p = args.problem;
+    const int lane = threadIdx.x % 32, last_row = ceil_div(p.n, 128) - 1;
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
     TilesToLoad<false> tiles(args.problem, shared);
     Tile tile;
-    if (!tiles.next(tile)) return;
-    BlockScales values = load_scales(args, tile, lane);
-    int first = 0;
-    bool has_more = true;
-    while (has_more) {
-        const int col = tile.col, count = min(SCALES_AT_ONCE, whole_rounds(blocks_of(tile)) - first);
-        first += SCALES_AT_ONCE;
-        if (first >= whole_rounds(blocks_of(tile))) first = 0, has_more = tiles.next(tile);
-        BlockScales ahead;
-        if (AHEAD && has_more) ahead = load_scales(args, tile, first + lane);
+    while (tiles.next(tile)) {
+        const int blocks = blocks_of(tile), padded = whole_rounds(blocks);
+        const float* scales = args.scale_b + (tile.k_begin >> 7) * args.scale_b_col;
+        if constexpr (GROUPING == ROW_GROUPS) scales += tile.group * args.scale_b_group;
+        for (int first = 0; first < padded; first += AT_ONCE) {
+            float values[WAVES_N][BLOCKS_OF_WAVE];
+#pragma unroll
+            for (int w = 0; w < WAVES_N; ++w)
+#pragma unroll
+                for (int j = 0; j < BLOCKS_OF_WAVE; ++j) {
+                    const int row = min((tile.col + w * WAVE_N) / 128 + j, last_row);
+                    if (first + lane < blocks)
+                        values[w][j] = __ldg(scales + row * args.scale_b_row + (first + lane) * args.scale_b_col);
+                }
 #pragma unroll 1
-        for (int i = 0; i < count; i += TOGETHER, stages.advance(TOGETHER)) {
-            if (lane >= i && lane < i + TOGETHER) {
-                const uint32 s = stages.slot() + lane - i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
-                wait_long(full + STAGES * 8, stages.phase() ^ 1);
-                const uint32 slot = shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE;
+            for (int i = 0; i < min(AT_ONCE, padded - first); i += TOGETHER, stages.advance(TOGETHER)) {
+                if (lane >= i && lane < i + TOGETHER) {
+                    const uint32 s = stages.slot() + lane - i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
+                    wait_long(full + STAGES * 8, stages.phase() ^ 1);
+                    const uint32 slot = shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE;
 #pragma unroll
-                for (int w = 0; w < WAVES_N; ++w)
+                    for (int w = 0; w < WAVES_N; ++w)
 #pragma unroll
-                    for (int segment = 0; segment < SEGMENTS; ++segment) {
-                        const int block = ((col + w * WAVE_N) % 128 + segment * SEGMENT) / 128;
-                        float value = values.of[w][0];
+                        for (int segment = 0; segment < SEGMENTS; ++segment) {
+                            const int block = ((tile.col + w * WAVE_N) % 128 + segment * SEGMENT) / 128;
+                            float value = values[w][0];
 #pragma unroll
-                        for (int j = 1; j < BLOCKS_OF_WAVE; ++j) value = block == j ? values.of[w][j] : value;
-                        store_shared(slot + (w * SEGMENT_SLOTS + segment) * 4, value);
-                    }
-                barrier_arrive(full);
+                            for (int j = 1; j < BLOCKS_OF_WAVE; ++j) value = block == j ? values[w][j] : value;
+                            store_shared(slot + (w * SEGMENT_SLOTS + segment) * 4, value);
+                        }
+                    barrier_arrive(full);
+                }
+                __syncwarp();
             }
-            __syncwarp();
         }
-        if (!AHEAD && has_more) ahead = load_scales(args, tile, first + lane);
-        values = ahead;
     }
 }
 

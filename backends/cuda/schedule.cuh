@@ -25,7 +25,8 @@ struct alignas(16) Tile {
     int is_end;       // no tile: the list is at its end
 };
 
-DEVICE void wait_long(uint32 barrier, uint32 parity) { SLEEPS >= 1 ? barrier_wait_asleep(barrier, parity) : barrier_wait(barrier, parity); }
+// Everybody but the consumers' main loop. Kernels for few rows have no time to wake up.
+DEVICE void wait_long(uint32 barrier, uint32 parity) { FLIGHT == 1 ? barrier_wait_asleep(barrier, parity) : barrier_wait(barrier, parity); }
 
 // A ring of slots in shared memory with a barrier for each direction; it serves operands and tiles alike.
 template <int slots>
@@ -73,17 +74,15 @@ DEVICE bool is_narrow(const Problem& p, int col) { return NARROW > 0 && p.n - co
 DEVICE bool is_narrow_next(int narrow, int index, int row_tiles, int col_tiles) {
     return narrow < row_tiles && index >= min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles;
 }
-static_assert(NARROW == 0 || (!COLUMN_BANDS && PAIRED_COLUMNS == 1 && WAVES_M == 1 && GROUPING != REDUCTION_GROUPS));
+static_assert(NARROW == 0 || (PAIRED_COLUMNS == 1 && WAVES_M == 1 && GROUPING != REDUCTION_GROUPS));
 
 // Walk the grid of row_tiles x col_tiles in bands of BAND row tiles (or pairs): the tiles that run at one time then share few
 // rows and columns, so most operand reads hit L2.
 DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
-    const uint32 along = COLUMN_BANDS ? row_tiles : col_tiles, across = COLUMN_BANDS ? col_tiles : row_tiles;
-    const uint32 band = index / (BAND * along);
-    const uint32 height = min(BAND, across - band * BAND);
-    const uint32 rest = index - band * BAND * along;
-    const int at = band * BAND + rest % height, step = rest / height;
-    return COLUMN_BANDS ? int2{step, at} : int2{at, step};
+    const uint32 band = index / (BAND * col_tiles);
+    const uint32 height = min(BAND, row_tiles - band * BAND);
+    const uint32 rest = index - band * BAND * col_tiles;
+    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
 }
 
 // The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into

@@ -168,7 +168,9 @@ class Block:
                 parity ^= 1
             if group == 0 and self.lead and blocks < self.stages:
                 self.led.arrive()
-            if self.early and index + 1 < len(self.tiles):  # also of a tile without k-blocks: of old numbers, for nobody
+            if self.early and index + 1 < len(
+                self.tiles
+            ):  # also of a tile without k-blocks: of old numbers, for nobody
                 yield lambda parity=parity: self.full[0].passed(parity)
                 self.begin_read(self.operands(0, group))
                 begun = True
