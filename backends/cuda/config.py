@@ -18,7 +18,7 @@ from fp8c.backends.cuda.wgmma import wgmma_header
 SHARED_LIMIT_BYTES = 232_448  # of one block on sm_90 (CUDA programming guide, compute capabilities)
 BLOCK_K = 128  # length of a scale group along K
 MAX_STAGES = 8  # the loop over a round of stages is unrolled
-MAX_SMALL_STAGES = 16  # of small tiles, whose rounds are shorter
+MAX_SMALL_STAGES = 20  # of small tiles, whose rounds are shorter
 TILE_SLOTS = 4  # of the ring that carries tiles from the producer to the consumers
 
 
@@ -73,7 +73,7 @@ class GemmConfig:
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
-    meets: bool = False  # warpgroups begin each tile together
+    early: bool = False  # a tile's first wave is begun before the tile before it is written
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     a_type: str = "e4m3"
     b_type: str = "e4m3"
@@ -199,7 +199,7 @@ class GemmConfig:
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
-            f"constexpr bool MEETS = {str(self.meets).lower()};",
+            f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",
             f"constexpr Grouping GROUPING = Grouping::{self.grouping.name};",
@@ -239,10 +239,9 @@ def two_row_waves(
     )
 
 
-def one_wide_wave(
-    scales: Scales, grouping: Grouping, output: Output, cluster: int = 1, narrow: int = 0, meets: bool = False
-) -> GemmConfig:
-    """128 x 192 tiles, each warpgroup one wave of 64 rows; BF16 outputs have memory for a whole tile.
+def one_wide_wave(scales: Scales, grouping: Grouping, output: Output, cluster: int = 1, narrow: int = 0) -> GemmConfig:
+    """128 x 192 tiles, each warpgroup one wave of 64 rows; BF16 outputs have memory for a whole tile, and a tile begins before the last one
+    is written.
 
     A cluster's blocks share rows of B: with tiles wider than high that leaves the fewest bytes to fetch. Where the last
     tile of a row has no more than `narrow` columns, only as many are multiplied.
@@ -258,7 +257,7 @@ def one_wide_wave(
         shares_b=cluster > 1,
         narrow=narrow,
         staging_bytes=6144 if output is Output.BF16 else 4096,
-        meets=meets,
+        early=True,
     )
 
 

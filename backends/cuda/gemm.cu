@@ -12,6 +12,7 @@
 //   --empty[stage]--> producer.
 // Consumer warpgroups share nothing but the stages. With LEAD the second one begins each tile some k-blocks after the first, so that
 // one multiplies while the other writes its output; with HELD_STAGES the output leaves through the last stage, by a warp of its own.
+// With EARLY a warpgroup begins the first wave of a tile before it writes the tile before.
 //
 // Shared-memory bandwidth (128 B a clock) is what limits such a kernel, so each operand is read as seldom as possible:
 //   waves along N (WAVES_N > 1): A goes through registers once (ldmatrix) and serves all of them;

@@ -148,6 +148,16 @@ DEVICE void let_follow(const Consumer& c) {
     if (c.leads && c.lane == 0) barrier_arrive(c.barriers + OFFSET_LEAD_BARRIER - OFFSET_STAGE_BARRIERS);
 }
 
+// Of a tile's last round, after its last k-block.
+DEVICE void skip_idle_stages(const Consumer& c, int blocks, uint32 phase) {
+#pragma unroll 1
+    for (uint32 s = blocks % STAGES; s < STAGES; ++s) {
+        barrier_wait(c.barriers + s * 8, phase);
+        __syncwarp();
+        if (s < STAGES - HELD_STAGES) release_stage(c, s);
+    }
+}
+
 // The k-blocks of one tile; `phase` is of the ring of stages, which the tile begins and ends at stage 0.
 template <int waves, int columns = WAVE_N>
 DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
@@ -171,37 +181,90 @@ DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
 #pragma unroll 1
         for (int s = 0; block < blocks; ++s, ++block)
             multiply_block<true, waves, columns>(c, s, s + 1, phase, block + 1 < blocks, true, !PROMOTE && block > 0);
-#pragma unroll 1
-        for (uint32 s = blocks % STAGES; s < STAGES; ++s) {  // idle stages
-            barrier_wait(c.barriers + s * 8, phase);
-            __syncwarp();
-            if (s < STAGES - HELD_STAGES) release_stage(c, s);
-        }
+        skip_idle_stages(c, blocks, phase);
         if (LEAD > 0 && blocks < STAGES) let_follow(c);  // not before: the other one has begun the tile before this one
         phase ^= 1;
     }
 }
 
-// The same for small tiles, whose one wave is too short to hide the time from a stage's arrival to its promotion: the
-// products of FLIGHT k-blocks are under way, each with registers of its own, and promoted in their order.
+// A wave whose product is under way.
 struct InFlight {
     float part[PART];
     float a_scale[2], b_scale[SEGMENT_SLOTS];
     uint32 stage;
 };
 
-DEVICE void start_block(Consumer& c, InFlight& x, uint32 s, uint32 phase) {
-    barrier_wait(c.barriers + s * 8, phase);
+DEVICE void begin_wave(Consumer& c, InFlight& x, uint32 s, int w) {
     x.stage = s;
-    const uint32 address = c.scale_a + s * SCALE_A_STRIDE;
+    const uint32 address = c.scale_a + s * SCALE_A_STRIDE + wave_row(w) * 4;
     x.a_scale[0] = load_shared(address), x.a_scale[1] = load_shared(address + 8 * 4);
     load_block_scales(x.b_scale, c.scale_b + s * SCALE_B_STRIDE);
     pin(x.part);
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-        wgmma(x.part, c.a_descriptor + (s * A_BYTES + k * 32) / 16, c.b_descriptor + (s * B_BYTES + k * 32) / 16, k > 0);
+        wgmma(x.part, c.a_descriptor + (s * A_BYTES + wave_row(w) * BLOCK_K + k * 32) / 16, c.b_descriptor + (s * B_BYTES + k * 32) / 16, k > 0);
     wgmma_commit();
+}
+
+// Its numbers are not wanted.
+DEVICE void drop_begun(InFlight& x) {
+    wgmma_wait<0>();
+    pin(x.part);
+}
+
+// EARLY: a tile's first wave is begun before the tile before it is written, so that the tensor core has work meanwhile. The loop is
+// turned by half a step for it: a wave is finished, then the next one is begun.
+template <bool last_of_tile_possible, int waves>
+DEVICE void finish_and_begin(Consumer& c, InFlight& x, uint32 s, uint32 next, uint32 next_phase, bool has_next, bool is_last_round) {
+#pragma unroll
+    for (int w = 0; w < waves; ++w) {
+        wgmma_wait<0>();
+        pin(x.part);
+        if (w == waves - 1) {
+            __syncwarp();
+            if (s < STAGES - HELD_STAGES || !is_last_round) release_stage(c, s);
+            if (!last_of_tile_possible || has_next) barrier_wait(c.barriers + next * 8, next_phase);
+        }
+        promote_blocks(c.acc[w], x.part, x.a_scale, x.b_scale);
+        if (w < waves - 1) begin_wave(c, x, s, w + 1);
+        else if (!last_of_tile_possible || has_next) begin_wave(c, x, next, 0);
+    }
+}
+
+// All stages of a round but the last one. A recursion, because the compiler doesn't unroll it as a loop.
+template <int s, int waves>
+DEVICE void finish_and_begin_stages(Consumer& c, InFlight& x, uint32 phase, bool is_last_round) {
+    if constexpr (s + 1 < STAGES) {
+        finish_and_begin<false, waves>(c, x, s, s + 1, phase, true, is_last_round);
+        finish_and_begin_stages<s + 1, waves>(c, x, phase, is_last_round);
+    }
+}
+
+// As multiply_tile, for a tile whose first wave is under way.
+template <int waves>
+DEVICE void multiply_begun_tile(Consumer& c, InFlight& x, int blocks, uint32& phase) {
+    if (NARROW > 0) c.a_descriptor = uniform64(c.a_descriptor), c.b_descriptor = uniform64(c.b_descriptor);
+    int block = 0;
+    for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
+        const bool is_last = block + STAGES == blocks;
+        finish_and_begin_stages<0, waves>(c, x, phase, is_last);
+        finish_and_begin<true, waves>(c, x, STAGES - 1, 0, phase ^ 1, block + STAGES < blocks, is_last);
+    }
+    if (block < max(blocks, 1)) {
+        if (blocks == 0) drop_begun(x);
+#pragma unroll 1
+        for (int s = 0; block < blocks; ++s, ++block) finish_and_begin<true, waves>(c, x, s, s + 1, phase, block + 1 < blocks, true);
+        skip_idle_stages(c, blocks, phase);
+        phase ^= 1;
+    }
+}
+
+// Small tiles: their one wave is too short to hide the time from a stage's arrival to its promotion; so the products of FLIGHT k-blocks
+// are under way, each with registers of its own, and promoted in their order.
+DEVICE void start_block(Consumer& c, InFlight& x, uint32 s, uint32 phase) {
+    barrier_wait(c.barriers + s * 8, phase);
+    begin_wave(c, x, s, 0);
 }
 
 // `pending` younger ones may still be under way.
@@ -246,38 +309,43 @@ DEVICE void multiply_in_flight(Consumer& c, int blocks, StageRing& stages) {
     }
 }
 
-DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_out) {
-    const uint32 warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
-    const int lane = threadIdx.x % 32, row0 = warpgroup * 64 + warp % 4 * 16;  // of this warp in the tile
-
-    Consumer c;
-    c.lane = lane;
-    c.leads = warpgroup == 0;
-    c.barriers = shared + OFFSET_STAGE_BARRIERS;
-    c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
-    c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
-    const int a_row = row0 + lane % 16;
+DEVICE void clear(Consumer& c) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) c.a_address[k] = shared + a_row * BLOCK_K + ((k * 2 + lane / 16 ^ (a_row & 7)) << 4);
-    const uint32 scale_a = shared + OFFSET_SCALE_A + (row0 + lane / 4) * 4;
-    c.scale_a = scale_a;
-    c.scale_b = shared + OFFSET_SCALE_B + (SCALES == PER_ROW ? lane % 4 * 8 : 0);
+    for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+        for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
+}
 
+// Nothing that only the epilogue needs is held in registers during the main loop.
+DEVICE void write_tile(const Arguments& args, uint32 shared, const TensorMap& map_out, const Tile& tile, const Consumer& c, uint32& tile_phase) {
+    const uint32 thread = thread_index_again(), warp = uniform(thread / 32);
+    if constexpr (HELD_STAGES > 0) {
+        stage_output(args, shared, tile, c.acc, warp, thread % 32, tile_phase);
+    } else {
+        write_output(args, map_out, shared + OFFSET_STAGING + warp * STAGING_BYTES, tile, c.acc, tile.row + warp * 16, thread % 32);
+    }
+    __syncwarp();  // wgmma wants whole warps
+    tile_phase ^= 1;
+}
+
+// The first rows' scales of A are where the tile's group begins in its box.
+DEVICE void find_scales(Consumer& c, uint32 scale_a, const Tile& tile) {
+    if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
+}
+
+DEVICE void consume_tiles(Consumer& c, const Arguments& args, uint32 shared, const TensorMap& map_out) {
     TileRing tiles(shared + OFFSET_TILE_BARRIERS);
     StageRing stages(c.barriers);  // FLIGHT > 1
     uint32 phase = 0;              // of the ring of stages, else
     uint32 tile_phase = 0;  // of barriers that everybody passes once a tile
+    const uint32 scale_a = c.scale_a;
     while (true) {
         tiles.wait_full();
         const Tile tile = read_tile(shared, tiles);
         if (tile.is_end) break;
         const int blocks = blocks_of(tile);
-        if constexpr (GROUPING == ROW_GROUPS) c.scale_a = scale_a + (tile.row & 3) * 4;
-#pragma unroll
-        for (int w = 0; w < WAVES; ++w)
-#pragma unroll
-            for (int i = 0; i < PART; ++i) c.acc[w][i] = 0;
-        if constexpr (MEETS) consumers_sync();
+        find_scales(c, scale_a, tile);
+        clear(c);
         if (LEAD > 0 && !c.leads) barrier_wait(shared + OFFSET_LEAD_BARRIER, tile_phase);
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
@@ -292,19 +360,64 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
 #pragma unroll
                 for (int i = 0; i < PART; ++i) c.acc[w][i] *= scale;
         }
-        {  // Nothing that only the epilogue needs is held in registers during the main loop.
-            const Tile done = read_tile(shared, tiles);
-            release_tile(tiles);
-            const uint32 thread = thread_index_again(), warp_again = uniform(thread / 32);
-            if constexpr (HELD_STAGES > 0) {
-                stage_output(args, shared, done, c.acc, warp_again, thread % 32, tile_phase);
-            } else {
-                write_output(args, map_out, shared + OFFSET_STAGING + warp_again * STAGING_BYTES, done, c.acc,
-                                done.row + warp_again * 16, thread % 32);
-            }
-            __syncwarp();  // wgmma wants whole warps
-            tile_phase ^= 1;
-        }
+        const Tile done = read_tile(shared, tiles);
+        release_tile(tiles);
+        write_tile(args, shared, map_out, done, c, tile_phase);
     }
+}
+
+// The next tile, begun. One without k-blocks too: of what lies in its idle stage, for nobody.
+DEVICE bool begin_tile(Consumer& c, InFlight& x, uint32 scale_a, uint32 shared, const TileRing& tiles, uint32 phase) {
+    tiles.wait_full();
+    const Tile tile = read_tile(shared, tiles);
+    if (tile.is_end) return false;
+    find_scales(c, scale_a, tile);
+    barrier_wait(c.barriers, phase);
+    begin_wave(c, x, 0, 0);
+    return true;
+}
+
+DEVICE void consume_tiles_early(Consumer& c, const Arguments& args, uint32 shared, const TensorMap& map_out) {
+    TileRing tiles(shared + OFFSET_TILE_BARRIERS);
+    InFlight x;
+    uint32 phase = 0, tile_phase = 0;
+    const uint32 scale_a = c.scale_a;
+    bool has_tile = begin_tile(c, x, scale_a, shared, tiles, phase);
+    while (has_tile) {
+        const Tile tile = read_tile(shared, tiles);
+        const int blocks = blocks_of(tile);
+        clear(c);
+        if (HALVES && tile.row_end - tile.row <= TILE_M / 2) {
+            multiply_begun_tile<1>(c, x, blocks, phase);
+        } else if (NARROW > 0 && uniform(is_narrow(args.problem, tile.col))) {  // begun too wide: once more
+            drop_begun(x);
+            multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
+        } else {
+            multiply_begun_tile<WAVES>(c, x, blocks, phase);
+        }
+        const Tile done = read_tile(shared, tiles);
+        release_tile(tiles);
+        has_tile = begin_tile(c, x, scale_a, shared, tiles, phase);
+        write_tile(args, shared, map_out, done, c, tile_phase);
+    }
+}
+
+DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_out) {
+    const uint32 warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
+    const int lane = threadIdx.x % 32, row0 = warpgroup * 64 + warp % 4 * 16;  // of this warp in the tile
+
+    Consumer c;
+    c.lane = lane;
+    c.leads = warpgroup == 0;
+    c.barriers = shared + OFFSET_STAGE_BARRIERS;
+    c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
+    c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
+    const int a_row = row0 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) c.a_address[k] = shared + a_row * BLOCK_K + ((k * 2 + lane / 16 ^ (a_row & 7)) << 4);
+    c.scale_a = shared + OFFSET_SCALE_A + (row0 + lane / 4) * 4;
+    c.scale_b = shared + OFFSET_SCALE_B + (SCALES == PER_ROW ? lane % 4 * 8 : 0);
+    if constexpr (EARLY) consume_tiles_early(c, args, shared, map_out);
+    else consume_tiles(c, args, shared, map_out);
     wait_stores_read<0>();  // what was written is visible when the grid ends; shared memory must be there until it is read
 }

@@ -195,7 +195,7 @@ DEVICE void store_output(const Arguments& args, const TensorMap& map_out, uint32
     for (uint32 phase = 0; tiles.next(tile); phase ^= 1) {
 #pragma unroll 1
         for (uint32 warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
-            barrier_wait(staged_barrier(shared, warpgroup), phase);
+            wait_long(staged_barrier(shared, warpgroup), phase);
 #pragma unroll
             for (int w = 0; w < WAVES; ++w)
 #pragma unroll

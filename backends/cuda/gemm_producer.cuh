@@ -35,7 +35,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
             for (int i = 0; i < ROUND; ++i) {
                 const int k = round + i * BLOCK_K;
                 const uint32 s = base + i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
-                barrier_wait(full + STAGES * 8, phase ^ 1);
+                wait_long(full + STAGES * 8, phase ^ 1);
                 if (k >= k_end) {  // an idle stage
                     barrier_arrive(full);
                     continue;
@@ -98,7 +98,7 @@ DEVICE void fetch_block_scales(const Arguments& args, uint32 shared) {
             for (int i = 0; i < min(AT_ONCE, padded - first); i += TOGETHER, stages.advance(TOGETHER)) {
                 if (lane >= i && lane < i + TOGETHER) {
                     const uint32 s = stages.slot() + lane - i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
-                    barrier_wait(full + STAGES * 8, stages.phase() ^ 1);
+                    wait_long(full + STAGES * 8, stages.phase() ^ 1);
                     const uint32 slot = shared + OFFSET_SCALE_B + s * SCALE_B_STRIDE;
 #pragma unroll
                     for (int w = 0; w < WAVES_N; ++w)
@@ -142,7 +142,7 @@ DEVICE void fetch_few_row_scales(const Arguments& args, uint32 shared) {
                 for (int i = 0; i < min(at_once, padded - first - j * at_once); i += step, stages.advance(step)) {
                     if (own >= i && own < i + step) {
                         const uint32 s = stages.slot() + own - i, full = shared + OFFSET_STAGE_BARRIERS + s * 8;
-                        barrier_wait(full + STAGES * 8, stages.phase() ^ 1);
+                        wait_long(full + STAGES * 8, stages.phase() ^ 1);
                         store_shared(shared + OFFSET_SCALE_A + s * SCALE_A_STRIDE + row * 4, values[j]);
                         barrier_arrive(full);
                     }

@@ -30,7 +30,7 @@ static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
 static_assert(!SHARES_B || (CLUSTER == 2 && TILE_N % 16 == 0), "each block fetches half of B, in groups of 8 rows");
 static_assert(!SHARES_B || WAVES_M == 1, "halves of a cluster's tiles would need the same columns");
 static_assert(NARROW == 0 || (WAVES == 1 && PROMOTE && FLIGHT == 1 && SCALES == PER_BLOCK && 2 * NARROW <= WAVE_N));
-static_assert(!MEETS || (WARPGROUPS == 2 && LEAD == 0));
+static_assert(!EARLY || (SCALES == PER_BLOCK && FLIGHT == 1 && LEAD == 0 && WAVES_N == 1 && !A_IN_REGISTERS));
 static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
 static_assert(WAVE_N % 8 == 0 && (WAVES + FLIGHT) * WAVE_N / 2 <= 192, "accumulators and what is in flight must fit into registers");

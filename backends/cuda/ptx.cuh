@@ -78,8 +78,8 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
         "@done bra passed;\n\tbra again;\n"
         "passed:\n\t}" ::"r"(barrier), "r"(parity) : "memory");
 }
-// The same by a thread that may have to wait long: it sleeps until the phase ends (at most 10 ms at a time) instead of asking again every
-// hundred clocks or so.
+// The same for a thread that waits long and has time: it sleeps until the phase ends (10 ms at most) instead of asking again every hundred
+// clocks or so, each time with some instructions and an access to shared memory.
 DEVICE void barrier_wait_asleep(uint32 barrier, uint32 parity) {
     asm volatile(
         "{\n\t.reg .pred done;\n"
@@ -89,8 +89,6 @@ DEVICE void barrier_wait_asleep(uint32 barrier, uint32 parity) {
 }
 // All warps of one warpgroup; hardware barrier 0 is __syncthreads's.
 DEVICE void warpgroup_sync(uint32 warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory"); }
-// All warps of two warpgroups.
-DEVICE void consumers_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor core.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

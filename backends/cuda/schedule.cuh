@@ -25,6 +25,9 @@ struct alignas(16) Tile {
     int is_end;       // no tile: the list is at its end
 };
 
+// Everybody but the consumers' main loop. Kernels for few rows have no time to wake up.
+DEVICE void wait_long(uint32 barrier, uint32 parity) { FLIGHT == 1 ? barrier_wait_asleep(barrier, parity) : barrier_wait(barrier, parity); }
+
 // A ring of slots in shared memory with a barrier for each direction; it serves operands and tiles alike.
 template <int slots>
 struct Ring {
@@ -36,8 +39,8 @@ struct Ring {
     DEVICE uint32 full() const { return barriers + slot() * 8; }
     DEVICE uint32 empty() const { return barriers + (slots + slot()) * 8; }
     DEVICE uint32 phase() const { return uses / slots & 1; }
-    DEVICE void wait_full() const { barrier_wait(full(), phase()); }
-    DEVICE void wait_empty() const { barrier_wait(empty(), ~(uses / slots) & 1); }
+    DEVICE void wait_full() const { wait_long(full(), phase()); }
+    DEVICE void wait_empty() const { wait_long(empty(), ~(uses / slots) & 1); }
     DEVICE void advance(int count = 1) { uses += count; }
     static DEVICE void init(uint32 barriers, uint32 writers, uint32 readers) {
         for (int i = 0; i < slots; ++i) {

@@ -21,8 +21,10 @@ _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
 _LONG_K = 4096  # from here on the main loop counts more than a tile's end
 _NARROW_COLUMNS = 64  # of a last tile of 128x192 that is multiplied as narrow as this
 _NARROW_TILE = 0.43  # of a whole one's time
+_WIDE_FROM_K = 1536  # dense: below, a tile's end counts too much
 # Time of a 128x192 tile against three quarters of one of 256x128.
 _WIDE_TILE = {Grouping.DENSE: 0.99, Grouping.ROW_GROUPS: 0.975}
+_WIDE_SHORT_TILE = 0.985  # the same, dense, K below _LONG_K
 _WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
@@ -162,6 +164,9 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
     is_forward = config.lead > 0
     if is_forward and is_large and (wide := _wide(config, shape)):
         return wide
+    if config.wave_n == 192 and config.output is Output.BF16:  # few columns
+        wide = one_wide_wave(config.scales, config.grouping, config.output)
+        return replace(wide, promote=config.promote, a_type=config.a_type, b_type=config.b_type)
     if is_forward:
         if config.grouping is Grouping.DENSE and k >= _LONG_K:
             return replace(config, lead=0)
@@ -175,27 +180,28 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
 
 def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
     """Tiles of 128x192 where they serve better than these of 256x128."""
-    is_long = shape.k >= _LONG_K
-    if not config.promote or (config.grouping is Grouping.DENSE and not is_long):
+    is_long, is_dense = shape.k >= _LONG_K, config.grouping is Grouping.DENSE
+    if not config.promote or (is_dense and shape.k < _WIDE_FROM_K):
         return None
+    has_narrow = (is_long or not is_dense) and 0 < shape.n % 192 <= _NARROW_COLUMNS
     wide = replace(
         one_wide_wave(
             config.scales,
             config.grouping,
             config.output,
             cluster=2 if is_long and shape.multiprocessors % 2 == 0 else 1,
-            narrow=_NARROW_COLUMNS if 0 < shape.n % 192 <= _NARROW_COLUMNS else 0,
-            meets=is_long,
+            narrow=_NARROW_COLUMNS if has_narrow else 0,
         ),
         a_type=config.a_type,
         b_type=config.b_type,
     )
     row_tiles, col_tiles, _ = _tiles(config, shape)
-    if config.grouping is Grouping.DENSE:
+    if is_dense:
         clocks = _waves(config, row_tiles * col_tiles, shape.multiprocessors)
     else:  # groups of any size: the last wave is half full on average
         clocks = row_tiles * col_tiles / shape.multiprocessors + 0.5
-    return wide if 0.75 * _WIDE_TILE[config.grouping] * _wide_waves(wide, shape) < clocks else None
+    tile = _WIDE_TILE[config.grouping] if is_long or not is_dense else _WIDE_SHORT_TILE
+    return wide if 0.75 * tile * _wide_waves(wide, shape) < clocks else None
 
 
 def _wide_waves(config: GemmConfig, shape: Shape) -> float:

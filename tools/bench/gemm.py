@@ -218,7 +218,7 @@ def _candidates(rule: GemmConfig, p: Problem) -> Iterator[GemmConfig]:
     yield from (two_row_waves(rule.scales, rule.grouping, rule.output, cluster=c) for c in (1, 2))
     if rule.scales is Scales.PER_BLOCK and rule.output is Output.BF16:
         narrow = 64 if 0 < p.n % 192 <= 64 else 0
-        yield from (one_wide_wave(rule.scales, rule.grouping, rule.output, c, narrow, meets=c > 1) for c in (1, 2))
+        yield from (one_wide_wave(rule.scales, rule.grouping, rule.output, c, narrow) for c in (1, 2))
     if rule.scales is Scales.PER_BLOCK and p.n < 4096:
         yield from (replace(one, wave_n=n) for n in (192, 144))
 

@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(not build.has_compiler(), reason="neither NV
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 FPROP = two_row_waves(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16, cluster=2)
-EXPERTS = one_wide_wave(Scales.PER_BLOCK, Grouping.ROW_GROUPS, Output.BF16, cluster=2, narrow=64, meets=True)
+EXPERTS = one_wide_wave(Scales.PER_BLOCK, Grouping.ROW_GROUPS, Output.BF16, cluster=2, narrow=64)
 WGRAD = two_row_waves(Scales.PER_ROW, Grouping.REDUCTION_GROUPS, Output.FP32_ADD)
 SHAPES = [
     (4096, 7168, 2048),
@@ -63,8 +63,7 @@ def all_configs() -> list[GemmConfig]:
     for grouping in (Grouping.DENSE, Grouping.ROW_GROUPS):
         configs.append(replace(two_row_waves(Scales.PER_BLOCK, grouping, Output.BF16), lead=0))
         for cluster, narrow in itertools.product((1, 2), (0, 64)):
-            wide = one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster, narrow, meets=cluster == 2)
-            configs.append(wide)
+            configs.append(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster, narrow))
     return configs
 
 
@@ -90,7 +89,8 @@ def check_assembler_report(config: GemmConfig) -> None:
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, f"{config}\n{report}"
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     assert registers * config.threads <= 65536
-    assert "C75" not in report, report  # wgmma serialised, setmaxnreg ignored
+    # wgmma serialised, setmaxnreg ignored; a wave that is begun early may be waited for once more, before the epilogue's first branch
+    assert len(re.findall("C75", report)) == len(re.findall("C7517", report)) <= int(config.early), report
     if not sass:
         return
     shape = rf"QGMMA\.64x{config.wave_n}x32\.F32\.E4M3\.E4M3"
@@ -243,7 +243,10 @@ def test_rule_takes_clusters_only_for_even_columns() -> None:
         (16384, 4096, 7168, 1, (128, 192), 2),
         (4096, 7168, 16384, 1, (256, 128), 1),
         (4096, 4096, 7168, 1, (256, 128), 1),
-        (4096, 24576, 1536, 1, (256, 128), 1),
+        (4096, 24576, 1536, 1, (128, 192), 1),
+        (4096, 7168, 2048, 1, (256, 128), 1),
+        (4096, 32768, 512, 1, (256, 128), 1),
+        (4096, 2112, 7168, 1, (128, 192), 1),
         (32768, 4096, 7168, 4, (128, 192), 2),
         (32768, 7168, 2048, 8, (128, 192), 1),
         (32768, 4096, 7168, 64, (256, 128), 2),  # pairs of 128 rows would be half empty at each expert's end
@@ -256,6 +259,7 @@ def test_rule_takes_the_tiles_that_were_measured_fastest(
     grouping = Grouping.DENSE if groups == 1 else Grouping.ROW_GROUPS
     config = tiles.choose(tiles.Shape(m, n, k, groups, 132), Scales.PER_BLOCK, grouping, Output.BF16)
     assert ((config.tile_m, config.tile_n), config.cluster) == (tile, cluster)
+    assert config.early == (tile == (128, 192))
 
 
 def test_rule_gives_128_rows_no_second_warpgroup_for_narrow_tiles() -> None:

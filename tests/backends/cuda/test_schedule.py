@@ -31,6 +31,7 @@ inline int again(int value) { return value; }
 inline int __ldg(const int* p) { return *p; }
 struct int2 { int x, y; };
 inline void barrier_wait(uint32, uint32) {}
+inline void barrier_wait_asleep(uint32, uint32) {}
 inline void barrier_init(uint32, uint32) {}
 """
 

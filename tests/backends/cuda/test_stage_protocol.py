@@ -47,6 +47,7 @@ class Block:
     dice: random.Random
     waves: int = 2
     chunks: int = 2
+    early: bool = False
     stop_after: int | None = None  # k-blocks, then consumers stand still
     reading: dict[str, int] = field(default_factory=dict)
     writing: set[str] = field(default_factory=set)
@@ -137,8 +138,11 @@ class Block:
                 for s, _ in stages:
                     self.full[s].arrive()
 
+    def operands(self, stage: int, group: int) -> list[str]:
+        return [f"A {stage} {w} {group}" for w in range(self.waves)] + self.pieces_of_b(stage)
+
     def consumer(self, group: int) -> Iterator[object]:
-        parity, done = 0, 0
+        parity, done, begun = 0, 0, False
         for index, blocks in enumerate(self.tiles):
             of_tile = index % 2
             if group == 1 and self.lead:
@@ -148,12 +152,14 @@ class Block:
                 for s in range(self.stages):
                     if r == 0 and group == 0 and blocks >= self.stages and s == self.lead > 0:
                         self.led.arrive()
-                    yield lambda s=s, parity=parity: self.full[s].passed(parity)
-                    if r * self.stages + s < blocks:
-                        read = [f"A {s} {w} {group}" for w in range(self.waves)] + self.pieces_of_b(s)
-                        self.begin_read(read)
+                    if not begun:
+                        yield lambda s=s, parity=parity: self.full[s].passed(parity)
+                    if begun or r * self.stages + s < blocks:
+                        if not begun:
+                            self.begin_read(self.operands(s, group))
+                        begun = False
                         yield lambda: True
-                        self.end_read(read)
+                        self.end_read(self.operands(s, group))
                     if s < self.stages - self.held or not is_last:
                         self.empty[s].arrive()
                     done += 1
@@ -162,6 +168,12 @@ class Block:
                 parity ^= 1
             if group == 0 and self.lead and blocks < self.stages:
                 self.led.arrive()
+            if self.early and index + 1 < len(
+                self.tiles
+            ):  # also of a tile without k-blocks: of old numbers, for nobody
+                yield lambda parity=parity: self.full[0].passed(parity)
+                self.begin_read(self.operands(0, group))
+                begun = True
             if not self.held:
                 continue
             if group == 0:
@@ -200,16 +212,16 @@ class Block:
             players[p] = next(p, None)
 
 
-@pytest.mark.parametrize("lead", [0, 1, 2])
+@pytest.mark.parametrize(("lead", "early"), [(0, False), (1, False), (2, False), (0, True)])
 @pytest.mark.parametrize(("stages", "waves", "chunks"), [(3, 2, 2), (4, 2, 2)])
 @pytest.mark.parametrize("held", [0, 1])
 def test_nobody_waits_forever_and_nothing_is_overwritten(
-    stages: int, waves: int, chunks: int, held: int, lead: int
+    stages: int, waves: int, chunks: int, held: int, lead: int, early: bool
 ) -> None:
     for seed in range(12):
         dice = random.Random(seed)
         tiles = [dice.choice((0, 1, stages - 1, stages, stages + 1, 2 * stages, 11)) for _ in range(5)]
-        Block(stages, held, lead, tiles, dice, waves, chunks).play()
+        Block(stages, held, lead, tiles, dice, waves, chunks, early).play()
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 4, 5, 6, 7])
