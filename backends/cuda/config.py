@@ -252,7 +252,7 @@ def one_wide_wave(scales: Scales, grouping: Grouping, output: Output, cluster: i
         output,
         waves_n=1,
         wave_n=192,
-        band=8 if cluster > 1 else 16,
+        band=12 if cluster > 1 else 16,
         cluster=cluster,
         shares_b=cluster > 1,
         narrow=narrow,

@@ -169,7 +169,7 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
         return replace(wide, promote=config.promote, a_type=config.a_type, b_type=config.b_type)
     if is_forward:
         if config.grouping is Grouping.DENSE and k >= _LONG_K:
-            return replace(config, lead=0)
+            return replace(config, lead=0, held_stages=0, early=True)
         config = replace(config, band=16 if k <= _WIDE_BAND_TO_K else config.band)
     is_dense_by_blocks = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE
     is_alone = k < _LONG_K if is_forward else is_dense_by_blocks

@@ -61,7 +61,8 @@ def all_configs() -> list[GemmConfig]:
             if config.waves_m == 2:
                 configs.append(replace(config, cluster=2))
     for grouping in (Grouping.DENSE, Grouping.ROW_GROUPS):
-        configs.append(replace(two_row_waves(Scales.PER_BLOCK, grouping, Output.BF16), lead=0))
+        alone = replace(two_row_waves(Scales.PER_BLOCK, grouping, Output.BF16), lead=0)
+        configs += [alone, replace(alone, held_stages=0, early=True)]
         for cluster, narrow in itertools.product((1, 2), (0, 64)):
             configs.append(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster, narrow))
     return configs
@@ -259,7 +260,7 @@ def test_rule_takes_the_tiles_that_were_measured_fastest(
     grouping = Grouping.DENSE if groups == 1 else Grouping.ROW_GROUPS
     config = tiles.choose(tiles.Shape(m, n, k, groups, 132), Scales.PER_BLOCK, grouping, Output.BF16)
     assert ((config.tile_m, config.tile_n), config.cluster) == (tile, cluster)
-    assert config.early == (tile == (128, 192))
+    assert config.early == (tile == (128, 192) or (groups == 1 and k >= 4096))
 
 
 def test_rule_gives_128_rows_no_second_warpgroup_for_narrow_tiles() -> None:
