@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no GPU 
 if IS_HOPPER:
     from fp8c.backends.cuda import build
     from fp8c.backends.cuda.config import Grouping, Output, Scales, two_row_waves
+    from tests.backends.cuda.accumulator_model import model_product
     from tests.backends.cuda.gemm_cases import CONFIGS, random_case, run_random_cases
 
 RANDOM_CASES = 2200
@@ -48,6 +49,28 @@ def test_a_last_wave_in_halves_adds_each_row_once() -> None:
         for cluster in (1, 2):
             config = two_row_waves(scales, Grouping.DENSE, Output.FP32_ADD, cluster=cluster)
             random_case(rng, config, 0, sizes=(2304, 2176, 300)).check()
+
+
+def test_scales_of_any_size_are_applied_exactly() -> None:
+    """B's 1x128 scales, from FP32's smallest normal numbers on, also beside huge ones; and those that aren't finite stay in their columns."""
+    rng = random.Random(9)
+    torch.manual_seed(9)
+    for cluster in (1, 2):
+        config = two_row_waves(Scales.PER_ROW, Grouping.DENSE, Output.FP32, cluster=cluster)
+        case = random_case(rng, config, 0, sizes=(300, 392, 700))
+        exponents = torch.randint(-126, 90, case.b_scale.shape, device="cuda")
+        case.b_scale.copy_(torch.ldexp(1 + torch.rand_like(case.b_scale), exponents))
+        case.expected = model_product(case.a, case.a_scale, case.b, case.b_scale, 1)
+        assert case.expected.isfinite().all()
+        case.check()
+
+        bad = torch.tensor([0, 17, 130, 391], device="cuda")
+        case.b_scale[bad, 2] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan], device="cuda")
+        out = case.run()
+        good = torch.ones(392, dtype=torch.bool, device="cuda")
+        good[bad] = False
+        assert not out[:, bad].isfinite().any()
+        assert torch.equal(out[:, good], case.expected[:, good])
 
 
 def test_results_are_the_same_every_time() -> None:
