@@ -6,7 +6,7 @@
 
 using int64 = long long;
 
-enum Element { E4M3, E5M2 };
+enum Element { E4M3, E5M2, E5M6 };
 enum Kind { FP32, POW2, E8M0 };
 
 constexpr uint32 ALL_LANES = 0xffffffffu, INFINITY_BITS = 0x7f800000u, NAN_BITS = 0x7fc00000u;
@@ -43,6 +43,12 @@ DEVICE uint32 side_by_side(uint32 a, uint32 b) {
 DEVICE uint32 larger_bits(uint32 a, uint32 b) {
     uint32 pair;
     asm("max.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
+DEVICE uint32 smaller_bits(uint32 a, uint32 b) {
+    uint32 pair;
+    asm("min.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 }
 
@@ -115,7 +121,7 @@ DEVICE uint32 encode(float a, float b, float c, float d) {
 
 template <int ELEMENT, int KIND>
 DEVICE float scale_of(float amax) {
-    constexpr float LARGEST = ELEMENT == E4M3 ? 448.0f : 57344.0f;
+    constexpr float LARGEST = ELEMENT == E4M3 ? 448.0f : ELEMENT == E5M2 ? 57344.0f : 65024.0f;
     constexpr float NEGATED_INVERSE = static_cast<float>(-1.0 / LARGEST);
     const uint32 amax_bits = __float_as_uint(amax);
     const float q = __fmul_rn(-amax, NEGATED_INVERSE);

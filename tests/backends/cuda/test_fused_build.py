@@ -41,6 +41,7 @@ def instances() -> list[FusedConfig]:
     found += [backward(weights[1], ends[1], ROWS_2, COLUMNS_2)]
     for w, cache in itertools.product(weights, (ROWS, ROWS_2)):
         found.append(config("swiglu_quantize_cached", empty(300, 512), w, ROWS, cache))
+    found += [config("quantize", empty(300, 512), f"e5m6[1x128] {kind}") for kind in ("pow2", "e8m0")]
     return found + [config("rms_norm_quantize", empty(9, c), empty(c), 1e-6, ROWS) for c in (128, 2048, 7168, 16384)]
 
 
@@ -79,6 +80,10 @@ def test_keys_name_what_is_compiled() -> None:
         ("swiglu_quantize_cached", (empty(8, 512), None, ROWS_2, ROWS_2)),
         ("swiglu_quantize_cached", (empty(8, 512), None, ROWS, "e5m6[1x128] pow2")),
         ("swiglu_quantize_cached", (empty(0, 512), None, ROWS, ROWS)),
+        ("quantize", (empty(8, 256), "e5m6[1x128] fp32")),
+        ("quantize", (empty(8, 200), "e5m6[1x128] pow2")),
+        ("quantize", (empty(2, 8, 256), "e5m6[1x128] pow2")),
+        ("quantize", (empty(8, 256, dtype=torch.float32), "e5m6[1x128] pow2")),
     ],
 )
 def test_the_rest_is_refused(op: str, arguments: tuple[Any, ...]) -> None:

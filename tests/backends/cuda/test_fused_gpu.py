@@ -64,6 +64,19 @@ def ends_of(split: list[int] | None) -> Tensor | None:
     return torch.tensor(ends, dtype=torch.int32, device="cuda")
 
 
+@pytest.mark.parametrize("fmt", ("e5m6[1x128] pow2", "e5m6[1x128] e8m0"))
+def test_quantize_packed(fmt: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[every.abs() <= 65024]
+    whole = torch.full((-(-len(every) // 127), 128), 65024.0, dtype=torch.bfloat16)  # so that scales are 1
+    whole[:, 1:] = torch.nn.functional.pad(every, (0, len(whole) * 127 - len(every))).view(-1, 127)
+    inputs = [drawn(rows, cols, rows) for rows, cols in ((1000, 256), (301, 384), (9, 128), (2048, 7168))]
+    for x in (*inputs, inputs[0][:1], inputs[1][:, 128:], whole.cuda()):
+        found, expected = (f(x, fmt) for f in (operators.KERNELS["quantize"], quantize.quantize))
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            same(a, b, (list(x.shape), i))
+
+
 @pytest.mark.parametrize("cache", ("e4m3[1x128] fp32", "e4m3[1x128] pow2", "e5m2[1x128] e8m0"))
 @pytest.mark.parametrize("is_weighted", (True, False))
 def test_swiglu_cached(cache: str, is_weighted: bool) -> None:
