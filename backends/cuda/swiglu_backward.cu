@@ -126,11 +126,11 @@ DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& til
     }
     if constexpr (WEIGHTED) copy_async<4>(&in.z, a.weight + row, exists);
 }
-// Of a thread that has started its copies, when they are done; of a warp, for what it has stored and read itself.
+// Of a thread that has started its copies: when they are done, and for what it has stored and read itself. Here and below every thread
+// arrives, which takes no longer than one of each warp behind a __syncwarp, and racecheck can follow it.
 DEVICE void arrive_fetched(Shared& shared) {
     copies_arrive(shared_address(&shared.fetched));
-    __syncwarp();
-    if (thread_index_again() % 32 == 0) barrier_arrive(shared_address(&shared.fetched));
+    barrier_arrive(shared_address(&shared.fetched));
 }
 
 struct Gradients {
@@ -209,8 +209,7 @@ DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
             if constexpr (WEIGHTED) sum = terms;
         }
         if (pass == PASSES - 1) {
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared_address(&shared.computed));
+            barrier_arrive(shared_address(&shared.computed));
         }
         // Over the 16 lanes of a column. A lane ends up with a pair of columns, of which it makes one's scale.
         const bool bit16 = lane & 16, bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
@@ -276,7 +275,7 @@ DEVICE void clear(Shared& shared, const Arguments& a, int turn) {
         store_scale<KIND_T>(a.dts, tile.group * a.dts_row + column * a.dts_col, 1.0f);
         store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (column + a.F) * a.dts_col, 1.0f);
     }
-    if (thread % 32 == 0) barrier_arrive(shared_address(&shared.computed));
+    barrier_arrive(shared_address(&shared.computed));
 }
 
 // Round 2: along rows. A warp has 16 rows, half a warp each second of them, a lane 8 columns.
@@ -337,8 +336,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backwa
     if constexpr (EXPERTS) count += (a.R - __ldg(a.ends + a.E - 1) + 127) / 128 * (a.F / 128);
     if (static_cast<int>(blockIdx.x) >= count) return;
     if (threadIdx.x == 0) {
-        barrier_init(shared_address(&shared.fetched), THREADS + THREADS / 32);
-        barrier_init(shared_address(&shared.computed), THREADS / 32);
+        barrier_init(shared_address(&shared.fetched), 2 * THREADS);
+        barrier_init(shared_address(&shared.computed), THREADS);
         barrier_init_done();
     }
     // The first two tiles of a block are not claimed.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ if IS_HOPPER:
     from fp8c.backends.cuda import build, operators
     from fp8c.backends.triton import norm, quantize, swiglu
 
+ROOT = Path(__file__).parents[3]
 FORMATS = (  # of the cached inputs, h, the gradient along rows, along columns
     ("e4m3[1x128] fp32", "e4m3[128x1] fp32", "e4m3[1x128] fp32", "e4m3[128x1] fp32"),
     ("e4m3[1x128] pow2", "e4m3[128x1] pow2", "e4m3[1x128] fp32", "e4m3[128x1] pow2"),
@@ -141,6 +146,17 @@ def test_rms_norm(fmt: str) -> None:
         y = weight * (x.float() * factor).to(x.dtype)
         for i, (a, b) in enumerate(zip((q, s), quantize.quantize(y, fmt), strict=True)):
             same(a, b, (rows, cols, i))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizers_are_content_with_fused_kernels(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    program = [sys.executable, "-m", "tests.backends.cuda.fused_cases"]
+    command = [sanitizer, "--tool", tool, "--kernel-name", "kernel_substring=fp8c_", "--error-exitcode", "9", *program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 def test_registered_first(monkeypatch: pytest.MonkeyPatch) -> None:
