@@ -183,7 +183,7 @@ def quantize_what_was_unpacked(graph: fx.Graph, fusions: frozenset[str]) -> int:
     The values are the same: seven significant bits times a power of two. BF16 has eight and FP32's exponents, and what was
     quantized was BF16, so nothing is below its smallest number.
     """
-    if not fusions:
+    if not fusions:  # nothing is gained where both are the plain form
         return 0
     unpacked: dict[tuple[Any, ...], fx.Node] = {}
     for node in g.calls(graph, {ops.dequantize.default}):

@@ -10,7 +10,9 @@ import torch
 
 import fp8c.backends.reference  # noqa: F401
 from fp8c import graph as g
+from fp8c.formats import Format
 from fp8c.ops import fused
+from fp8c.passes.fuse_casts import fits_bf16
 from fp8c.tools import opt
 from tests.passes.steps import STEPS
 
@@ -48,6 +50,14 @@ def test_the_numbers_stay_the_same(step: str) -> None:
     assert fused.changed[-1][1] > 0
     for before, after in zip(run(plain), run(fused), strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "fmt, fits", [("e5m6[1x128] pow2", True), ("e5m6[1x128] e8m0", True), ("e5m6[1x128] fp32", False)]
+)
+def test_bf16_holds_what_powers_of_two_scale(fmt: str, fits: bool) -> None:
+    """Otherwise a dequantized value has more bits than BF16, and wgrad's codes can't be made from it."""
+    assert fits_bf16(Format.parse(fmt)) == fits
 
 
 def test_running_it_again_changes_nothing() -> None:
