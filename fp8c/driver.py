@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo import external_utils
 from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.distributed.device_mesh import DeviceMesh
 
 import fp8c.ops  # noqa: F401  (defines the operators)
@@ -46,12 +47,13 @@ from fp8c.distributed import (
 )
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective, members_of
-from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
+from fp8c.kept_weights import Chain, WeightStore, reason_not_to_keep, run_with_kept, split_weights
 from fp8c.main_grad import add_main_grads, is_sharded_expert, run_with_accumulators, split_gradients, zero_main_grads
 from fp8c.passes import check_optional
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
 from fp8c.specs.resolve import resolve
+from fp8c.step_cache import Compiler, LoweredHalf, remembering
 from fp8c.structured_trace import TraceObserver, trace_summary
 from fp8c.target_record import TargetRecord
 from fp8c.user_code import is_model_file, short_path
@@ -93,7 +95,8 @@ class Session:
     main_grad: bool = False
     outputs: tuple[str, ...] = ()
     remarks: list[Diagnostic] = field(default_factory=list)
-    steps: list[pipeline.Rewritten] = field(default_factory=list)
+    planned: list[pipeline.Rewritten] = field(default_factory=list)
+    unplanned: list[Callable[[], None]] = field(default_factory=list)  # steps from the cache that nobody has asked for
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
     examples: list[Any] = field(default_factory=list)  # what the inputs of the last captured graph were
@@ -104,7 +107,15 @@ class Session:
 
     def fresh(self) -> Session:
         """The same settings for another model: nothing captured yet."""
-        return replace(self, remarks=[], steps=[], weights=WeightStore(), scales=DelayedScales(), model=None)
+        own: dict[str, Any] = {"remarks": [], "planned": [], "unplanned": [], "model": None}
+        return replace(self, **own, weights=WeightStore(), scales=DelayedScales())
+
+    @property
+    def steps(self) -> list[pipeline.Rewritten]:
+        """What was rewritten, graph by graph. A step that came from the cache is planned when it is asked for."""
+        while self.unplanned:
+            self.unplanned.pop(0)()
+        return self.planned
 
     def resolve(self, uses: Sequence[Any]) -> PrecisionPlan:
         plan = resolve(self.spec, uses, self.target, partial=self.partial)
@@ -123,17 +134,73 @@ class Session:
         for done in capture.prepare_forward(gm):
             log.info("%s", done)
         lowering.register_kernels(device)
-        compile_forward = functools.partial(self._lower_half, how=how, is_backward=False)
-        compile_backward = functools.partial(self._lower_half, how=how, is_backward=True)
+        how_beside = how if device == "cuda" else ""
+        if not self._remembers(how):
+            return self._differentiate(gm, example_inputs, names, how, how_beside)
+        restored: list[LoweredHalf] = []
+
+        def restore(half: LoweredHalf) -> None:
+            self._bind(half)
+            restored.append(half)
+
+        planned = len(self.planned)
+        with remembering(self.identity(names), gm, restore) as cacheable:
+            step = self._differentiate(gm, example_inputs, names, how, how_beside, cacheable)
+        if restored and len(self.planned) == planned:
+            self._note(restored[0].remarks)
+            if not restored[0].is_inference:
+                values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+                self.unplanned.append(functools.partial(self._plan_again, gm, values, names))
+        return step
+
+    def _differentiate(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        names: tuple[str, ...],
+        how: str,
+        how_beside: str,
+        cacheable: Callable[[Compiler], Compiler] = lambda compiler: compiler,
+    ) -> Callable[..., Any]:
         backend = aot_autograd(
-            fw_compiler=compile_forward,
-            bw_compiler=compile_backward,
-            inference_compiler=functools.partial(self._infer, names=names, how=how),
-            partition_fn=functools.partial(self._partition, names=names, how=how if device == "cuda" else ""),
+            fw_compiler=cacheable(functools.partial(self._lower_half, how=how)),
+            bw_compiler=cacheable(functools.partial(self._lower_half, how=how, releases=self.release_weights)),
+            inference_compiler=cacheable(functools.partial(self._infer, names=names, how=how)),
+            partition_fn=functools.partial(self._partition, names=names, how=how_beside),
             decompositions={},
             keep_inference_input_mutations=True,
         )
-        return backend(gm, example_inputs)
+        step: Callable[..., Any] = backend(gm, inputs)
+        return step
+
+    def _plan_again(self, gm: fx.GraphModule, values: Sequence[Any], names: tuple[str, ...]) -> None:
+        """Rewrite a graph whose halves came from the cache, for somebody who wants to see what was done."""
+        planner = replace(self.fresh(), plan_only=True, model=self.model)
+        with tracing(TracingContext(detect_fake_mode(values))), contextlib.suppress(PlanningDone):
+            planner._differentiate(gm, values, names, "reference", "")
+        self.planned += planner.planned
+
+    def _remembers(self, how: str) -> bool:
+        """Whether compiled steps are kept for other processes: those that Inductor makes, and nobody watches being made."""
+        return how == "inductor" and not (self.plan_only or self.observers or self.want_baseline or self.on_joint)
+
+    def identity(self, names: Sequence[str]) -> dict[str, Any]:
+        """What a step depends on besides its graph and the types of its inputs."""
+        module = self.model() if self.model is not None else None
+        parameters = [] if module is None else list(module.named_parameters())
+        return {
+            "inputs": names,
+            "spec": self.spec.digest,
+            "target": self.target.name,
+            "without": sorted(self.without),
+            "partial": self.partial,
+            "keep_weights": self._keeps_weights(),
+            "release_weights": self.release_weights,
+            "main_grad": self.main_grad and [name for name, p in parameters if is_sharded_expert(p)],
+        }
+
+    def _note(self, remarks: Iterable[Diagnostic]) -> None:
+        self.remarks += [r for r in remarks if r not in self.remarks]
 
     def _partition(
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, names: tuple[str, ...], how: str, **_: Any
@@ -152,8 +219,8 @@ class Session:
             without=self.without,
         )
         trace_summary(rewritten.plan, rewritten.records)
-        self.steps.append(rewritten)
-        self.remarks += [r for r in rewritten.ctx.remarks if r not in self.remarks]
+        self.planned.append(rewritten)
+        self._note(rewritten.ctx.remarks)
         if self.plan_only:
             raise PlanningDone
         if communicates(joint.graph):
@@ -165,24 +232,49 @@ class Session:
         return rewritten.halves.forward, rewritten.halves.backward
 
     def _lower_half(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_backward: bool
-    ) -> Callable[..., Any]:
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        how: str,
+        releases: bool = False,
+        is_inference: bool = False,
+    ) -> LoweredHalf:
         """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
-        lower = functools.partial(self._lower, how=how)
         module = self.model() if self.model is not None else None
         names: dict[str, int] = {}
-        if self.main_grad and module is not None:
+        if self.main_grad and module is not None and not is_inference:
             sharded = {g.canonical_path(n) for n, p in module.named_parameters() if is_sharded_expert(p)}
             gm, names = split_gradients(gm, sharded)
         inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
-        run = self._behind_weights(gm, inputs, lower, releases=is_backward and self.release_weights)
-        if not names or module is None:
-            return run
-        return run_with_accumulators(run, names, module, gradients_noted(module))
+        chains: list[Chain] = []
+        if self._keeps_weights():
+            gm, chains = split_weights(gm)
+            inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
+        half = LoweredHalf(
+            run=self._lower_with_scales(gm, inputs, how=how, is_inference=is_inference),
+            chains=tuple(chains),
+            releases=releases,
+            accumulators=names,
+            is_inference=is_inference,
+            remarks=() if is_inference or not self.planned else tuple(self.planned[-1].ctx.remarks),
+            communicates=communicates(gm.graph),
+        )
+        self._bind(half)
+        return half
 
-    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
-        lowered = self._tuned(self._lower_with_scales(gm, inputs, how=how))
-        return explaining_lost_ranks(lowered) if communicates(gm.graph) else lowered
+    def _bind(self, half: LoweredHalf) -> None:
+        """Put a half behind what belongs to this session: its policy, its weights, its module's accumulators."""
+        run = self._tuned(half.run)
+        if half.communicates:
+            run = explaining_lost_ranks(run)
+        if half.chains:
+            run = run_with_kept(run, half.chains, self.weights, half.releases)
+        if half.accumulators:
+            module = self.model() if self.model is not None else None
+            assert module is not None
+            run = run_with_accumulators(run, half.accumulators, module, gradients_noted(module))
+        half.bound = run
 
     def _tuned(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Backward runs in a thread of autograd's, so the policy goes with the half, not with the caller."""
@@ -196,20 +288,6 @@ class Session:
             return lowering.lower(gm, inputs, how, is_inference=is_inference)
         return self.scales.around(lowering.lower(gm, inputs, "reference"))
 
-    def _behind_weights(
-        self,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        lower: Callable[..., Callable[..., Any]],
-        releases: bool = False,
-    ) -> Callable[..., Any]:
-        if not self._keeps_weights():
-            return lower(gm, inputs)
-        main, chains = split_weights(gm)
-        kept = [n.meta["val"] for n in main.graph.find_nodes(op="placeholder")[len(inputs) :]]
-        run = lower(main, [*inputs, *kept])
-        return run_with_kept(run, chains, self.weights, releases) if chains else run
-
     def _keeps_weights(self) -> bool:
         module = self.model() if self.model is not None else None
         if not self.keep_weights or module is None:
@@ -220,16 +298,11 @@ class Session:
             self.remarks += [] if remark in self.remarks else [remark]
         return not reason
 
-    def _infer(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str
-    ) -> Callable[..., Any]:
+    def _infer(self, gm: fx.GraphModule, inputs: Sequence[Any], *, names: tuple[str, ...], how: str) -> LoweredHalf:
         rewritten = pipeline.rewrite_inference(
             gm, names, self.resolve, target=self.target, observers=self.observers, without=self.without
         )
-        run = self._behind_weights(
-            rewritten, inputs, functools.partial(self._lower_with_scales, how=how, is_inference=True)
-        )
-        return self._tuned(run)
+        return self._lower_half(rewritten, inputs, how=how, is_inference=True)
 
 
 def step_facts(rewritten: pipeline.Rewritten, owns_evenly: bool) -> dict[str, str]:
