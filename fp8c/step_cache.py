@@ -150,7 +150,7 @@ def remembering(
     }
 
     def cacheable(compile_half: Compiler) -> Compiler:
-        def compiled(gm: fx.GraphModule, inputs: Sequence[Any]) -> LoweredHalf:
+        def compiled(gm: fx.GraphModule, inputs: Sequence[Any]) -> OutputCode:
             with search.for_inductor():
                 return compile_half(gm, inputs)
 
