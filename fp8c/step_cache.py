@@ -154,7 +154,7 @@ def remembering(
             with search.for_inductor():
                 return compile_half(gm, inputs)
 
-        return SerializableAOTDispatchCompiler(LoweredHalf, compiled)
+        return SerializableAOTDispatchCompiler(OutputCode, compiled)
 
     token = _search.set(search)
     try:
