@@ -206,11 +206,10 @@ def test_fsdp2_layer_by_layer() -> None:
         dist.destroy_process_group()
 
 
-def test_a_compiled_step_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_is_found_again(tmp_path: Path) -> None:
     """As by another process: the halves come from the cache, for other lengths too, and give the same bits."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     found = []
-    with functorch_config.patch(enable_autograd_cache=True):
+    with functorch_config.patch(enable_autograd_cache=True), torch.compiler.config.patch(cache_key_tag=str(tmp_path)):
         for _ in range(2):
             torch._dynamo.reset()
             counters.clear()
