@@ -44,9 +44,10 @@ Compiler = Callable[..., OutputCode]
 
 compiler_config: Any = importlib.import_module("torch.compiler.config")  # its `patch` is put in when it is imported
 
-#: Folders whose files decide what a graph becomes. Kernels' own sources don't: they have a cache of their own.
+#: Folders whose files decide what a graph becomes, and the kernels it calls: those have caches of their own, but only a step that
+#: is made anew has them compiled beside Inductor.
 _PACKAGES = ("fp8c", "passes", "backends", "specs")
-_SUFFIXES = {".py", ".fp8", ".lark", ".toml"}
+_SUFFIXES = {".py", ".fp8", ".lark", ".toml", ".cu", ".cuh"}
 
 
 @dataclass(kw_only=True)
@@ -181,7 +182,7 @@ def digest(identity: Mapping[str, Any]) -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """Of the files that decide what a graph becomes."""
+    """Of the files that decide what a graph becomes and how it runs."""
     root = Path(fp8c.__file__).parent
     found = hashlib.sha256(torch.__version__.encode())
     for package in _PACKAGES:
