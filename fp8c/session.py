@@ -167,11 +167,15 @@ class Session:
         self.planned += planner.planned
 
     def _remembers(self, how: str) -> bool:
-        """Whether compiled steps are kept for other processes: those that Inductor makes, and nobody watches being made."""
-        return how == "inductor" and not (self.plan_only or self.observers or self.want_baseline or self.on_joint)
+        """Whether compiled steps are kept for other processes: those that Inductor makes, and nobody watches being made.
+
+        A kind of session of its own has to say itself, in `identity`, what its steps depend on.
+        """
+        is_watched = self.plan_only or self.observers or self.want_baseline or self.on_joint
+        return how == "inductor" and not is_watched and "identity" in vars(type(self))
 
     def identity(self, names: Sequence[str]) -> dict[str, Any]:
-        """What a step depends on besides its graph and the types of its inputs."""
+        """What a step depends on besides its graph and the types of its inputs; values for json."""
         module = self.model() if self.model is not None else None
         parameters = [] if module is None else list(module.named_parameters())
         return {
@@ -238,7 +242,7 @@ class Session:
             gm, chains = split_weights(gm)
             inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
         half = LoweredHalf(
-            run=self._lower_with_scales(gm, inputs, how=how, is_inference=is_inference),
+            run=self._lower(gm, inputs, how=how, is_inference=is_inference),
             chains=tuple(chains),
             releases=releases,
             accumulators=names,
@@ -266,7 +270,7 @@ class Session:
         """Backward runs in a thread of autograd's, so the policy goes with the half, not with the caller."""
         return choice.under(choice.MEASURE, run) if self.tune else run
 
-    def _lower_with_scales(
+    def _lower(
         self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str, is_inference: bool = False
     ) -> Callable[..., Any]:
         """Histories of delayed scales live outside of the graph, so a graph that reads them runs as it is written."""
