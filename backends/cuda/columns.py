@@ -151,10 +151,17 @@ def _instance(
         is_fp32 = ScaleKind.FP32 in (kind_in, kind)
         own = (*constants, ("WIDE", _order(is_fp32, index_bits != 0)[1]))
         return FusedConfig(
-            "requantize_columns.cu", THREADS, 4, size, own, _REQUANTIZE_SHARED_BYTES, (*includes, "halves.cuh")
+            "requantize_columns.cu",
+            THREADS,
+            4,
+            size,
+            own,
+            _REQUANTIZE_SHARED_BYTES,
+            (*includes, "halves.cuh"),
+            starts_early=True,
         )
     blocks = 3 if has_rows else 5 if index_bits else 4
-    return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes)
+    return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes, starts_early=True)
 
 
 def _order(is_fp32: bool, gathers: bool) -> tuple[int, int]:
