@@ -59,7 +59,7 @@ struct Output {
     uint32 stride;
     bool exists;
     DEVICE void store(int column, uint32 first, uint32 second) const {
-        store_global2(out + static_cast<uint64>(stride) * column, make_uint2(first, second), exists);
+        store_global2(out + bytes(stride, column), make_uint2(first, second), exists);
     }
 };
 

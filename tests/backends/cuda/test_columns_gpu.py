@@ -84,3 +84,28 @@ def test_captured_into_a_graph() -> None:
     graph.replay()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def test_a_kernel_that_starts_early_waits_for_what_it_reads() -> None:
+    """Each launch reads what the one before it writes, to memory that held the result of other numbers before."""
+    from fp8c.backends.cuda import columns
+
+    act, act_t = "e4m3[1x128] fp32", "e4m3[128x1] fp32"
+    inputs = [torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16) * 2.0**i for i in range(8)]
+    index = torch.randint(0, 8192, (8192,), device="cuda")
+
+    def chain(x: torch.Tensor, waits: bool) -> list[torch.Tensor]:
+        rows, scale = columns.quantize_both(x, act, act_t)[:2]
+        if waits:
+            torch.cuda.synchronize()
+        found = [
+            *columns.requantize(rows, scale, act, act_t),
+            *columns.gather_requantized(rows, scale, index, act, act_t),
+        ]
+        return [t.contiguous().view(torch.uint8).clone() for t in found]
+
+    expected = [chain(x, waits=True) for x in inputs]
+    for _ in range(5):
+        for x, wanted in zip(inputs, expected, strict=True):
+            for a, b in zip(chain(x, waits=False), wanted, strict=True):
+                assert torch.equal(a, b)
