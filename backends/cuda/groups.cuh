@@ -29,8 +29,8 @@ DEVICE Rows rows_of(const int* ends, int experts, int group) {
     return {begin, min(begin + GROUP, stop)};
 }
 
-// Of the groups with rows, or of those without (EMPTY), the one with this index, which is less by their number where there are not so
-// many. Every warp looks for itself.
+// The group with this index among those with rows, or among those without (EMPTY). Where there are not so many, the index is less by
+// their number. Every warp looks for itself.
 struct Found {
     bool exists;
     int group;
