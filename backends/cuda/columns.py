@@ -166,10 +166,10 @@ def _instance(
 
 def _order(is_fp32: bool, gathers: bool) -> tuple[int, int]:
     """Tiles that a block requantizes, one after another, and such runs of a slab: a run has its rows looked up once, a wide slab
-    reads longer lines. Measured (tools/bench/results/h200_kernel_shapes_2026-11-22.json, h200_fused_2026-11-22.json)."""
+    reads longer lines. Measured (tools/bench/results/h200_kernel_shapes_2026-11-22.json, h200_fused_2026-11-22*.json)."""
     if gathers:
         return (4, 1) if is_fp32 else (3, 1)
-    return (3, 1) if is_fp32 else (1, 2)
+    return (2, 1) if is_fp32 else (1, 2)
 
 
 # Launch -------------------------------------------------------------------------------------------------------------

@@ -65,19 +65,17 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "config and kernel disagree on the layout of shared memory");
 
-// Tiles of a group one after another. Groups that no expert owns have no rows; the rule is fp8c.ops.scale_shape's. They come last: they
-// are done quickly, by the blocks that are done early. Groups past `a.groups` are rows of no expert: in no group of columns, but
-// with groups of their own.
+// Tiles in order, those of a group one after another. A group that no expert owns has no rows; the rule is
+// fp8c.ops.scale_shape's. Groups past `a.groups` are rows of no expert: in no group of columns, but with groups of their own.
 DEVICE Tile tile_of(const Arguments& a, int index) {
-    int group = index / (a.F / 128);
-    const int tile = index % (a.F / 128);
+    const int group = index / (a.F / 128), tile = index % (a.F / 128);
     if constexpr (!EXPERTS) return {group * 128, min(group * 128 + 128, a.R), group, tile};
-    const Found full = find_group<false>(a.ends, a.E, a.groups, group);
-    if (full.exists) return {full.rows.begin, full.rows.end, full.group, tile};
-    const int last = __ldg(a.ends + a.E - 1), others = (a.R - last + 127) / 128, begin = last + group * 128;
-    if (group < others) return {begin, min(begin + 128, a.R), a.groups + group, tile};
-    group -= others;
-    return {0, 0, find_group<true>(a.ends, a.E, a.groups, group).group, tile};
+    if (group >= a.groups) {
+        const int begin = __ldg(a.ends + a.E - 1) + (group - a.groups) * 128;
+        return {begin, min(begin + 128, a.R), group, tile};
+    }
+    const Rows rows = rows_of(a.ends, a.E, group);
+    return {rows.begin, rows.end, group, tile};
 }
 DEVICE uint4 tile_or_none(const Arguments& a, int index, int count) {
     return packed(index < count ? tile_of(a, index) : Tile{0, 0, 0, -1});
