@@ -85,8 +85,8 @@ def test_the_second_process_compiles_nothing_and_computes_the_same(monkeypatch: 
         raise AssertionError("the step was lowered again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(driver.lowering, "lower", refuse)
-        patched.setattr(driver.pipeline, "rewrite_and_partition", refuse)
+        patched.setattr("fp8c.session.lowering.lower", refuse)
+        patched.setattr("fp8c.session.pipeline.rewrite_and_partition", refuse)
         again = compiled()
         assert all(map(torch.equal, results, run(again)))
     assert found() == (1, 0)
