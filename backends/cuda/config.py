@@ -75,6 +75,9 @@ class GemmConfig:
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     early: bool = False  # a tile's first wave is begun before the tile before it is written
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
+    column_bands: bool = False
+    hint_a: int = 0
+    hint_b: int = 0
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -97,8 +100,8 @@ class GemmConfig:
 
     @property
     def b_box(self) -> int:
-        """Rows of one box of B: half a tile where blocks share it."""
-        return self.tile_n // (self.cluster if self.shares_b else 1)
+        """Rows of one box of B: half a tile where blocks share it, or where a narrow tile takes no more."""
+        return self.tile_n // (2 if self.shares_b or self.narrow else 1)
 
     def pairs(self, m: int, n: int) -> int:
         """Tiles of a dense m x n output, in pairs of a cluster's blocks where there are any."""
@@ -189,6 +192,9 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
+            "HINT_A": self.hint_a,
+            "HINT_B": self.hint_b,
+            "COLUMN_BANDS": int(self.column_bands),
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,

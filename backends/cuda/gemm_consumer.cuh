@@ -350,7 +350,7 @@ DEVICE void consume_tiles(Consumer& c, const Arguments& args, uint32 shared, con
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
         else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
-        else if (NARROW > 0 && uniform(is_narrow(args.problem, tile.col))) multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
+        else if (NARROW > 0 && uniform(is_narrow(tile))) multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
         else multiply_tile<WAVES>(c, blocks, phase);
 
         if constexpr (SCALES == PER_TENSOR) {
@@ -389,7 +389,7 @@ DEVICE void consume_tiles_early(Consumer& c, const Arguments& args, uint32 share
         clear(c);
         if (HALVES && tile.row_end - tile.row <= TILE_M / 2) {
             multiply_begun_tile<1>(c, x, blocks, phase);
-        } else if (NARROW > 0 && uniform(is_narrow(args.problem, tile.col))) {  // begun too wide: once more
+        } else if (NARROW > 0 && uniform(is_narrow(tile))) {  // begun too wide: once more
             drop_begun(x);
             multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
         } else {

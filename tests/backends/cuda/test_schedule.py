@@ -41,7 +41,7 @@ PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
-// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length block
+// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length col_end block
 int main(int count, char** arguments) {
     std::vector<int> x;
     for (int i = 1; i < count; ++i) x.push_back(std::atoi(arguments[i]));
@@ -51,7 +51,7 @@ int main(int count, char** arguments) {
         SCHEDULE schedule(p);
         Tile t;
         while (schedule.next(t))
-            std::printf("%d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, blockIdx.x);
+            std::printf("%d %d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, t.col_end, blockIdx.x);
     }
 }
 """
@@ -76,9 +76,12 @@ def tiles_of(program: Path, *arguments: int) -> list[tuple[int, ...]]:
 
 
 def tiles_and_blocks(program: Path, *arguments: int) -> list[tuple[tuple[int, ...], int]]:
+    return [(line[:-2], line[-1]) for line in _lines(program, *arguments)]
+
+
+def _lines(program: Path, *arguments: int) -> list[tuple[int, ...]]:
     result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
-    lines = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
-    return [(line[:-1], line[-1]) for line in lines]
+    return [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
 
 
 def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) -> GemmConfig:
@@ -138,7 +141,6 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
     "config",
     [
         sharing_columns(Grouping.DENSE),
-        with_narrow_tiles(Grouping.DENSE),
     ],
 )
 def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, config: GemmConfig) -> None:
@@ -230,6 +232,33 @@ def test_narrow_tiles_come_when_their_band_is_over(tmp_path: Path) -> None:
         if tile[3] == 4032:
             assert all(before[1] // band <= tile[1] // band for before in order[:at])
             assert not any(after[1] // band == tile[1] // band and after[3] < 4032 for after in order[at:])
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_every_column_is_in_one_tile_of_its_rows(tmp_path: Path, cluster: int) -> None:
+    """Narrow tiles: a row's last 64 columns, and thirds of what would be an almost empty last wave."""
+    config = replace(with_narrow_tiles(Grouping.DENSE), cluster=cluster, shares_b=cluster > 1)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    shapes = ((4096, 2112, 132), (4096, 4096, 132), (4096, 24576, 132), (16384, 4096, 132), (2900, 64, 6), (700, 448, 6), (130, 200, 132))
+    for m, n, blocks in shapes:
+        found: dict[int, list[int]] = {}
+        for _, row, row_end, col, _, _, col_end, _ in _lines(program, blocks, m, n, 512):
+            assert col % config.narrow == 0 and row_end == min(row + config.tile_m, m)
+            found.setdefault(row, []).extend(range(col, min(col + config.tile_n, col_end, n)))
+        assert sorted(found) == rows(m, config)
+        assert all(sorted(c) == list(range(n)) for c in found.values())
+
+
+def test_a_last_wave_of_few_tiles_is_cut_into_narrow_ones(tmp_path: Path) -> None:
+    """Time of the busiest block, a narrow tile at half of a whole one's: 352 tiles of 132 blocks, 336 and 1344 of 66 pairs."""
+    for cluster, m, n, expected in ((1, 4096, 2112, 3.0), (2, 4096, 4096, 5.5), (2, 16384, 4096, 21.0)):
+        config = replace(with_narrow_tiles(Grouping.DENSE), cluster=cluster, shares_b=cluster > 1)
+        folder = tmp_path / f"{cluster}-{m}-{n}"
+        folder.mkdir()
+        time = Counter[int]()
+        for *_, col, _, _, col_end, block in _lines(compiled(folder, config, "DenseSchedule"), 132, m, n, 512):
+            time[block] += 1.0 if min(col_end, n) - col > config.narrow else 0.5
+        assert max(time.values()) == expected
 
 
 def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:
