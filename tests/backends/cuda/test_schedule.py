@@ -239,7 +239,15 @@ def test_every_column_is_in_one_tile_of_its_rows(tmp_path: Path, cluster: int) -
     """Narrow tiles: a row's last 64 columns, and thirds of what would be an almost empty last wave."""
     config = replace(with_narrow_tiles(Grouping.DENSE), cluster=cluster, shares_b=cluster > 1)
     program = compiled(tmp_path, config, "DenseSchedule")
-    shapes = ((4096, 2112, 132), (4096, 4096, 132), (4096, 24576, 132), (16384, 4096, 132), (2900, 64, 6), (700, 448, 6), (130, 200, 132))
+    shapes = (
+        (4096, 2112, 132),
+        (4096, 4096, 132),
+        (4096, 24576, 132),
+        (16384, 4096, 132),
+        (2900, 64, 6),
+        (700, 448, 6),
+        (130, 200, 132),
+    )
     for m, n, blocks in shapes:
         found: dict[int, list[int]] = {}
         for _, row, row_end, col, _, _, col_end, _ in _lines(program, blocks, m, n, 512):
