@@ -76,6 +76,7 @@ class GemmConfig:
     early: bool = False  # a tile's first wave is begun before the tile before it is written
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     column_bands: bool = False
+    leader: bool = False
     hint_a: int = 0
     hint_b: int = 0
     a_type: str = "e4m3"
@@ -192,6 +193,7 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
+            "LEADER": int(self.leader),
             "HINT_A": self.hint_a,
             "HINT_B": self.hint_b,
             "COLUMN_BANDS": int(self.column_bands),

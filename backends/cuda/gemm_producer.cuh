@@ -47,14 +47,22 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                     if (WAVES_M == 2 && !is_half)
                         load_tile_hint<HINT_A>(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
                 } else {  // each block of the cluster fetches one half of A for both
-                    const int half = cluster_rank() * (TILE_M / 2);
+#pragma unroll
+                  for (int turn = 0; turn < (LEADER ? 2 : 1); ++turn) {
+                    if (LEADER && cluster_rank() != 0) break;
+                    const int half = (LEADER ? turn : cluster_rank()) * (TILE_M / 2);
                     if (!is_half || half == 0)
                         load_tile_to_both_hint<HINT_A>(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
+                  }
                 }
                 if constexpr (SHARES_B) {
-                    const int half = cluster_rank() * (TILE_N / 2);
+#pragma unroll
+                  for (int turn = 0; turn < (LEADER ? 2 : 1); ++turn) {
+                    if (LEADER && cluster_rank() != 0) break;
+                    const int half = (LEADER ? turn : cluster_rank()) * (TILE_N / 2);
                     if (!is_narrow_tile || half == 0)
                         load_tile_to_both_hint<HINT_B>(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
+                  }
                 } else {
                     load_tile_hint<HINT_B>(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
                     if (NARROW > 0 && !is_narrow_tile)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from fp8c.backends.cuda import config as gemm_config
+from fp8c.backends.cuda import tiles
 from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, one_wide_wave
 
+NARROW = tiles._NARROW_TILE  # of a whole tile's time
 SOURCES = Path(gemm_config.__file__).parent
 
 # What schedule.cuh needs of CUDA, for one block at a time.
@@ -257,16 +259,29 @@ def test_every_column_is_in_one_tile_of_its_rows(tmp_path: Path, cluster: int) -
         assert all(sorted(c) == list(range(n)) for c in found.values())
 
 
-def test_a_last_wave_of_few_tiles_is_cut_into_narrow_ones(tmp_path: Path) -> None:
-    """Time of the busiest block, a narrow tile at half of a whole one's: 352 tiles of 132 blocks, 336 and 1344 of 66 pairs."""
-    for cluster, m, n, expected in ((1, 4096, 2112, 3.0), (2, 4096, 4096, 5.5), (2, 16384, 4096, 21.0)):
-        config = replace(with_narrow_tiles(Grouping.DENSE), cluster=cluster, shares_b=cluster > 1)
-        folder = tmp_path / f"{cluster}-{m}-{n}"
-        folder.mkdir()
-        time = Counter[int]()
-        for *_, col, _, _, col_end, block in _lines(compiled(folder, config, "DenseSchedule"), 132, m, n, 512):
-            time[block] += 1.0 if min(col_end, n) - col > config.narrow else 0.5
-        assert max(time.values()) == expected
+@pytest.mark.parametrize(
+    ("cluster", "m", "n", "waves"),
+    [
+        (1, 4096, 2112, 2 + 2 * NARROW),  # 88 of 352 tiles are left over for 132 blocks: two pieces for each
+        (1, 4096, 24576, 31 + NARROW),
+        (2, 4096, 4096, 5 + NARROW),
+        (2, 16384, 4096, 21),  # pairs without a tile in the last wave take the narrow columns
+        (2, 16384, 7168, 36 + NARROW),
+        (2, 8192, 8192, 21),
+        (1, 300, 500, 1),  # fewer tiles than blocks: one each
+    ],
+)
+def test_the_busiest_block_is_the_one_that_the_rule_expects(
+    tmp_path: Path, cluster: int, m: int, n: int, waves: float
+) -> None:
+    config = replace(with_narrow_tiles(Grouping.DENSE), cluster=cluster, shares_b=cluster > 1)
+    program = compiled(tmp_path, config, "DenseSchedule")
+    blocks = min(132, config.pairs(m, n) * cluster)
+    time: dict[int, float] = {}
+    for *_, col, _, _, col_end, block in _lines(program, blocks, m, n, 512):
+        time[block] = time.get(block, 0.0) + (1.0 if min(col_end, n) - col > config.narrow else NARROW)
+    assert max(time.values()) == pytest.approx(waves)
+    assert tiles._Waves.of(config, tiles.Shape(m, n, 512, 1, 132)).of_busiest_block == pytest.approx(waves)
 
 
 def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:
