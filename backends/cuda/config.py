@@ -50,7 +50,7 @@ class Output(enum.Enum):
 class GemmConfig:
     """One instance of the kernel.
 
-    `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
+    `band`: row tiles (`column_bands`: column tiles) that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
     `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
 
@@ -65,6 +65,7 @@ class GemmConfig:
     waves_n: int = 2
     wave_n: int = 128
     band: int = 16
+    column_bands: bool = False
     cluster: int = 1
     shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
@@ -75,10 +76,10 @@ class GemmConfig:
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     early: bool = False  # a tile's first wave is begun before the tile before it is written
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
-    column_bands: bool = False
-    leader: bool = False
+    late: bool = False
     hint_a: int = 0
     hint_b: int = 0
+    hint_out: int = 0
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -101,8 +102,8 @@ class GemmConfig:
 
     @property
     def b_box(self) -> int:
-        """Rows of one box of B: half a tile where blocks share it, or where a narrow tile takes no more."""
-        return self.tile_n // (2 if self.shares_b or self.narrow else 1)
+        """Rows of one box of B: half a tile where blocks share it."""
+        return self.tile_n // (self.cluster if self.shares_b else 1)
 
     def pairs(self, m: int, n: int) -> int:
         """Tiles of a dense m x n output, in pairs of a cluster's blocks where there are any."""
@@ -193,10 +194,10 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
-            "LEADER": int(self.leader),
+            "LATE": int(self.late),
             "HINT_A": self.hint_a,
             "HINT_B": self.hint_b,
-            "COLUMN_BANDS": int(self.column_bands),
+            "HINT_OUT": self.hint_out,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,
@@ -207,6 +208,7 @@ class GemmConfig:
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
+            f"constexpr bool COLUMN_BANDS = {str(self.column_bands).lower()};",
             f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",

@@ -224,9 +224,10 @@ DEVICE void finish_and_begin(Consumer& c, InFlight& x, uint32 s, uint32 next, ui
         if (w == waves - 1) {
             __syncwarp();
             if (s < STAGES - HELD_STAGES || !is_last_round) release_stage(c, s);
-            if (!last_of_tile_possible || has_next) barrier_wait(c.barriers + next * 8, next_phase);
+            if (!LATE && (!last_of_tile_possible || has_next)) barrier_wait(c.barriers + next * 8, next_phase);
         }
         promote_blocks(c.acc[w], x.part, x.a_scale, x.b_scale);
+        if (LATE && w == waves - 1 && (!last_of_tile_possible || has_next)) barrier_wait(c.barriers + next * 8, next_phase);
         if (w < waves - 1) begin_wave(c, x, s, w + 1);
         else if (!last_of_tile_possible || has_next) begin_wave(c, x, next, 0);
     }
@@ -350,7 +351,7 @@ DEVICE void consume_tiles(Consumer& c, const Arguments& args, uint32 shared, con
 
         if constexpr (FLIGHT > 1) multiply_in_flight(c, blocks, stages);
         else if (HALVES && tile.row_end - tile.row <= TILE_M / 2) multiply_tile<1>(c, blocks, phase);
-        else if (NARROW > 0 && uniform(is_narrow(tile))) multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
+        else if (NARROW > 0 && uniform(is_narrow(args.problem, tile.col))) multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
         else multiply_tile<WAVES>(c, blocks, phase);
 
         if constexpr (SCALES == PER_TENSOR) {
@@ -389,7 +390,7 @@ DEVICE void consume_tiles_early(Consumer& c, const Arguments& args, uint32 share
         clear(c);
         if (HALVES && tile.row_end - tile.row <= TILE_M / 2) {
             multiply_begun_tile<1>(c, x, blocks, phase);
-        } else if (NARROW > 0 && uniform(is_narrow(tile))) {  // begun too wide: once more
+        } else if (NARROW > 0 && uniform(is_narrow(args.problem, tile.col))) {  // begun too wide: once more
             drop_begun(x);
             multiply_tile<WAVES, NARROW == 0 ? WAVE_N : NARROW>(c, blocks, phase);
         } else {

@@ -83,12 +83,9 @@ DEVICE bool is_stored_by_tma(const Arguments& args, const Tile& tile, int first_
     return args.out_aligned && (first_row + rows <= tile.row_end || tile.row_end == args.problem.m);
 }
 
-// A narrow tile's chunks of its own. Others hold no number for it.
-DEVICE int end_of_columns(const Arguments& args, const Tile& tile) { return NARROW > 0 ? tile.col_end : args.problem.n; }
-
 DEVICE void store_chunk(const TensorMap& map_out, uint32 source, const Tile& tile, int col, int row) {
     if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, source, col, row, tile.group);
-    else store_tile(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+    else store_tile_hint<HINT_OUT>(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
 }
 
 // Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:
@@ -100,7 +97,7 @@ DEVICE void write_chunks(const Arguments& args, const TensorMap& map_out, uint32
     if constexpr (index < WAVES * CHUNKS) {
         constexpr int wave = index / CHUNKS, chunk = index % CHUNKS;
         const int row = row0 + wave_row(wave), col = tile.col + wave_col(wave) + chunk * CHUNK;
-        if (row < tile.row_end && col < end_of_columns(args, tile)) {
+        if (row < tile.row_end && col < args.problem.n) {
             const uint32 buffer = staging + index % BUFFERS * CHUNK_BYTES;
             // A tile begins with the first buffer, whichever the one before it ended with.
             wait_stores_read<index == 0 && WAVES * CHUNKS % BUFFERS != 0 ? 0 : BUFFERS - 1>();
@@ -125,7 +122,7 @@ DEVICE void write_all_chunks(const Arguments& args, const TensorMap& map_out, ui
         const int row = row0 + wave_row(wave), col = tile.col + wave_col(wave) + chunk * CHUNK;
         const uint32 buffer = staging + index * CHUNK_BYTES;
         if constexpr (is_staging) stage_chunk(buffer, acc[wave], chunk, lane);
-        else if (row < tile.row_end && col < end_of_columns(args, tile)) {
+        else if (row < tile.row_end && col < args.problem.n) {
             if (!is_stored_by_tma(args, tile, row, 16)) copy_chunk(args, buffer, tile, row, col, lane);
             else if (elect_one()) store_chunk(map_out, buffer, tile, col, row);
         }

@@ -26,7 +26,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         const bool is_half = HALVES && tile.row_end - tile.row <= TILE_M / 2;
         const int a_bytes = is_half ? A_BYTES / 2 : ONE_BOX_OF_ROWS ? min(p.m, TILE_M) * BLOCK_K : A_BYTES;
         const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
-        const bool is_narrow_tile = is_narrow(tile);  // B comes in two boxes then, of which it takes one
+        const bool is_narrow_tile = SHARES_B && is_narrow(p, tile.col);  // B comes in two boxes then, of which it takes one
         const int bytes = a_bytes + (is_narrow_tile ? B_BYTES / 2 : B_BYTES) + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
 #pragma unroll 1
         for (int round = tile.k_begin; round < k_stop; round += ROUND * BLOCK_K, stages.advance(ROUND)) {
@@ -47,26 +47,16 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                     if (WAVES_M == 2 && !is_half)
                         load_tile_hint<HINT_A>(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
                 } else {  // each block of the cluster fetches one half of A for both
-#pragma unroll
-                  for (int turn = 0; turn < (LEADER ? 2 : 1); ++turn) {
-                    if (LEADER && cluster_rank() != 0) break;
-                    const int half = (LEADER ? turn : cluster_rank()) * (TILE_M / 2);
+                    const int half = cluster_rank() * (TILE_M / 2);
                     if (!is_half || half == 0)
                         load_tile_to_both_hint<HINT_A>(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
-                  }
                 }
                 if constexpr (SHARES_B) {
-#pragma unroll
-                  for (int turn = 0; turn < (LEADER ? 2 : 1); ++turn) {
-                    if (LEADER && cluster_rank() != 0) break;
-                    const int half = (LEADER ? turn : cluster_rank()) * (TILE_N / 2);
+                    const int half = cluster_rank() * (TILE_N / 2);
                     if (!is_narrow_tile || half == 0)
                         load_tile_to_both_hint<HINT_B>(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
-                  }
                 } else {
                     load_tile_hint<HINT_B>(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
-                    if (NARROW > 0 && !is_narrow_tile)
-                        load_tile_hint<HINT_B>(shared + OFFSET_B + s * B_BYTES + B_BYTES / 2, map_b, full, k, row_b + TILE_N / 2);
                 }
                 if (scales_a)
 #pragma unroll

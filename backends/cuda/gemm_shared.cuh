@@ -141,7 +141,7 @@ DEVICE void send_tile(uint32 shared, TileRing& tiles, const Tile& tile) {
 // The slot stays taken until release_tile, so a tile may be read again.
 DEVICE Tile read_tile(uint32 shared, const TileRing& tiles) {
     const int4 x = load_shared4(tile_slot(shared, tiles)), y = load_shared4(tile_slot(shared, tiles) + 16);
-    return {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+    return {x.x, x.y, x.z, x.w, y.x, y.y, y.z};
 }
 
 DEVICE void release_tile(TileRing& tiles) {

@@ -130,6 +130,12 @@ DEVICE void store_tile(const TensorMap& map, uint32 source, int x, int y, int z)
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                  "r"(source), "r"(x), "r"(y), "r"(z) : "memory");
 }
+template <int hint>
+DEVICE void store_tile_hint(const TensorMap& map, uint32 source, int x, int y, int z) {
+    if constexpr (hint == 0) store_tile(map, source, x, y, z);
+    else asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(&map),
+                 "r"(source), "r"(x), "r"(y), "r"(z), "l"(policy<hint>()) : "memory");
+}
 DEVICE void add_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
     asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                  "r"(source), "r"(x), "r"(y), "r"(z) : "memory");

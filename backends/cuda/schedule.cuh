@@ -23,7 +23,6 @@ struct alignas(16) Tile {
     int k_begin;      // where the reduction starts along K, a multiple of 128 (K-grouped: the expert's first block)
     int k_length;     // 0: the tile is all zeros
     int is_end;       // no tile: the list is at its end
-    int col_end;      // NARROW: columns from here on belong to another tile or lie past the end
 };
 
 // Everybody but the consumers' main loop. Kernels for few rows have no time to wake up.
@@ -67,86 +66,53 @@ DEVICE int first_column(int column_group) {
 
 // Where the last tile of a row has no more than NARROW columns, it is a job of its own kind that takes a fraction of a tile's time,
 // and such jobs are dealt out separately: to the last block first, so that who has a tile fewer begins, and each when the
-// band that it belongs to is over, while its rows of A are in L2.
+// band that it belongs to is over, or the last band of columns has passed it, while its rows of A are in L2.
 DEVICE bool has_narrow_tiles(int n) { return NARROW > 0 && n % TILE_N > 0 && n % TILE_N <= NARROW; }
 DEVICE int first_narrow_index() { return index_step() - 1 - first_index(); }
 DEVICE int whole_columns(int n) { return has_narrow_tiles(n) ? n / TILE_N : column_groups(n); }
-DEVICE bool is_narrow(const Tile& tile) { return NARROW > 0 && tile.col_end - tile.col <= NARROW; }
+DEVICE bool is_narrow(const Problem& p, int col) { return NARROW > 0 && p.n - col <= NARROW; }
 DEVICE bool is_narrow_next(int narrow, int index, int row_tiles, int col_tiles) {
-    if (COLUMN_BANDS) {
-        const int before = (col_tiles - 1) / BAND * BAND;
-        return narrow < row_tiles && index >= before * row_tiles + (narrow + 1) * (col_tiles - before);
-    }
-    return narrow < row_tiles && index >= min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles;
+    if (narrow >= row_tiles) return false;
+    const int first = (col_tiles - 1) / BAND * BAND;  // of the last band of columns
+    return index >= (COLUMN_BANDS ? first * row_tiles + (narrow + 1) * (col_tiles - first) : min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles);
 }
 static_assert(NARROW == 0 || (PAIRED_COLUMNS == 1 && WAVES_M == 1 && GROUPING != REDUCTION_GROUPS));
 
-// Walk the grid of row_tiles x col_tiles in bands of BAND row tiles (or pairs): the tiles that run at one time then share few
-// rows and columns, so most operand reads hit L2.
+// Walk the grid of row_tiles x col_tiles in bands of BAND row tiles (or pairs), or column tiles: the tiles that run at one time then share few
+// rows and columns, so most operand reads hit L2, and what a band keeps there is read from memory once.
 DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
-    if (COLUMN_BANDS) {
-        const uint32 band = index / (BAND * row_tiles);
-        const uint32 width = min(BAND, col_tiles - band * BAND);
-        const uint32 rest = index - band * BAND * row_tiles;
-        return {static_cast<int>(rest / width), static_cast<int>(band * BAND + rest % width)};
-    }
-    const uint32 band = index / (BAND * col_tiles);
-    const uint32 height = min(BAND, row_tiles - band * BAND);
-    const uint32 rest = index - band * BAND * col_tiles;
-    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
+    const uint32 across = COLUMN_BANDS ? col_tiles : row_tiles, along = COLUMN_BANDS ? row_tiles : col_tiles;
+    const uint32 band = index / (BAND * along), first = band * BAND, rest = index - first * along;
+    const uint32 width = min(BAND, across - first);
+    const int in_band = first + rest % width, at = rest / width;
+    return COLUMN_BANDS ? int2{at, in_band} : int2{in_band, at};
 }
 
 // The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into
-// halves of TILE_M / 2 rows: for those a warpgroup makes one of its two waves. With narrow tiles they are cut into pieces of NARROW
-// columns, where two such pieces for each block are enough. Where they aren't cut, blocks that have no tile in the last wave take all narrow
-// ones, as long as that is no more than two for each.
+// halves of TILE_M / 2 rows: for those a warpgroup makes one of its two waves.
 class DenseSchedule {
     const Problem& p;
     int index, narrow;
 
-    static constexpr int PIECES = NARROW > 0 ? TILE_N / NARROW : 1;
-    DEVICE int row_tiles() const { return row_groups(p.m); }
-    DEVICE int col_tiles() const { return whole_columns(p.n); }
-    DEVICE int in_last_wave() const { return row_tiles() * col_tiles() % index_step(); }
-    DEVICE int narrow_columns() const { return has_narrow_tiles(p.n) ? row_tiles() : 0; }
-    DEVICE bool cuts() const {
-        const int last = in_last_wave();
-        return NARROW > 0 && last > 0 && PIECES * last + narrow_columns() <= 2 * index_step();
-    }
-    DEVICE int narrow_step() const {  // blocks that narrow tiles are dealt out to
-        const int idle = index_step() - in_last_wave();
-        return !cuts() && narrow_columns() <= 2 * idle ? idle : index_step();
-    }
-    DEVICE bool next_narrow(Tile& tile) {
-        const int columns = narrow_columns(), last = in_last_wave(), whole = row_tiles() * col_tiles() - (cuts() ? last : 0);
-        const int count = columns + (cuts() ? PIECES * last : 0);
-        if (narrow >= count || (index < whole && !is_narrow_next(min(narrow, columns), index, columns, col_tiles()))) return false;
-        int row = first_row(narrow), col = col_tiles() * TILE_N;
-        if (narrow >= columns) {
-            const int piece = narrow - columns;
-            const int2 at = banded(whole + piece / PIECES, row_tiles(), col_tiles());
-            row = first_row(at.x), col = first_column(at.y) + piece % PIECES * NARROW;
-        }
-        tile = {0, row, min(row + TILE_M, p.m), col, 0, p.k, 0, min(col + NARROW, p.n)};
-        narrow += narrow_step();
-        return true;
-    }
-
   public:
-    DEVICE explicit DenseSchedule(const Problem& problem) : p(problem), index(first_index()), narrow(first_narrow_index()) {
-        if (NARROW > 0 && narrow >= narrow_step()) narrow = row_tiles() * PIECES + index_step() * PIECES;  // none
-    }
+    DEVICE explicit DenseSchedule(const Problem& problem)
+        : p(problem), index(first_index()), narrow(has_narrow_tiles(p.n) ? first_narrow_index() : row_groups(p.m)) {}
     DEVICE bool next(Tile& tile) {
-        if (NARROW > 0 && next_narrow(tile)) return true;
         const int row_tiles = row_groups(p.m), col_tiles = whole_columns(p.n);
+        if (NARROW > 0 && is_narrow_next(narrow, index, row_tiles, col_tiles)) {
+            const int row = first_row(narrow);
+            tile = {0, row, min(row + TILE_M, p.m), col_tiles * TILE_N, 0, p.k, 0};
+            narrow += index_step();
+            return true;
+        }
         const int tiles = row_tiles * col_tiles, last = tiles % index_step(), whole = tiles - last;
         const bool halve = WAVES_M == 2 && 2 * last <= index_step() && index >= whole;
         const int of_tile = halve ? whole + (index - whole) / 2 : index;
-        if (of_tile >= (cuts() ? whole : tiles)) return false;
+        if (of_tile >= tiles) return false;
         const int2 at = banded(of_tile, row_tiles, col_tiles);
         const int row = first_row(at.x), middle = min(row + TILE_M / 2, p.m), end = min(row + TILE_M, p.m);
         const bool is_second = halve && (index - whole) % 2 == 1;
-        tile = {0, is_second ? middle : row, halve && !is_second ? middle : end, first_column(at.y), 0, p.k, 0, p.n};
+        tile = {0, is_second ? middle : row, halve && !is_second ? middle : end, first_column(at.y), 0, p.k, 0};
         index += index_step();
         return true;
     }
@@ -178,12 +144,12 @@ class RowGroupSchedule {
         }
         const int k = group < p.groups ? p.k : 0;
         if (narrow_columns > 0 && is_narrow_next(narrow, index, row_tiles, col_tiles)) {
-            tile = {group, begin + first_row(narrow), end, col_tiles * TILE_N, 0, k, 0, p.n};
+            tile = {group, begin + first_row(narrow), end, col_tiles * TILE_N, 0, k, 0};
             narrow += index_step();
             return true;
         }
         const int2 at = banded(index, row_tiles, col_tiles);
-        tile = {group, begin + first_row(at.x), end, first_column(at.y), 0, k, 0, p.n};
+        tile = {group, begin + first_row(at.x), end, first_column(at.y), 0, k, 0};
         index += index_step();
         return true;
     }
@@ -210,7 +176,7 @@ class ReductionGroupSchedule {
         }
         const int2 at = banded(index, row_tiles, col_tiles);
         const int block = begin / 128 + group;  // the blocks of the experts before it: tokens are stored in whole blocks
-        tile = {group, first_row(at.x), p.m, first_column(at.y), block * 128, end - begin, 0, p.n};
+        tile = {group, first_row(at.x), p.m, first_column(at.y), block * 128, end - begin, 0};
         index += index_step();
         return true;
     }

@@ -166,8 +166,7 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
         return wide
     if config.wave_n == 192 and config.output is Output.BF16:  # few columns
         wide = one_wide_wave(config.scales, config.grouping, config.output)
-        wide = replace(wide, promote=config.promote, a_type=config.a_type, b_type=config.b_type)
-        return _with_narrow_tiles(wide, shape, has_narrow_columns=False)
+        return replace(wide, promote=config.promote, a_type=config.a_type, b_type=config.b_type)
     if is_forward:
         if config.grouping is Grouping.DENSE and k >= _LONG_K:
             return replace(config, lead=0, held_stages=0, early=True)
@@ -184,10 +183,18 @@ def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
     is_long, is_dense = shape.k >= _LONG_K, config.grouping is Grouping.DENSE
     if not config.promote or (is_dense and shape.k < _WIDE_FROM_K):
         return None
-    cluster = 2 if is_long and shape.multiprocessors % 2 == 0 else 1
-    wide = one_wide_wave(config.scales, config.grouping, config.output, cluster)
-    wide = replace(wide, a_type=config.a_type, b_type=config.b_type)
-    wide = _with_narrow_tiles(wide, shape, has_narrow_columns=is_long or not is_dense)
+    has_narrow = (is_long or not is_dense) and 0 < shape.n % 192 <= _NARROW_COLUMNS
+    wide = replace(
+        one_wide_wave(
+            config.scales,
+            config.grouping,
+            config.output,
+            cluster=2 if is_long and shape.multiprocessors % 2 == 0 else 1,
+            narrow=_NARROW_COLUMNS if has_narrow else 0,
+        ),
+        a_type=config.a_type,
+        b_type=config.b_type,
+    )
     row_tiles, col_tiles, _ = _tiles(config, shape)
     if is_dense:
         clocks = _waves(config, row_tiles * col_tiles, shape.multiprocessors)
@@ -197,67 +204,19 @@ def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
     return wide if 0.75 * tile * _wide_waves(wide, shape) < clocks else None
 
 
-def _with_narrow_tiles(wide: GemmConfig, shape: Shape, has_narrow_columns: bool) -> GemmConfig:
-    """The same with narrow tiles where there are any: a row's last columns, or pieces of the last wave's tiles."""
-    narrow = replace(wide, narrow=_NARROW_COLUMNS)
-    columns = has_narrow_columns and 0 < shape.n % wide.tile_n <= _NARROW_COLUMNS
-    return narrow if wide.promote and (columns or _Waves.of(narrow, shape).has_pieces) else wide
-
-
-@dataclass(frozen=True)
-class _Waves:
-    """How schedule.cuh deals out the tiles of a dense GEMM to blocks (or pairs of them).
-
-    whole: waves of whole tiles; last: tiles in one more; narrow: narrow tiles
-    """
-
-    config: GemmConfig
-    blocks: int
-    whole: int
-    last: int
-    narrow: int
-
-    @staticmethod
-    def of(config: GemmConfig, shape: Shape) -> _Waves:
-        columns, rest = divmod(shape.n, config.tile_n)
-        row_tiles = math.ceil(shape.m / (config.tile_m * config.cluster))
-        is_narrow = 0 < rest <= config.narrow
-        blocks = max(1, min(shape.multiprocessors // config.cluster, config.pairs(shape.m, shape.n)))
-        whole, last = divmod(row_tiles * (columns + (rest > 0 and not is_narrow)), blocks)
-        return _Waves(config, blocks, whole, last, row_tiles * is_narrow)
-
-    @property
-    def pieces(self) -> int:
-        """Narrow tiles, were the last wave cut into them."""
-        return self.config.tile_n // self.config.narrow * self.last + self.narrow
-
-    @property
-    def has_pieces(self) -> bool:
-        is_dense = self.config.grouping is Grouping.DENSE
-        return is_dense and self.config.narrow > 0 and self.last > 0 and self.pieces <= 2 * self.blocks
-
-    @property
-    def of_busiest_block(self) -> float:
-        """Tiles, each narrow one `_NARROW_TILE` of one."""
-        if self.has_pieces:
-            return self.whole + _NARROW_TILE * math.ceil(self.pieces / self.blocks)
-        idle = self.blocks - self.last  # in the last wave
-        if self.narrow <= 2 * idle:
-            return self.whole + max(float(self.last > 0), _NARROW_TILE * math.ceil(self.narrow / idle))
-        each, more = divmod(self.narrow, self.blocks)  # from the last block on, while the first ones have a tile more
-        return (
-            self.whole
-            + _NARROW_TILE * each
-            + max(float(self.last > 0) + _NARROW_TILE * (more > idle), _NARROW_TILE * (more > 0))
-        )
-
-
 def _wide_waves(config: GemmConfig, shape: Shape) -> float:
     """Waves of 128x192 tiles, their narrow ones dealt out as schedule.cuh does it."""
-    if config.grouping is Grouping.DENSE:
-        return _Waves.of(config, shape).of_busiest_block
+    blocks = shape.multiprocessors // config.cluster
     columns, rest = divmod(shape.n, config.tile_n)
     columns += rest > config.narrow
-    rows = shape.m / (config.tile_m * config.cluster) + 0.5 * shape.groups
-    tiles = rows * (columns + _NARROW_TILE * (0 < rest <= config.narrow))
-    return tiles / (shape.multiprocessors // config.cluster) + 0.5
+    narrow_columns = int(0 < rest <= config.narrow)
+    rows_of_pair = config.tile_m * config.cluster
+    if config.grouping is Grouping.ROW_GROUPS:
+        rows = shape.m / rows_of_pair + 0.5 * shape.groups
+        return rows * (columns + _NARROW_TILE * narrow_columns) / blocks + 0.5
+    row_tiles = math.ceil(shape.m / rows_of_pair)
+    each, more = divmod(row_tiles * columns, blocks)
+    narrow_each, narrow_more = divmod(row_tiles * narrow_columns, blocks)
+    # The first `more` blocks have a tile more, the last `narrow_more` a narrow one more.
+    places = {0, max(more - 1, 0), min(more, blocks - 1), blocks - 1}
+    return max(each + (b < more) + _NARROW_TILE * (narrow_each + (b >= blocks - narrow_more)) for b in places)

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 from fp8c.backends.cuda import config as gemm_config
-from fp8c.backends.cuda import tiles
 from fp8c.backends.cuda.config import GemmConfig, Grouping, Output, Scales, one_wide_wave
 
-NARROW = tiles._NARROW_TILE  # of a whole tile's time
 SOURCES = Path(gemm_config.__file__).parent
 
 # What schedule.cuh needs of CUDA, for one block at a time.
@@ -43,7 +41,7 @@ PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
-// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length col_end block
+// arguments: blocks m n k ends...; prints one line a tile: group row row_end col k_begin k_length block
 int main(int count, char** arguments) {
     std::vector<int> x;
     for (int i = 1; i < count; ++i) x.push_back(std::atoi(arguments[i]));
@@ -53,7 +51,7 @@ int main(int count, char** arguments) {
         SCHEDULE schedule(p);
         Tile t;
         while (schedule.next(t))
-            std::printf("%d %d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, t.col_end, blockIdx.x);
+            std::printf("%d %d %d %d %d %d %d\\n", t.group, t.row, t.row_end, t.col, t.k_begin, t.k_length, blockIdx.x);
     }
 }
 """
@@ -78,12 +76,9 @@ def tiles_of(program: Path, *arguments: int) -> list[tuple[int, ...]]:
 
 
 def tiles_and_blocks(program: Path, *arguments: int) -> list[tuple[tuple[int, ...], int]]:
-    return [(line[:-2], line[-1]) for line in _lines(program, *arguments)]
-
-
-def _lines(program: Path, *arguments: int) -> list[tuple[int, ...]]:
     result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True)
-    return [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    lines = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    return [(line[:-1], line[-1]) for line in lines]
 
 
 def config_of(grouping: Grouping, cluster: int, output: Output = Output.BF16) -> GemmConfig:
@@ -99,6 +94,10 @@ def sharing_columns(grouping: Grouping) -> GemmConfig:
 
 def with_narrow_tiles(grouping: Grouping) -> GemmConfig:
     return replace(sharing_columns(grouping), narrow=64)
+
+
+def in_column_bands(grouping: Grouping) -> GemmConfig:
+    return replace(with_narrow_tiles(grouping), column_bands=True)
 
 
 def columns(n: int, config: GemmConfig) -> list[int]:
@@ -143,6 +142,8 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
     "config",
     [
         sharing_columns(Grouping.DENSE),
+        with_narrow_tiles(Grouping.DENSE),
+        in_column_bands(Grouping.DENSE),
     ],
 )
 def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, config: GemmConfig) -> None:
@@ -171,6 +172,7 @@ def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -
         *(config_of(Grouping.ROW_GROUPS, cluster) for cluster in (1, 2)),
         sharing_columns(Grouping.ROW_GROUPS),
         with_narrow_tiles(Grouping.ROW_GROUPS),
+        in_column_bands(Grouping.ROW_GROUPS),
     ],
 )
 def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, config: GemmConfig) -> None:
@@ -236,52 +238,19 @@ def test_narrow_tiles_come_when_their_band_is_over(tmp_path: Path) -> None:
             assert not any(after[1] // band == tile[1] // band and after[3] < 4032 for after in order[at:])
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_every_column_is_in_one_tile_of_its_rows(tmp_path: Path, cluster: int) -> None:
-    """Narrow tiles: a row's last 64 columns, and thirds of what would be an almost empty last wave."""
-    config = replace(with_narrow_tiles(Grouping.DENSE), cluster=cluster, shares_b=cluster > 1)
-    program = compiled(tmp_path, config, "DenseSchedule")
-    shapes = (
-        (4096, 2112, 132),
-        (4096, 4096, 132),
-        (4096, 24576, 132),
-        (16384, 4096, 132),
-        (2900, 64, 6),
-        (700, 448, 6),
-        (130, 200, 132),
-    )
-    for m, n, blocks in shapes:
-        found: dict[int, list[int]] = {}
-        for _, row, row_end, col, _, _, col_end, _ in _lines(program, blocks, m, n, 512):
-            assert col % config.narrow == 0 and row_end == min(row + config.tile_m, m)
-            found.setdefault(row, []).extend(range(col, min(col + config.tile_n, col_end, n)))
-        assert sorted(found) == rows(m, config)
-        assert all(sorted(c) == list(range(n)) for c in found.values())
-
-
-@pytest.mark.parametrize(
-    ("cluster", "m", "n", "waves"),
-    [
-        (1, 4096, 2112, 2 + 2 * NARROW),  # 88 of 352 tiles are left over for 132 blocks: two pieces for each
-        (1, 4096, 24576, 31 + NARROW),
-        (2, 4096, 4096, 5 + NARROW),
-        (2, 16384, 4096, 21),  # pairs without a tile in the last wave take the narrow columns
-        (2, 16384, 7168, 36 + NARROW),
-        (2, 8192, 8192, 21),
-        (1, 300, 500, 1),  # fewer tiles than blocks: one each
-    ],
-)
-def test_the_busiest_block_is_the_one_that_the_rule_expects(
-    tmp_path: Path, cluster: int, m: int, n: int, waves: float
-) -> None:
-    config = replace(with_narrow_tiles(Grouping.DENSE), cluster=cluster, shares_b=cluster > 1)
-    program = compiled(tmp_path, config, "DenseSchedule")
-    blocks = min(132, config.pairs(m, n) * cluster)
-    time: dict[int, float] = {}
-    for *_, col, _, _, col_end, block in _lines(program, blocks, m, n, 512):
-        time[block] = time.get(block, 0.0) + (1.0 if min(col_end, n) - col > config.narrow else NARROW)
-    assert max(time.values()) == pytest.approx(waves)
-    assert tiles._Waves.of(config, tiles.Shape(m, n, 512, 1, 132)).of_busiest_block == pytest.approx(waves)
+def test_bands_of_columns_take_their_columns_together(tmp_path: Path) -> None:
+    """A band's columns for one row of tiles after the other, the narrow ones along with the last band."""
+    config = in_column_bands(Grouping.DENSE)
+    found = tiles_of(
+        compiled(tmp_path, config, "DenseSchedule"), 2, 4096, 4096, 512
+    )  # one cluster: the order is that of time
+    order = [tile for tile in found if tile[1] % (2 * config.tile_m) == 0]
+    width = config.band * config.tile_n
+    whole = [tile for tile in order if tile[3] < 4032]
+    assert whole == sorted(whole, key=lambda t: (t[3] // width, t[1], t[3]))
+    for at, tile in enumerate(order):
+        if tile[3] == 4032:
+            assert {t[1] for t in order[at - config.band : at]} == {tile[1]}
 
 
 def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:
