@@ -66,9 +66,20 @@ def prepare_forward(gm: fx.GraphModule, *, move_router_weight: bool = True) -> l
         moved = move_router_weights(gm)
         if moved:
             done.append(f"{moved} router weights moved in front of the down-projection")
+    _fill_in_examples(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return done
+
+
+def _fill_in_examples(graph: fx.Graph) -> None:
+    """Give the nodes that were put in the fake values that Dynamo gives its own. AOTAutograd's cache takes no graph without."""
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and "example_value" not in node.meta:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+            with torch.no_grad():
+                called = getattr(args[0], node.target) if node.op == "call_method" else node.target
+                node.meta["example_value"] = called(*(args[1:] if node.op == "call_method" else args), **kwargs)
 
 
 def keep_attention(gm: fx.GraphModule) -> int:

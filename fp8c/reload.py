@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ class LoadedSession(driver.Session):
     """A session that compares what it rewrote with the build before anything runs."""
 
     build: Build | None = None
+
+    def identity(self, names: Sequence[str]) -> dict[str, Any]:
+        assert self.build is not None
+        return {**super().identity(names), "build": self.build.manifest["graphs"], "plan": self.build.manifest["plan"]}
 
     def _partition(self, joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         halves = super()._partition(joint, inputs, **options)

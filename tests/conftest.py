@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -20,7 +21,8 @@ def fresh_dynamo() -> Iterator[None]:
     """No compiled code, guard or recompile count of one test reaches the next; the random state is a known one."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    yield
+    with functorch_config.patch(enable_autograd_cache=False):  # tests look at how a step is made
+        yield
     torch._dynamo.reset()
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 
 import fp8c
 from fp8c import driver
@@ -201,3 +204,23 @@ def test_fsdp2_layer_by_layer() -> None:
         assert losses[0] > losses[1] > losses[2]
     finally:
         dist.destroy_process_group()
+
+
+def test_a_compiled_step_is_found_again(tmp_path: Path) -> None:
+    """As by another process: the halves come from the cache, for other lengths too, and give the same bits."""
+    found = []
+    with functorch_config.patch(enable_autograd_cache=True), torch.compiler.config.patch(cache_key_tag=str(tmp_path)):
+        for _ in range(2):
+            torch._dynamo.reset()
+            counters.clear()
+            torch.manual_seed(0)
+            compiled = fp8c.compile(model(), dynamic=True)
+            losses = [train(compiled, ids(length)) for length in (LENGTH, LENGTH + 9)]
+            gradients = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+            found.append((dict(counters["aot_autograd"]), losses, gradients))
+    (before, losses, gradients), (after, again, gradients_again) = found
+    assert before["autograd_cache_saved"] == 1
+    assert after["autograd_cache_hit"] == 1 and "autograd_cache_miss" not in after
+    assert all(map(torch.equal, losses, again))
+    assert gradients.keys() == gradients_again.keys()
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)

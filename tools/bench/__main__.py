@@ -4,9 +4,10 @@ import functools
 import sys
 from collections.abc import Callable
 
-from fp8c.tools.bench import gemm, gemm_table, kernels, optimizer, overlap, step, telemetry
+from fp8c.tools.bench import compile_time, gemm, gemm_table, kernels, optimizer, overlap, step, telemetry
 
 BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
+    "compile": compile_time.main,
     "gemm": gemm.main,
     "gemm-table": gemm_table.main,
     "kernels": kernels.main,
