@@ -76,10 +76,6 @@ class GemmConfig:
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     early: bool = False  # a tile's first wave is begun before the tile before it is written
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
-    late: bool = False
-    hint_a: int = 0
-    hint_b: int = 0
-    hint_out: int = 0
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -194,10 +190,6 @@ class GemmConfig:
             "HELD_STAGES": self.held_stages,
             "OUTPUT_BARRIERS": self.output_barriers,
             "LEAD": self.lead,
-            "LATE": int(self.late),
-            "HINT_A": self.hint_a,
-            "HINT_B": self.hint_b,
-            "HINT_OUT": self.hint_out,
             "SHARED_BYTES_OF_HOST": self.shared_bytes,
             "CHUNK_OF_HOST": self.chunk,
             "SCALE_A_BOX_OF_HOST": self.scale_a_box,

@@ -230,10 +230,9 @@ DEVICE void finish_and_begin(Consumer& c, InFlight& x, uint32 s, uint32 next, ui
         if (w == waves - 1) {
             __syncwarp();
             if (s < STAGES - HELD_STAGES || !is_last_round) release_stage(c, s);
-            if (!LATE && (!last_of_tile_possible || has_next)) barrier_wait(c.barriers + next * 8, next_phase);
+            if (!last_of_tile_possible || has_next) barrier_wait(c.barriers + next * 8, next_phase);
         }
         promote_blocks(c.acc[w], x.part, x.a_scale, x.b_scale);
-        if (LATE && w == waves - 1 && (!last_of_tile_possible || has_next)) barrier_wait(c.barriers + next * 8, next_phase);
         if (w < waves - 1) begin_wave(c, x, s, w + 1);
         else if (!last_of_tile_possible || has_next) begin_wave(c, x, next, 0);
     }

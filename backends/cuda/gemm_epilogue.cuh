@@ -85,7 +85,7 @@ DEVICE bool is_stored_by_tma(const Arguments& args, const Tile& tile, int first_
 
 DEVICE void store_chunk(const TensorMap& map_out, uint32 source, const Tile& tile, int col, int row) {
     if constexpr (OUTPUT == FP32_ADD) add_tile(map_out, source, col, row, tile.group);
-    else store_tile_hint<HINT_OUT>(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
+    else store_tile(map_out, source, col, row, GROUPING == REDUCTION_GROUPS ? tile.group : 0);
 }
 
 // Writes the chunks of all waves from number `index` on; `row0` is the warp's first row of wave 0. A template recursion:

@@ -43,20 +43,20 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                 // Rows and columns past the tensors' ends arrive as zeros. K starts at a whole group of scales: row k / 128.
                 barrier_arrive_expect(full, bytes);
                 if constexpr (CLUSTER == 1 || SHARES_B) {
-                    load_tile_hint<HINT_A>(shared + s * A_BYTES, map_a, full, k, tile.row);
+                    load_tile(shared + s * A_BYTES, map_a, full, k, tile.row);
                     if (WAVES_M == 2 && !is_half)
-                        load_tile_hint<HINT_A>(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
+                        load_tile(shared + s * A_BYTES + A_BYTES / 2, map_a, full, k, tile.row + TILE_M / 2);
                 } else {  // each block of the cluster fetches one half of A for both
                     const int half = cluster_rank() * (TILE_M / 2);
                     if (!is_half || half == 0)
-                        load_tile_to_both_hint<HINT_A>(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
+                        load_tile_to_both(shared + s * A_BYTES + half * BLOCK_K, map_a, full, k, tile.row + half);
                 }
                 if constexpr (SHARES_B) {
                     const int half = cluster_rank() * (TILE_N / 2);
                     if (!is_narrow_tile || half == 0)
-                        load_tile_to_both_hint<HINT_B>(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
+                        load_tile_to_both(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
                 } else {
-                    load_tile_hint<HINT_B>(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
+                    load_tile(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
                 }
                 if (scales_a)
 #pragma unroll

@@ -110,15 +110,6 @@ DEVICE void load_tile(uint32 destination, const TensorMap& map, uint32 barrier, 
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
             destination), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
-template <int hint>
-DEVICE uint64 policy() { return hint == 1 ? 0x12F0000000000000ull : hint == 2 ? 0x14F0000000000000ull : 0x1000000000000000ull; }
-template <int hint>
-DEVICE void load_tile_hint(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
-    if constexpr (hint == 0) load_tile(destination, map, barrier, x, y);
-    else asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
-            destination), "l"(&map), "r"(barrier), "r"(x), "r"(y), "l"(policy<hint>()) : "memory");
-}
 // To the same place in both blocks of a cluster of two, and to the same barrier in each.
 DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
     asm volatile(
@@ -126,23 +117,9 @@ DEVICE void load_tile_to_both(uint32 destination, const TensorMap& map, uint32 b
         "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
         "h"(static_cast<uint16>(3)) : "memory");
 }
-template <int hint>
-DEVICE void load_tile_to_both_hint(uint32 destination, const TensorMap& map, uint32 barrier, int x, int y) {
-    if constexpr (hint == 0) load_tile_to_both(destination, map, barrier, x, y);
-    else asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-        "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(destination), "l"(&map), "r"(barrier), "r"(x), "r"(y),
-        "h"(static_cast<uint16>(3)), "l"(policy<hint>()) : "memory");
-}
 DEVICE void store_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                  "r"(source), "r"(x), "r"(y), "r"(z) : "memory");
-}
-template <int hint>
-DEVICE void store_tile_hint(const TensorMap& map, uint32 source, int x, int y, int z) {
-    if constexpr (hint == 0) store_tile(map, source, x, y, z);
-    else asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(&map),
-                 "r"(source), "r"(x), "r"(y), "r"(z), "l"(policy<hint>()) : "memory");
 }
 DEVICE void add_tile(const TensorMap& map, uint32 source, int x, int y, int z) {
     asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
