@@ -177,7 +177,7 @@ def test_sharded_experts_are_said() -> None:
 
 def test_weights_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(2, 2)
-    monkeypatch.setattr(driver, "reason_not_to_keep", lambda module: "its parameters are sharded")
+    monkeypatch.setattr("fp8c.session.reason_not_to_keep", lambda module: "its parameters are sharded")
     session = driver.new_session("deepseek_v3", "cpu", keep_weights=True, model=weakref.ref(model))
     assert not session._keeps_weights() and not session._keeps_weights()
     (remark,) = session.remarks

@@ -204,7 +204,7 @@ class CheckingSession(driver.Session):
 
     log: GemmLog = field(default_factory=GemmLog)
 
-    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Callable[..., Any]:
+    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         from functorch.compile import make_boxed_func
 
         return make_boxed_func(CheckingInterpreter(gm, self.log).run)  # type: ignore[no-any-return]

@@ -42,6 +42,12 @@ DEVICE void store_global2(uint8* p, uint2 v, bool is_there) {
                  ::"l"(p), "r"(v.x), "r"(v.y), "r"(static_cast<uint32>(is_there)) : "memory");
 }
 
+// Ahead of all that touches global memory: the kernel before this one may still be at work, and the next one may start.
+DEVICE void start_early() {
+    wait_for_previous_grid();
+    launch_dependents();
+}
+
 // Where a block works ---------------------------------------------------------------------------------------------
 
 struct Place {

@@ -151,18 +151,25 @@ def _instance(
         is_fp32 = ScaleKind.FP32 in (kind_in, kind)
         own = (*constants, ("WIDE", _order(is_fp32, index_bits != 0)[1]))
         return FusedConfig(
-            "requantize_columns.cu", THREADS, 4, size, own, _REQUANTIZE_SHARED_BYTES, (*includes, "halves.cuh")
+            "requantize_columns.cu",
+            THREADS,
+            4,
+            size,
+            own,
+            _REQUANTIZE_SHARED_BYTES,
+            (*includes, "halves.cuh"),
+            starts_early=True,
         )
     blocks = 3 if has_rows else 5 if index_bits else 4
-    return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes)
+    return FusedConfig("quantize_columns.cu", THREADS, blocks, size, constants, includes=includes, starts_early=True)
 
 
 def _order(is_fp32: bool, gathers: bool) -> tuple[int, int]:
     """Tiles that a block requantizes, one after another, and such runs of a slab: a run has its rows looked up once, a wide slab
-    reads longer lines. Measured (tools/bench/results/h200_kernel_shapes_2026-11-22.json, h200_fused_2026-11-22.json)."""
+    reads longer lines. Measured (tools/bench/results/h200_kernel_shapes_2026-11-22.json, h200_fused_2026-11-22*.json)."""
     if gathers:
         return (4, 1) if is_fp32 else (3, 1)
-    return (3, 1) if is_fp32 else (1, 2)
+    return (2, 1) if is_fp32 else (1, 2)
 
 
 # Launch -------------------------------------------------------------------------------------------------------------

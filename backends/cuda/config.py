@@ -50,7 +50,7 @@ class Output(enum.Enum):
 class GemmConfig:
     """One instance of the kernel.
 
-    `band`: row tiles that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
+    `band`: row tiles (`column_bands`: column tiles) that form a band of the schedule; `cluster`: blocks that share rows of A (or of B);
     `unroll`: a round of stages is straight-line code; `flight`: k-blocks whose products are under way at a time.
     """
 
@@ -65,6 +65,7 @@ class GemmConfig:
     waves_n: int = 2
     wave_n: int = 128
     band: int = 16
+    column_bands: bool = False
     cluster: int = 1
     shares_b: bool = False  # the blocks of a cluster lie below each other, not beside
     promote: bool = True
@@ -199,6 +200,7 @@ class GemmConfig:
             *(f"enum {e.__name__} {{ {', '.join(m.name for m in e)} }};" for e in (Scales, Grouping, Output)),
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
+            f"constexpr bool COLUMN_BANDS = {str(self.column_bands).lower()};",
             f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",

@@ -34,6 +34,7 @@ class FusedConfig:
     shared_bytes: int = 0
     includes: tuple[str, ...] = ()
     then: FusedConfig | None = None  # what has to run after it
+    starts_early: bool = False  # it waits itself for the kernel before it
 
     options: ClassVar[tuple[str, ...]] = ("-std=c++17",)  # with the GEMM's options the compiler spills
 
@@ -95,7 +96,7 @@ def start_blocks(config: FusedConfig, blocks: int, arguments: ctypes.Structure, 
     if config in _not_compiled:
         raise Unsupported(_not_compiled[config])
     try:
-        launch_plain(config, blocks, config.threads, arguments, device)
+        launch_plain(config, blocks, config.threads, arguments, device, config.starts_early)
     except DiagnosticError as error:
         if error.diagnostics[0].code != "E0430":
             raise

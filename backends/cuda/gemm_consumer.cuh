@@ -36,12 +36,16 @@ DEVICE void promote_rows(float (&acc)[PART], const float (&part)[PART], const fl
 
 // Main loop ------------------------------------------------------------------------------------------------------
 
+// Kernels with 1x128 scales of B have no register for it.
+constexpr bool KEEPS_REMOTE = CLUSTER > 1 && SCALES != PER_ROW;
+
 // What one consumer warp needs to know about where its operands lie in stage 0, and its accumulators.
 struct Consumer {
     uint64 a_descriptor, b_descriptor;
     uint32 a_address[4];  // of its lane's row for ldmatrix, one for each step of 32 along K
     uint32 scale_a, scale_b;
     uint32 barriers;  // of the stages
+    uint32 free;  // KEEPS_REMOTE: the barrier of stage 0 that a lane arrives at when it is free, in the cluster's block of that lane
     int lane;
     bool leads;  // the first warpgroup
     float acc[WAVES][PART];
@@ -61,7 +65,9 @@ DEVICE void release_stage(const Consumer& c, uint32 s) {
     if constexpr (CLUSTER == 1) {
         if (c.lane == 0) barrier_arrive(empty);
     } else {
-        if (c.lane < CLUSTER) barrier_arrive_remote(empty, c.lane);
+        if (c.lane >= CLUSTER) return;
+        if constexpr (KEEPS_REMOTE) barrier_arrive_at(c.free + s * 8);
+        else barrier_arrive_remote(empty, c.lane);
     }
 }
 
@@ -162,7 +168,7 @@ DEVICE void skip_idle_stages(const Consumer& c, int blocks, uint32 phase) {
 template <int waves, int columns = WAVE_N>
 DEVICE void multiply_tile(Consumer& c, int blocks, uint32& phase) {
     // Beside a second loop, ptxas keeps what addresses follow from in uniform registers only if it is made so here.
-    if (NARROW > 0 && columns == WAVE_N) c.a_descriptor = uniform64(c.a_descriptor), c.b_descriptor = uniform64(c.b_descriptor);
+    if (NARROW > 0 && columns == WAVE_N) c.a_descriptor = uniform_descriptor(c.a_descriptor), c.b_descriptor = uniform_descriptor(c.b_descriptor);
     if (blocks > 0) {
         barrier_wait(c.barriers, phase);
         if constexpr (A_IN_REGISTERS) load_a(c, 0);
@@ -244,7 +250,7 @@ DEVICE void finish_and_begin_stages(Consumer& c, InFlight& x, uint32 phase, bool
 // As multiply_tile, for a tile whose first wave is under way.
 template <int waves>
 DEVICE void multiply_begun_tile(Consumer& c, InFlight& x, int blocks, uint32& phase) {
-    if (NARROW > 0) c.a_descriptor = uniform64(c.a_descriptor), c.b_descriptor = uniform64(c.b_descriptor);
+    if (NARROW > 0) c.a_descriptor = uniform_descriptor(c.a_descriptor), c.b_descriptor = uniform_descriptor(c.b_descriptor);
     int block = 0;
     for (; block + STAGES <= blocks; block += STAGES, phase ^= 1) {
         const bool is_last = block + STAGES == blocks;
@@ -410,6 +416,7 @@ DEVICE void consume(const Arguments& args, uint32 shared, const TensorMap& map_o
     c.lane = lane;
     c.leads = warpgroup == 0;
     c.barriers = shared + OFFSET_STAGE_BARRIERS;
+    if constexpr (KEEPS_REMOTE) c.free = remote_address(c.barriers + STAGES * 8, lane % CLUSTER);
     c.a_descriptor = operand_descriptor(uniform(shared + warpgroup * 64 * BLOCK_K));
     c.b_descriptor = operand_descriptor(uniform(shared + OFFSET_B));
     const int a_row = row0 + lane % 16;

@@ -318,15 +318,24 @@ def prepare(
 
 
 def launch_plain(
-    config: Instance, blocks: int, threads: int, arguments: ctypes.Structure, device: torch.device
+    config: Instance,
+    blocks: int,
+    threads: int,
+    arguments: ctypes.Structure,
+    device: torch.device,
+    starts_early: bool = False,
 ) -> None:
-    """Start a kernel of one structure of arguments on the current stream of a device."""
+    """Start a kernel of one structure of arguments on the current stream of a device; one that waits itself for the kernel
+    before it may start early, beside that one's last blocks."""
     assert device.index is not None
     with torch.cuda.device(device.index):
         function = _function(config, device.index)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(current_stream(device.index))
-        status = _driver().cuLaunchKernel(
-            function, blocks, 1, 1, threads, 1, 1, config.shared_bytes, stream, parameters, None
+        attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION)
+        attribute.value[0] = starts_early
+        stream = current_stream(device.index)
+        how = _LaunchConfig(
+            blocks, 1, 1, threads, 1, 1, config.shared_bytes, stream, ctypes.pointer(attribute), int(starts_early)
         )
-        _check(status, "cuLaunchKernel")
+        status = _launcher()(ctypes.addressof(how), function, ctypes.addressof(parameters), None)
+        _check(status, "cuLaunchKernelEx")

@@ -17,7 +17,6 @@ DEVICE uint32 shared_address(const void* p) { return static_cast<uint32>(__cvta_
 
 // A value that is the same in all lanes: the compiler may then keep it, and what follows from it, in uniform registers.
 DEVICE uint32 uniform(uint32 x) { return __shfl_sync(0xffffffffu, x, 0); }
-DEVICE uint64 uniform64(uint64 x) { return static_cast<uint64>(uniform(x >> 32)) << 32 | uniform(static_cast<uint32>(x)); }
 
 // True in one lane of the warp. Unlike `lane == 0`, it tells the compiler that there is only one: around each TMA
 // instruction it then needs no loop over active lanes.
@@ -67,6 +66,15 @@ DEVICE void barrier_arrive_remote(uint32 barrier, uint32 block, uint32 count = 1
     asm volatile(
         "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
         "mbarrier.arrive.shared::cluster.b64 _, [remote], %2;\n\t}" ::"r"(barrier), "r"(block), "r"(count) : "memory");
+}
+// The same in two steps, for who arrives at one block's barriers again and again.
+DEVICE uint32 remote_address(uint32 address, uint32 block) {
+    uint32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
+    return remote;
+}
+DEVICE void barrier_arrive_at(uint32 remote) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 DEVICE void barrier_arrive_expect(uint32 barrier, uint32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -189,8 +197,13 @@ DEVICE void add_global(float* address, float value) {
 
 // Descriptor of a K-major operand tile of 128-byte rows under TMA's 128-byte swizzle (PTX ISA, "matrix descriptor"):
 // bits 0-13 address / 16, bits 32-45 distance of 8-row groups / 16, bits 62-63 swizzle mode 1. Step k by adding bytes / 16.
-DEVICE uint64 operand_descriptor(uint32 address) {
-    return (1ull << 62) | (static_cast<uint64>(1024 >> 4) << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
+constexpr uint64 DESCRIPTOR = (1ull << 62) | (static_cast<uint64>(1024 >> 4) << 32) | (1ull << 16);
+DEVICE uint64 operand_descriptor(uint32 address) { return DESCRIPTOR | ((address & 0x3ffff) >> 4); }
+// The same descriptor, anew from its lower half: a sum with a constant is then one instruction of the uniform data path instead of two.
+DEVICE uint64 uniform_descriptor(uint64 descriptor) {
+    uint32 lower = uniform(static_cast<uint32>(descriptor));
+    asm volatile("" : "+r"(lower));
+    return (DESCRIPTOR >> 32 << 32) | lower;
 }
 DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -111,6 +111,7 @@ DEVICE void quantize_tail(const Columns& p, const Place& place) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_columns(const __grid_constant__ Columns p) {
+    start_early();
     __shared__ alignas(128) uint8 turned[GROUP * 128];
     __shared__ alignas(16) uint16 column_amax[THREADS / 32][128];
     __shared__ uint16 row_amax[GROUP];

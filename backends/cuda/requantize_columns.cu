@@ -59,7 +59,7 @@ struct Output {
     uint32 stride;
     bool exists;
     DEVICE void store(int column, uint32 first, uint32 second) const {
-        store_global2(out + static_cast<uint64>(stride) * column, make_uint2(first, second), exists);
+        store_global2(out + bytes(stride, column), make_uint2(first, second), exists);
     }
 };
 
@@ -133,33 +133,48 @@ DEVICE bool requantized_in_fp16(const Columns& p, const Place& place, Shared& sh
     return true;
 }
 
-// What divides any x: (lifted scale, its reciprocal, what x is lifted with).
-DEVICE float4 divisor_of(float scale) {
-    if (KIND != FP32) return {reciprocal<KIND>(scale).high, 0.0f, 1.0f, 0.0f};
-    const float lift = scale < SMALL ? LIFT : 1.0f, lifted = __fmul_rn(scale, lift);
-    float inverse = reciprocal_approximate(lifted);
-#pragma unroll
-    for (int step = 0; step < 2; ++step) inverse = __fmaf_rn(__fmaf_rn(-inverse, lifted, 1.0f), inverse, inverse);
-    if ((bits_of(lifted) & 0x007fffffu) == 0x007fffffu) inverse = float_of(bits_of(inverse) + 1);
-    return {lifted, inverse, lift, 0.0f};
+// Scales that any x of 24 bits is divided by in two instructions (tests/backends/cuda/test_factors.py has the others' significands).
+DEVICE bool is_ordinary(float scale) {
+    return KIND != FP32 || (scale >= SMALL && scale <= LIFT && (bits_of(scale) & 0x000fffffu) != 0x000fffffu);
 }
-template <bool LIFTS>
+DEVICE float inverse_of(float scale) {
+    float inverse = reciprocal_approximate(scale);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) inverse = __fmaf_rn(__fmaf_rn(-inverse, scale, 1.0f), inverse, inverse);
+    return inverse;
+}
+// What divides: (an FP32 number not above 1 / scale, the rest of it), which is not below 0, so that -0 stays -0; of scales that are not
+// ordinary (lifted scale, its inverse, what x is lifted with).
+DEVICE float4 divisor_of(float scale, bool ordinary) {
+    if (KIND != FP32) return {reciprocal<KIND>(scale).high, 0.0f, 1.0f, 0.0f};
+    const float lift = ordinary || !(scale < SMALL) ? 1.0f : LIFT, lifted = __fmul_rn(scale, lift);
+    float inverse = inverse_of(lifted);
+    if (!ordinary) {
+        if ((bits_of(lifted) & 0x007fffffu) == 0x007fffffu) inverse = float_of(bits_of(inverse) + 1);
+        return {lifted, inverse, lift, 0.0f};
+    }
+    if (__fmaf_rn(-inverse, scale, 1.0f) < 0.0f) inverse = float_of(bits_of(inverse) - 1);
+    const float rest = __fmaf_rn(-inverse, scale, 1.0f);
+    return {inverse, __fmul_rn(__fmaf_rn(rest, rest, rest), inverse), 1.0f, 0.0f};
+}
+template <bool ORDINARY>
 DEVICE float wide_quotient(float x, const float4& divisor) {
     if (KIND != FP32) return __fmul_rn(x, divisor.x);
-    if (LIFTS) x = __fmul_rn(x, divisor.z);
+    if (ORDINARY) return __fmaf_rn(x, divisor.x, __fmul_rn(x, divisor.y));
+    x = __fmul_rn(x, divisor.z);
     float q = __fmul_rn(x, divisor.y);
     // The signs keep a negative zero: see numerics.py.
     return __fmaf_rn(__fmaf_rn(q, divisor.x, -x), -divisor.y, q);
 }
 
-template <bool LIFTS>
+template <bool ORDINARY>
 DEVICE void divide(const float (&x)[4][ROWS], const float4* divisors, int word, const Output& output) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const float4 by = divisors[j];
         float q[ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) q[r] = wide_quotient<LIFTS>(x[j][r], by);
+        for (int r = 0; r < ROWS; ++r) q[r] = wide_quotient<ORDINARY>(x[j][r], by);
         output.store(word * 4 + j, encode<E4M3>(q[0], q[1], q[2], q[3]), encode<E4M3>(q[4], q[5], q[6], q[7]));
     }
 }
@@ -194,13 +209,13 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& sha
         most = max(most, __shfl_xor_sync(ALL_LANES, most, 1));
         const int own = (bit16 ? 2 : 0) + (bit4 ? 1 : 0), first = at.warp * 16 + at.half * 8 + word * 4;
         const float scale = scale_of<E4M3, KIND>(float_of(most));
-        const float4 divisor = divisor_of(scale);
+        const bool ordinary = KIND != FP32 || __all_sync(ALL_LANES, is_ordinary(scale));
         if (at.lane % 4 == 0) {
             store_column_scale(p, place, first + own, scale);
-            divisors[own] = divisor;
+            divisors[own] = divisor_of(scale, ordinary);
         }
         __syncwarp();
-        if (KIND == FP32 && __any_sync(ALL_LANES, divisor.z != 1.0f))
+        if (ordinary)
             divide<true>(x, divisors, word, output);
         else
             divide<false>(x, divisors, word, output);
@@ -221,6 +236,7 @@ DEVICE Run run_of(const Columns& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_columns(const __grid_constant__ Columns p) {
+    start_early();
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Run run;

@@ -66,23 +66,26 @@ DEVICE int first_column(int column_group) {
 
 // Where the last tile of a row has no more than NARROW columns, it is a job of its own kind that takes a fraction of a tile's time,
 // and such jobs are dealt out separately: to the last block first, so that who has a tile fewer begins, and each when the
-// band that it belongs to is over, while its rows of A are in L2.
+// band that it belongs to is over, or the last band of columns has passed it, while its rows of A are in L2.
 DEVICE bool has_narrow_tiles(int n) { return NARROW > 0 && n % TILE_N > 0 && n % TILE_N <= NARROW; }
 DEVICE int first_narrow_index() { return index_step() - 1 - first_index(); }
 DEVICE int whole_columns(int n) { return has_narrow_tiles(n) ? n / TILE_N : column_groups(n); }
 DEVICE bool is_narrow(const Problem& p, int col) { return NARROW > 0 && p.n - col <= NARROW; }
 DEVICE bool is_narrow_next(int narrow, int index, int row_tiles, int col_tiles) {
-    return narrow < row_tiles && index >= min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles;
+    if (narrow >= row_tiles) return false;
+    const int first = (col_tiles - 1) / BAND * BAND;  // of the last band of columns
+    return index >= (COLUMN_BANDS ? first * row_tiles + (narrow + 1) * (col_tiles - first) : min((narrow / BAND + 1) * BAND, row_tiles) * col_tiles);
 }
 static_assert(NARROW == 0 || (PAIRED_COLUMNS == 1 && WAVES_M == 1 && GROUPING != REDUCTION_GROUPS));
 
-// Walk the grid of row_tiles x col_tiles in bands of BAND row tiles (or pairs): the tiles that run at one time then share few
-// rows and columns, so most operand reads hit L2.
+// Walk the grid of row_tiles x col_tiles in bands of BAND row tiles (or pairs), or column tiles: the tiles that run at one time then share few
+// rows and columns, so most operand reads hit L2, and what a band keeps there is read from memory once.
 DEVICE int2 banded(uint32 index, uint32 row_tiles, uint32 col_tiles) {
-    const uint32 band = index / (BAND * col_tiles);
-    const uint32 height = min(BAND, row_tiles - band * BAND);
-    const uint32 rest = index - band * BAND * col_tiles;
-    return {static_cast<int>(band * BAND + rest % height), static_cast<int>(rest / height)};
+    const uint32 across = COLUMN_BANDS ? col_tiles : row_tiles, along = COLUMN_BANDS ? row_tiles : col_tiles;
+    const uint32 band = index / (BAND * along), first = band * BAND, rest = index - first * along;
+    const uint32 width = min(BAND, across - first);
+    const int in_band = first + rest % width, at = rest / width;
+    return COLUMN_BANDS ? int2{at, in_band} : int2{in_band, at};
 }
 
 // The last wave of tiles may leave most blocks idle. Where at most half of them have a tile in it, these tiles are cut into

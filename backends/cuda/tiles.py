@@ -26,6 +26,8 @@ _WIDE_FROM_K = 1536  # dense: below, a tile's end counts too much
 _WIDE_TILE = {Grouping.DENSE: 0.99, Grouping.ROW_GROUPS: 0.975}
 _WIDE_SHORT_TILE = 0.985  # the same, dense, K below _LONG_K
 _WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2
+_KEPT_BYTES = 16 << 20  # that L2 keeps of one operand while the other passes
+_COLUMN_BAND = 11  # tiles of 128x192, which six pairs of rows make a wave with
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
 _WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -167,15 +169,14 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
     if config.wave_n == 192 and config.output is Output.BF16:  # few columns
         wide = one_wide_wave(config.scales, config.grouping, config.output)
         return replace(wide, promote=config.promote, a_type=config.a_type, b_type=config.b_type)
+    has_pairs = is_large and col_tiles % 2 == 0 and shape.multiprocessors % 2 == 0
     if is_forward:
         if config.grouping is Grouping.DENSE and k >= _LONG_K:
-            return replace(config, lead=0, held_stages=0, early=True)
+            return replace(config, lead=0, held_stages=0, early=True, cluster=2 if has_pairs else 1)
         config = replace(config, band=16 if k <= _WIDE_BAND_TO_K else config.band)
     is_dense_by_blocks = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE
     is_alone = k < _LONG_K if is_forward else is_dense_by_blocks
-    if is_alone or not is_large or col_tiles % 2 or shape.multiprocessors % 2:
-        return config
-    return replace(config, cluster=2)
+    return config if is_alone or not has_pairs else replace(config, cluster=2)
 
 
 def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
@@ -195,6 +196,8 @@ def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
         a_type=config.a_type,
         b_type=config.b_type,
     )
+    if wide.cluster > 1 and wide.band * wide.cluster * wide.tile_m * shape.k > _KEPT_BYTES:
+        wide = replace(wide, band=_COLUMN_BAND, column_bands=True)
     row_tiles, col_tiles, _ = _tiles(config, shape)
     if is_dense:
         clocks = _waves(config, row_tiles * col_tiles, shape.multiprocessors)

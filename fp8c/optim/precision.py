@@ -40,6 +40,9 @@ class SwitchedSession(driver.Session):
 
     switched: tuple[str, ...] = ()
 
+    def identity(self, names: Sequence[str]) -> dict[str, Any]:
+        return {**super().identity(names), "switched": self.switched}
+
     def resolve(self, uses: Sequence[Any]) -> PrecisionPlan:
         """Raises: DiagnosticError E1150 for a pattern that matches no GEMM of the step."""
         plan = super().resolve(uses)

@@ -72,7 +72,7 @@ class ObservedSession(driver.Session):
 
     pending: _Pending | None = None
 
-    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Any:
+    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         assert self.pending is not None
         pending = self.pending
 

@@ -19,7 +19,6 @@ import triton
 from triton.runtime.jit import JITFunction
 
 import fp8c
-from fp8c import driver
 from fp8c.backends import beside, lowering, prebuilt
 from fp8c.backends.cuda import build
 from fp8c.backends.triton import KERNELS, ahead
@@ -64,7 +63,7 @@ def test_the_first_calls_compile_nothing(
 ) -> None:
     """Through the driver: Dynamo's fake tensors are about when the step is planned."""
     monkeypatch.setenv("FP8C_CACHE_DIR", str(tmp_path / "fp8c"))
-    monkeypatch.setattr(driver, "_device", lambda inputs: "cuda")
+    monkeypatch.setattr("fp8c.session._device", lambda inputs: "cuda")
     order: list[str] = []
     monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: order.append("Inductor's processes"))
     graphs: list[fx.Graph] = []
@@ -75,7 +74,7 @@ def test_the_first_calls_compile_nothing(
         for thread in beside.run_beside(beside.jobs_of(found, target), threads=2):
             thread.join()
 
-    monkeypatch.setattr(driver, "compile_beside", compile_beside)
+    monkeypatch.setattr("fp8c.session.compile_beside", compile_beside)
     monkeypatch.setattr(lowering, "lower", lambda gm, inputs, how, **options: make_boxed_func(gm))
     step = fp8c.compile(Linears(), target="h200", lowering="inductor", dynamic=False)
     with triton.knobs.cache.scope():
@@ -97,12 +96,11 @@ def test_the_first_calls_compile_nothing(
 @needs_compiler
 def test_accumulators_have_instances_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """`main_grad=True` makes other GEMMs of the backward half than the graph that was captured has."""
-    monkeypatch.setattr(driver, "_device", lambda inputs: "cuda")
+    monkeypatch.setattr("fp8c.session._device", lambda inputs: "cuda")
     monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: None)
     operators: list[str] = []
     monkeypatch.setattr(
-        driver,
-        "compile_beside",
+        "fp8c.session.compile_beside",
         lambda graphs, target: operators.extend(ahead.operator_name(n) for graph in graphs for n in graph.nodes),
     )
     monkeypatch.setattr(lowering, "lower", lambda gm, inputs, how, **options: make_boxed_func(gm))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -16,6 +18,7 @@ from torch._inductor.codecache import FxGraphCache
 
 import fp8c
 from fp8c import driver, step_cache
+from fp8c.optim.precision import SwitchedSession
 
 BF16 = torch.bfloat16
 
@@ -85,8 +88,8 @@ def test_the_second_process_compiles_nothing_and_computes_the_same(monkeypatch: 
         raise AssertionError("the step was lowered again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(driver.lowering, "lower", refuse)
-        patched.setattr(driver.pipeline, "rewrite_and_partition", refuse)
+        patched.setattr("fp8c.session.lowering.lower", refuse)
+        patched.setattr("fp8c.session.pipeline.rewrite_and_partition", refuse)
         again = compiled()
         assert all(map(torch.equal, results, run(again)))
     assert found() == (1, 0)
@@ -139,6 +142,39 @@ def test_another_step_of_the_same_graph_is_not_taken_for_it(other: Callable[[], 
     run(compiled())
     run(other())
     assert found() == (0, 2)
+
+
+def test_modules_switched_to_bf16_are_another_step() -> None:
+    results = run(compiled())
+    step = compiled()
+    session = driver.session_of(step)
+    switched = SwitchedSession(session.spec, session.target, lowering="inductor", switched=("up",))
+    driver.attach(step, switched, dynamic=False)
+    assert not torch.equal(results[0], run(step)[0])
+    assert found() == (0, 2)
+
+
+@dataclass
+class Doubled(driver.Session):
+    """A session of somebody's own, which does something else and doesn't say so: the first result of a half is doubled."""
+
+    def _lower(self, *args: Any, **options: Any) -> Any:
+        run_half = super()._lower(*args, **options)
+
+        def doubled(*given: Any) -> Any:
+            first, *others = run_half(list(given))
+            return [2 * first, *others]
+
+        return make_boxed_func(doubled)
+
+
+def test_sessions_that_do_something_else_are_not_kept() -> None:
+    results = run(compiled())
+    step = compiled()
+    session = driver.session_of(step)
+    driver.attach(step, Doubled(session.spec, session.target, lowering="inductor"), dynamic=False)
+    assert torch.equal(2 * results[0], run(step)[0])
+    assert found() == (0, 1)
 
 
 def test_a_change_of_fp8c_itself_is_another_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ class _Recorder(driver.Session):
         self.names, self.num_fwd_outputs = options["names"], options["num_fwd_outputs"]
         return partitioners.default_partition(joint, inputs, num_fwd_outputs=self.num_fwd_outputs)
 
-    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], *, how: str) -> Any:
+    def _lower(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         def record(values: list[Any]) -> Any:
             raise _Recorded(list(values))
 

@@ -84,3 +84,54 @@ def test_captured_into_a_graph() -> None:
     graph.replay()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def test_a_kernel_that_starts_early_waits_for_what_it_reads() -> None:
+    """Each launch reads what the one before it writes, to memory that held the result of other numbers before."""
+    from fp8c.backends.cuda import columns
+
+    act, act_t = "e4m3[1x128] fp32", "e4m3[128x1] fp32"
+    inputs = [torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16) * 2.0**i for i in range(8)]
+    index = torch.randint(0, 8192, (8192,), device="cuda")
+
+    def chain(x: torch.Tensor, waits: bool) -> list[torch.Tensor]:
+        rows, scale = columns.quantize_both(x, act, act_t)[:2]
+        if waits:
+            torch.cuda.synchronize()
+        found = [
+            *columns.requantize(rows, scale, act, act_t),
+            *columns.gather_requantized(rows, scale, index, act, act_t),
+        ]
+        return [t.contiguous().view(torch.uint8).clone() for t in found]
+
+    expected = [chain(x, waits=True) for x in inputs]
+    for _ in range(5):
+        for x, wanted in zip(inputs, expected, strict=True):
+            for a, b in zip(chain(x, waits=False), wanted, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("exponent", (0, -100, 80))
+def test_requantizing_divides_by_scales_of_24_bits(exponent: int) -> None:
+    """Ordinary ones, those with their last 20 bits set, very small and very large ones: bit for bit what Triton divides."""
+    from fp8c.backends.cuda import columns
+    from fp8c.backends.triton import requantize
+    from fp8c.ops import lay_out, quantized_format
+
+    act, act_t, rows, groups = "e4m3[1x128] fp32", "e4m3[128x1] fp32", 8192, 16
+    generator = torch.Generator().manual_seed(exponent)
+    codes = torch.randint(0, 256, (rows, groups * 128), generator=generator, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x80  # a negative zero instead of NaN
+    significands = torch.randint(2**23, 2**24, (rows, groups), generator=generator)
+    # The largest of each column's group is this row's 448: so its scale is the row's.
+    codes[5::128] = 0x7E
+    significands[5::256] |= 0xFFFFF
+    powers = torch.randint(-4, 1, (rows, groups), generator=generator)
+    powers[5::128] = 1
+    scale = (significands.double() * torch.exp2(powers + exponent - 23.0)).float()
+    pair = lay_out(codes.view(torch.float8_e4m3fn).cuda(), scale.cuda(), quantized_format(act))
+    found, expected = (f(*pair, act, act_t) for f in (columns.requantize, requantize.requantize))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    has_last_bits = found[1].contiguous().view(torch.int32) & 0xFFFFF == 0xFFFFF
+    assert has_last_bits[::2].all() and not has_last_bits[1::2].all()

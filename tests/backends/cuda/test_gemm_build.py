@@ -242,8 +242,8 @@ def test_rule_takes_clusters_only_for_even_columns() -> None:
     [
         (8192, 8192, 8192, 1, (128, 192), 2),
         (16384, 4096, 7168, 1, (128, 192), 2),
-        (4096, 7168, 16384, 1, (256, 128), 1),
-        (4096, 4096, 7168, 1, (256, 128), 1),
+        (4096, 7168, 16384, 1, (256, 128), 2),
+        (4096, 4096, 7168, 1, (256, 128), 2),
         (4096, 24576, 1536, 1, (128, 192), 1),
         (4096, 7168, 2048, 1, (256, 128), 1),
         (4096, 32768, 512, 1, (256, 128), 1),
@@ -267,3 +267,9 @@ def test_rule_gives_128_rows_no_second_warpgroup_for_narrow_tiles() -> None:
     """128 x 48 took 14.4 us at 128 x 4096 x 7168, 64 x 64 takes 11.0 (docs/hopper_gemm.md)."""
     config = tiles.choose(tiles.Shape(128, 4096, 7168, 1, 132), Scales.PER_BLOCK, Grouping.DENSE, Output.BF16)
     assert (config.tile_m, config.tile_n, config.flight) == (64, 64, 4)
+
+
+def test_rule_bands_columns_where_rows_would_not_stay_in_l2() -> None:
+    for m, n, k, in_columns in ((16384, 4096, 7168, True), (8192, 8192, 8192, True), (16384, 7168, 4096, False)):
+        config = tiles.choose(tiles.Shape(m, n, k, 1, 132), Scales.PER_BLOCK, Grouping.DENSE, Output.BF16)
+        assert (config.column_bands, config.band) == ((True, 11) if in_columns else (False, 12))

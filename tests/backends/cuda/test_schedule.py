@@ -96,6 +96,10 @@ def with_narrow_tiles(grouping: Grouping) -> GemmConfig:
     return replace(sharing_columns(grouping), narrow=64)
 
 
+def in_column_bands(grouping: Grouping) -> GemmConfig:
+    return replace(with_narrow_tiles(grouping), column_bands=True)
+
+
 def columns(n: int, config: GemmConfig) -> list[int]:
     """First columns of all tiles; a cluster's second block may get one past the end."""
     return _starts(n, config.tile_n, 1 if config.shares_b else config.cluster)
@@ -139,6 +143,7 @@ def test_dense_tiles_come_once(tmp_path: Path, cluster: int) -> None:
     [
         sharing_columns(Grouping.DENSE),
         with_narrow_tiles(Grouping.DENSE),
+        in_column_bands(Grouping.DENSE),
     ],
 )
 def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, config: GemmConfig) -> None:
@@ -167,6 +172,7 @@ def test_every_row_is_in_one_tile_of_its_columns(tmp_path: Path, cluster: int) -
         *(config_of(Grouping.ROW_GROUPS, cluster) for cluster in (1, 2)),
         sharing_columns(Grouping.ROW_GROUPS),
         with_narrow_tiles(Grouping.ROW_GROUPS),
+        in_column_bands(Grouping.ROW_GROUPS),
     ],
 )
 def test_row_groups_cover_all_rows_and_zero_the_rest(tmp_path: Path, config: GemmConfig) -> None:
@@ -230,6 +236,21 @@ def test_narrow_tiles_come_when_their_band_is_over(tmp_path: Path) -> None:
         if tile[3] == 4032:
             assert all(before[1] // band <= tile[1] // band for before in order[:at])
             assert not any(after[1] // band == tile[1] // band and after[3] < 4032 for after in order[at:])
+
+
+def test_bands_of_columns_take_their_columns_together(tmp_path: Path) -> None:
+    """A band's columns for one row of tiles after the other, the narrow ones along with the last band."""
+    config = in_column_bands(Grouping.DENSE)
+    found = tiles_of(
+        compiled(tmp_path, config, "DenseSchedule"), 2, 4096, 4096, 512
+    )  # one cluster: the order is that of time
+    order = [tile for tile in found if tile[1] % (2 * config.tile_m) == 0]
+    width = config.band * config.tile_n
+    whole = [tile for tile in order if tile[3] < 4032]
+    assert whole == sorted(whole, key=lambda t: (t[3] // width, t[1], t[3]))
+    for at, tile in enumerate(order):
+        if tile[3] == 4032:
+            assert {t[1] for t in order[at - config.band : at]} == {tile[1]}
 
 
 def test_blocks_of_a_cluster_share_columns(tmp_path: Path) -> None:

@@ -163,8 +163,8 @@ def test_a_tuned_step_measures_in_both_halves_and_no_other_step_does(monkeypatch
         seen.append(choice.policy())
         return kernel(*args)
 
-    lower = driver.Session._lower_with_scales
-    monkeypatch.setattr(driver.Session, "_lower_with_scales", watch)
+    lower = driver.Session._lower
+    monkeypatch.setattr(driver.Session, "_lower", watch)
     for tune in (True, False):
         torch._dynamo.reset()
         model = torch.nn.Linear(128, 128, bias=False, dtype=torch.bfloat16)
