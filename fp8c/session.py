@@ -219,7 +219,9 @@ class Session:
         if how == "inductor":
             halves = (rewritten.halves.forward, rewritten.halves.backward)
             compile_beside([(split_gradients(h)[0] if self.main_grad else h).graph for h in halves], self.target)
-        return rewritten.halves.forward, rewritten.halves.backward
+        # A copy: AOTAutograd pickles the backward half into its cache, and takes what is known of the nodes away for it.
+        backward = rewritten.halves.backward
+        return rewritten.halves.forward, fx.GraphModule(backward, g.copy_graph(backward.graph))
 
     def _lower_half(
         self,

@@ -100,6 +100,16 @@ def test_the_second_process_compiles_nothing_and_computes_the_same(monkeypatch: 
     assert [r.changed for r in after.steps[-1].records] == [r.changed for r in before.steps[-1].records]
 
 
+def test_what_is_known_of_a_step_that_was_kept_stays_known() -> None:
+    """AOTAutograd strips the graph that it pickles."""
+    step = compiled()
+    run(step)
+    assert counters["aot_autograd"]["autograd_cache_saved"] == 1
+    halves = driver.session_of(step).steps[-1].halves
+    for half in (halves.forward, halves.backward):
+        assert all("val" in node.meta for node in half.graph.nodes if node.op == "call_function")
+
+
 def test_a_step_from_the_cache_follows_its_weights_and_adds_to_its_own_accumulators() -> None:
     run(compiled(main_grad=True))
     again = compiled(main_grad=True)
