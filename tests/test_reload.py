@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 
 import fp8c
 from fp8c import cli
@@ -67,6 +69,24 @@ def test_the_step_of_a_build_trains(folder: Path) -> None:
     assert loss.isfinite() and all(p.grad is not None for p in step.module.parameters())
     gemms = session_of(step).steps[-1].plan.uses
     assert gemms["layers.0.gate"].gemm("fprop").is_fp8 and not gemms["layers.1.gate"].gemm("fprop").is_fp8
+
+
+@pytest.mark.slow
+def test_a_step_that_was_compared_once_is_found_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By who loads the same build; another build of the same model is compared, and compiled, anew."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    losses, found = [], []
+    with functorch_config.patch(enable_autograd_cache=True):
+        for _ in range(3):
+            counters.clear()
+            step = fp8c.load("build", lowering="inductor")
+            losses.append(call(step, step.example_inputs).item())
+            found.append(counters["aot_autograd"].get("autograd_cache_hit", 0))
+            if len(found) == 2:
+                command = ["compile", "tiny.py", "--spec", "std:deepseek_v3", "--target", "cpu", "--no-baseline"]
+                assert cli.main(command) == 0
+    assert found == [0, 1, 0]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_other_lengths_run_under_the_same_decisions(folder: Path) -> None:
