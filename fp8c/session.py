@@ -12,7 +12,7 @@ import json
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ class Session:
         return {
             "inputs": names,
             "spec": self.spec.digest,
-            "target": self.target.name,
+            "target": {name: sorted(v) if isinstance(v, frozenset) else v for name, v in asdict(self.target).items()},
             "without": sorted(self.without),
             "partial": self.partial,
             "keep_weights": self._keeps_weights(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch._inductor.codecache import FxGraphCache
 
 import fp8c
 from fp8c import driver, step_cache
+from fp8c.backends.target import load_target
 from fp8c.optim.precision import SwitchedSession
 
 BF16 = torch.bfloat16
@@ -142,11 +143,12 @@ def test_inference_is_kept_too() -> None:
     [
         lambda: compiled(second="gate"),  # rules name modules
         lambda: compiled(spec="bf16"),
+        lambda: compiled(target=replace(load_target("cpu"), fp8_tflops=1.0)),  # a file of one's own may have any name
         lambda: compiled(main_grad=True),
         lambda: compiled(keep_weights=False),
         lambda: compiled(without=("causal-attention",)),
     ],
-    ids=["module", "spec", "main_grad", "keep_weights", "without"],
+    ids=["module", "spec", "target", "main_grad", "keep_weights", "without"],
 )
 def test_another_step_of_the_same_graph_is_not_taken_for_it(other: Callable[[], nn.Module]) -> None:
     run(compiled())
