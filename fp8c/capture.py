@@ -59,6 +59,7 @@ def _source_name(source: Any) -> str:
 def prepare_forward(gm: fx.GraphModule, *, move_router_weight: bool = True) -> list[str]:
     """Rewrite Dynamo's forward graph in place; return what was done, for the report."""
     done = []
+    of_dynamo = set(gm.graph.nodes)
     kept = keep_attention(gm)
     if kept:
         done.append(f"{kept} attention calls kept as one operator")
@@ -66,15 +67,16 @@ def prepare_forward(gm: fx.GraphModule, *, move_router_weight: bool = True) -> l
         moved = move_router_weights(gm)
         if moved:
             done.append(f"{moved} router weights moved in front of the down-projection")
-    _fill_in_examples(gm.graph)
+    _fill_in_examples(node for node in gm.graph.nodes if node not in of_dynamo)
     gm.graph.lint()
     gm.recompile()
     return done
 
 
-def _fill_in_examples(graph: fx.Graph) -> None:
-    """Give the nodes that were put in the fake values that Dynamo gives its own. AOTAutograd's cache takes no graph without."""
-    for node in graph.nodes:
+def _fill_in_examples(made: Iterable[Any]) -> None:
+    """Give nodes that were put in, in order, the fake values that Dynamo gives its own: AOTAutograd's cache wants them. Dynamo's
+    nodes without one are called for their effect (autocast, grad mode), which they must not have here."""
+    for node in made:
         if node.op in ("call_function", "call_method") and "example_value" not in node.meta:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
             with torch.no_grad():

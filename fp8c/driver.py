@@ -24,10 +24,7 @@ from fp8c.main_grad import add_main_grads, zero_main_grads
 from fp8c.passes import check_optional
 from fp8c.session import PlanningDone as PlanningDone
 from fp8c.session import Session as Session
-from fp8c.session import communicates as communicates
-from fp8c.session import default_target as default_target
 from fp8c.session import new_session as new_session
-from fp8c.session import owns_evenly as owns_evenly
 from fp8c.session import step_facts as step_facts
 from fp8c.specs.load import Spec
 from fp8c.target_record import TargetRecord

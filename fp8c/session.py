@@ -35,7 +35,7 @@ from fp8c.diagnostics import Diagnostic, Severity
 from fp8c.distributed import agree_on, explaining_lost_ranks, gradients_noted
 from fp8c.graph import portable_hash
 from fp8c.graph_costs import is_collective, members_of
-from fp8c.kept_weights import Chain, WeightStore, reason_not_to_keep, run_with_kept, split_weights
+from fp8c.kept_weights import WeightStore, reason_not_to_keep, run_with_kept, split_weights
 from fp8c.main_grad import is_sharded_expert, run_with_accumulators, split_gradients
 from fp8c.specs.load import Spec, load
 from fp8c.specs.plan import PrecisionPlan
@@ -238,11 +238,8 @@ class Session:
         if self.main_grad and module is not None and not is_inference:
             sharded = {g.canonical_path(n) for n, p in module.named_parameters() if is_sharded_expert(p)}
             gm, names = split_gradients(gm, sharded)
+        gm, chains = split_weights(gm) if self._keeps_weights() else (gm, [])
         inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
-        chains: list[Chain] = []
-        if self._keeps_weights():
-            gm, chains = split_weights(gm)
-            inputs = [*inputs, *(n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")[len(inputs) :])]
         half = LoweredHalf(
             run=self._lower(gm, inputs, how=how, is_inference=is_inference),
             chains=tuple(chains),

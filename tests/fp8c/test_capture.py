@@ -168,3 +168,24 @@ def test_a_moved_router_weight_multiplies_in_fp32(dtype: torch.dtype) -> None:
     assert torch.equal(product.to(BF16), (h.float() * weight.float()[:, None]).to(BF16))
     if dtype is BF16:
         assert torch.equal(product.to(BF16), h * weight[:, None])
+
+
+def test_nodes_that_dynamo_calls_for_their_effect_are_not_called() -> None:
+    """`_enter_autocast`, say: such a node has no value of its own, and what it does belongs to the step, not to its capture."""
+    called: list[int] = []
+
+    def enter() -> None:
+        called.append(1)
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.randn(2, 4, 8, 16)
+    graph.call_function(enter)
+    out = graph.call_function(F.scaled_dot_product_attention, (x, x, x))
+    out.meta["example_value"] = x.meta["example_value"]
+    graph.output(out)
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    assert capture.prepare_forward(gm) == ["1 attention calls kept as one operator"]
+    assert called == []
+    made = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output") and n.target != enter]
+    assert made and all("example_value" in n.meta for n in made)
