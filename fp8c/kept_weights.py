@@ -6,7 +6,8 @@
 A half's weight quantizes read nothing but parameters, so their results hold until an optimizer writes the parameter.
 That shows in the tensor's version, which every in-place operation counts up, also under `no_grad` (PyTorch's optimizers,
 fused ones too, `load_state_dict`, `copy_`), and in its address. What goes around the version (`p.data.add_`) is seen when
-it happens inside the `step()` of a `torch.optim.Optimizer`; otherwise call `fp8c.weights_changed(step)`.
+it happens inside the `step()` of a `torch.optim.Optimizer`, or behind the step of one that holds none of these weights and so
+may hold their FP32 masters (`p.data.copy_(master)`); otherwise call `fp8c.weights_changed(step)`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Chain:
 class Entry:
     state: tuple[tuple[int, int], ...]  # (address, version) of each weight
     values: tuple[Tensor, ...]
+    is_stale: bool = False
 
 
 @dataclass
@@ -68,7 +70,9 @@ class WeightStore:
             alive = store()
             if alive is not None and alive.entries:
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                alive.invalidate({p.data_ptr() for p in parameters if _has_address(p)})
+                addresses = {p.data_ptr() for p in parameters if _has_address(p)}
+                # It may hold masters, which are copied into the weights through `.data`, or be another model's: who knows.
+                alive.invalidate(addresses if alive.holds(addresses) else None)
 
         handle = register_optimizer_step_post_hook(stepped)
         weakref.finalize(self, handle.remove)
@@ -82,9 +86,15 @@ class WeightStore:
 
     def invalidate(self, addresses: set[int] | None = None) -> None:
         """Quantize the weights at these addresses (all of them by default) again when they are next read."""
-        for entry in self.entries.values():
-            if addresses is None or any(address in addresses for address, _ in entry.state):
-                entry.state = ()
+        with self._lock:
+            for entry in self.entries.values():
+                if addresses is None or any(address in addresses for address, _ in entry.state):
+                    entry.is_stale = True
+
+    def holds(self, addresses: set[int]) -> bool:
+        """Whether a weight at one of these addresses is among those kept."""
+        with self._lock:
+            return any(address in addresses for entry in self.entries.values() for address, _ in entry.state)
 
     def values(self, chain: Chain, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All results of the chain's quantize for these weights."""
@@ -94,7 +104,7 @@ class WeightStore:
             state += ((0, capture_id()),)
         with self._lock:
             entry = self.entries.get(chain.key)
-            if entry is None or entry.state != state:
+            if entry is None or entry.is_stale or entry.state != state:
                 self.entries.pop(chain.key, None)  # frees the old values first
                 entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights))
             return entry.values
