@@ -305,6 +305,42 @@ def test_all_tokens_at_one_expert() -> None:
     assert [bool(outcome.grads_fp8["up"][e].any()) for e in range(4)] == [False, False, True, False]
 
 
+class Gated(nn.Module):
+    """A step size of each position behind a softplus, read with positions last, as state space layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(D, 8, bias=False, dtype=BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(self.step(x)).transpose(1, 2) * x.new_ones(x.shape[0], 8, x.shape[1])
+
+
+def test_an_operator_may_lay_out_its_result_otherwise_than_captured() -> None:
+    """softplus_backward does on the CPU: `view size is not compatible` in backward of Qwen3-Next and Doge."""
+    check(train_both(Gated(), lambda model: loss_of(model(features()))))
+
+
+class Biased(nn.Module):
+    """Attention with a learned bias of each pair of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(D, 3 * D, bias=False, dtype=BF16)
+        self.bias = nn.Parameter(torch.zeros(1, 1, 64, 64, dtype=BF16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias).transpose(1, 2).flatten(2)
+
+
+def test_attention_with_a_learned_bias_is_left_to_pytorch() -> None:
+    """fp8c's attention gives its mask no gradient: E0522 ended the capture of Doge."""
+    outcome = train_both(Biased(), lambda model: loss_of(model(features())))
+    check(outcome)
+    assert outcome.counts["fprop"]["fp8"] == 1 and outcome.errors()["bias"] < 0.5
+
+
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
