@@ -130,6 +130,9 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
         return uncompiled(step).__reduce_ex__(protocol)
 
     session.model = weakref.ref(step)
+    weakref.finalize(
+        step, session.weights.clear
+    )  # Dynamo keeps compiled code, which keeps the session, longer than the module
     step._compiled_call_impl = run
     if session.main_grad:
 
@@ -177,13 +180,17 @@ def uncompiled(step: nn.Module) -> nn.Module:
 
 
 def guarded(session: Session) -> Callable[..., Any]:
-    """The session as a backend whose diagnostics reach the caller as they are."""
+    """The session as a backend. Dynamo keeps every backend it has seen for as long as the process lives, so this one does not
+    keep the session: a compiled module does, and with it go its FP8 weights, graphs and parameters.
+    """
+    found = weakref.ref(session)
 
-    @functools.wraps(session.__call__)
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return session(gm, example_inputs)
+    def fp8c_session(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        alive = found()
+        assert alive is not None, "a module was captured after its session was freed"
+        return alive(gm, example_inputs)
 
-    return backend
+    return fp8c_session
 
 
 def weights_changed(step: nn.Module) -> None:

@@ -109,6 +109,11 @@ class WeightStore:
                 entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights))
             return entry.values
 
+    def clear(self) -> None:
+        """Free all of it."""
+        with self._lock:
+            self.entries.clear()
+
     def release(self, chain: Chain) -> None:
         """Keep the chain's results no longer. Who reads them next computes them again."""
         with self._lock:

@@ -186,13 +186,19 @@ def run_with_accumulators(
 
     names: from `split_gradients`;  note: called with every parameter that got a gradient
     """
-    parameters = {g.canonical_path(name): p for name, p in module.named_parameters(remove_duplicate=False)}
-    owners = [(parameters[name], at) for name, at in names.items()]
+    # Where parameters stand: `load_state_dict(assign=True)` puts others there, and nothing is compiled again for it.
+    places = {
+        g.canonical_path(f"{path}.{leaf}" if path else leaf): (part._parameters, leaf)
+        for path, part in module.named_modules(remove_duplicate=False)
+        for leaf in part._parameters
+    }
+    owners = [(*places[name], at) for name, at in names.items()]
 
     def boxed(inputs: list[Any]) -> Any:
-        inputs += [local(accumulator_of(p)) for p, _ in owners]
+        parameters: list[tuple[Any, int]] = [(table[leaf], at) for table, leaf, at in owners]
+        inputs += [local(accumulator_of(p)) for p, _ in parameters]
         results = run(inputs)
-        for p, at in owners:
+        for p, at in parameters:
             if isinstance(p, DTensor):
                 p._fp8c_placeholder = results[at]  # type: ignore[attr-defined]
             if note is not None:

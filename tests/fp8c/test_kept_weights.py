@@ -219,6 +219,20 @@ def test_a_copy_keeps_its_own() -> None:
     assert float(train(step)) != float(train(other))
 
 
+def test_a_model_that_nobody_has_any_more_is_freed() -> None:
+    """Dynamo keeps what it compiled: parameters and FP8 weights of every model of a process stayed in memory."""
+
+    def trained() -> tuple[weakref.ref[Tensor], WeightStore]:
+        step, store = compiled()
+        train(step)
+        assert store.entries
+        return weakref.ref(next(step.parameters())), store
+
+    parameter, store = trained()
+    gc.collect()
+    assert parameter() is None and not store.entries
+
+
 def test_memory_is_counted_and_freed() -> None:
     step, store = compiled()
     train(step)

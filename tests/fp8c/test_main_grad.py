@@ -147,6 +147,18 @@ def test_zero_grad_and_new_accumulators() -> None:
     assert torch.equal(p.main_grad.flatten(), flat)
 
 
+def test_parameters_that_were_assigned_later_get_their_gradients() -> None:
+    """`load_state_dict(assign=True)` behind the first step: gradients went to the parameters that were there before."""
+    model = Mlp()
+    step = fp8c.compile(model, "deepseek_v3", "cpu", main_grad=True)
+    loss_of(step(features())).backward()
+    expected = {name: p.main_grad.clone() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    loss_of(step(features())).backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.main_grad, expected[name]) and p.grad is None  # type: ignore[attr-defined]
+
+
 def test_gradients_from_outside_are_moved_over() -> None:
     step = compiled("mlp", main_grad=True)
     loss_of(step.down(features().repeat(1, 1, 2))).backward()  # a part of it, called uncompiled
