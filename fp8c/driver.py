@@ -123,6 +123,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
         other = copy.deepcopy(uncompiled(step), memo)
+        if session.main_grad:
+            add_main_grads(other)  # a copy of a parameter is without attributes and hooks
         attach(other, session.fresh(), **options)
         return other
 

@@ -5,7 +5,8 @@
 
 A half's weight quantizes read nothing but parameters, so their results hold until an optimizer writes the parameter.
 That shows in the tensor's version, which every in-place operation counts up, also under `no_grad` (PyTorch's optimizers,
-fused ones too, `load_state_dict`, `copy_`), and in its address. What goes around the version (`p.data.add_`) is seen when
+fused ones too, `load_state_dict`, `copy_`), in its address, and in whether the memory there is still the same one (a new
+tensor may come to lie where a freed one lay). What goes around the version (`p.data.add_`) is seen when
 it happens inside the `step()` of a `torch.optim.Optimizer`, or behind the step of one that holds none of these weights and so
 may hold their FP32 masters (`p.data.copy_(master)`); otherwise call `fp8c.weights_changed(step)`.
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8c import graph as g
@@ -52,7 +54,13 @@ class Chain:
 class Entry:
     state: tuple[tuple[int, int], ...]  # (address, version) of each weight
     values: tuple[Tensor, ...]
+    storages: tuple[StorageWeakRef, ...]  # of the weights: whether their memory was freed since
     is_stale: bool = False
+
+    def is_of(self, state: tuple[tuple[int, int], ...]) -> bool:
+        if self.is_stale or self.state != state:
+            return False
+        return not any(storage.expired() for storage in self.storages)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -104,9 +112,11 @@ class WeightStore:
             state += ((0, capture_id()),)
         with self._lock:
             entry = self.entries.get(chain.key)
-            if entry is None or entry.is_stale or entry.state != state:
-                self.entries.pop(chain.key, None)  # frees the old values first
-                entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights))
+            if entry is None or not entry.is_of(state):
+                self.entries.pop(chain.key, None)
+                del entry  # frees the old values first
+                storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights)  # type: ignore[no-untyped-call]
+                entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights), storages)
             return entry.values
 
     def release(self, chain: Chain) -> None:

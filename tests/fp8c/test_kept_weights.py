@@ -91,6 +91,27 @@ def test_backward_can_release_what_it_has_read() -> None:
     assert store.refreshed == GEMMS + 1
 
 
+def test_a_new_weight_where_a_freed_one_lay_is_noticed() -> None:
+    """An allocator gives freed memory out again: the same address, and a version that counts from the same start."""
+    step, store = compiled()
+    weight = step.up.weight
+    memory = bytearray(weight.nbytes)
+
+    def replaced(factor: float) -> None:
+        weight.data = torch.zeros(1, dtype=BF16)  # the old value's storage is gone, the memory is not
+        value = torch.frombuffer(memory, dtype=BF16).view(values.shape)
+        weight.data = value.copy_(values * factor)
+
+    values = weight.detach().clone()
+    replaced(1.0)
+    first, address, version = train(step), weight.data_ptr(), weight._version
+    before = store.refreshed
+    replaced(3.0)
+    assert (weight.data_ptr(), weight._version) == (address, version)
+    second = train(step)
+    assert store.refreshed == before + 1 and not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizers_are_noticed(fused: bool) -> None:
     step, store = compiled(Mlp(dtype=torch.float32))

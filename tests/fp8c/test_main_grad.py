@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -145,6 +146,47 @@ def test_zero_grad_and_new_accumulators() -> None:
     p.main_grad = None
     loss_of(step(features())).backward()
     assert torch.equal(p.main_grad.flatten(), flat)
+
+
+def test_a_parameter_that_was_replaced_gets_the_gradient() -> None:
+    step = compiled("mlp", main_grad=True)
+    loss_of(step(features())).backward()
+    old = step.gate.weight
+    first = old.main_grad.clone()
+    step.gate.weight = nn.Parameter(old.detach().clone())
+    loss_of(step(features())).backward()
+    assert torch.equal(old.main_grad, first) and torch.equal(step.gate.weight.main_grad, first)
+    loss_of(step.gate(features())).backward()  # and its gradients from outside are moved over
+    assert step.gate.weight.grad is None and not torch.equal(step.gate.weight.main_grad, first)
+
+
+def test_a_deep_copy_accumulates_as_its_model_does() -> None:
+    step = copy.deepcopy(compiled("mlp", main_grad=True))
+    loss_of(step.down(features().repeat(1, 1, 2))).backward()
+    assert step.down.weight.grad is None and step.down.weight.main_grad.any()
+
+
+def test_a_step_outlives_the_module_it_was_called_on() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    loss = loss_of(fp8c.compile(model, "deepseek_v3", "cpu", main_grad=True)(features()))
+    gc.collect()
+    loss.backward()
+    assert model.gate.weight.main_grad.any()
+
+
+def test_what_autograd_is_not_asked_for_is_not_accumulated() -> None:
+    """The gradient of an input, as for an adversarial example, leaves every parameter's alone."""
+    step = compiled("mlp", main_grad=True)
+    x = features().requires_grad_()
+    (usual,) = torch.autograd.grad(loss_of(step(x)), x)
+    assert usual.any() and not any(p.main_grad.any() for p in step.parameters())
+    loss_of(step(x)).backward(inputs=[x, step.up.weight])
+    assert torch.equal(x.grad, usual)
+    assert {n for n, p in step.named_parameters() if p.main_grad.any()} == {"up.weight"}
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        torch.autograd.grad(loss_of(step(x)), step.gate.weight)
+    assert {n for n, p in step.named_parameters() if p.main_grad.any()} == {"up.weight"}
 
 
 def test_gradients_from_outside_are_moved_over() -> None:
