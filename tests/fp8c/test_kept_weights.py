@@ -175,6 +175,32 @@ def test_weights_copied_from_the_masters_of_an_optimizer_are_not_stale() -> None
         first = loss
 
 
+def test_a_loop_without_an_optimizer_is_noticed() -> None:
+    step, _ = compiled()
+    first = train(step)
+    for _ in range(2):
+        for p in step.parameters():
+            assert p.grad is not None
+            p.data -= p.grad
+            p.grad = None
+        loss = train(step)
+        assert not torch.equal(loss, first)
+        fp8c.weights_changed(step)
+        assert torch.equal(train(step), loss)
+        first = loss
+
+
+def test_forwards_before_the_first_backward_share_them() -> None:
+    """As the stages of a pipeline run: no gradient yet, and nobody has taken one."""
+    step, store = compiled()
+    for expected in (GEMMS, 2 * GEMMS):
+        losses = [loss_of(step(features())) for _ in range(3)]
+        for loss in losses:
+            loss.backward()
+        assert store.refreshed == expected
+        step.zero_grad()
+
+
 def test_optimizers_of_other_weights_of_the_step_leave_frozen_ones() -> None:
     step, store = compiled()
     gate, *others = step.parameters()
