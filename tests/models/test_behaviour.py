@@ -416,6 +416,26 @@ def test_a_graph_break_names_the_line() -> None:
     assert "y.sum().item()" in diagnostic.span.text
 
 
+class Batched(nn.Module):
+    """Experts as one batched product, as Llama 4 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(D, D, bias=False, dtype=BF16)
+        self.weight = nn.Parameter(torch.randn(2, D, D).to(BF16) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.bmm(x, self.weight)
+        return self.out(hidden)
+
+
+def test_a_batched_product_with_a_weight_does_not_stay_in_bf16_without_a_word() -> None:
+    """Llama 4 trained two thirds of its GEMMs in BF16, and nothing said so."""
+    outcome = train_both(Batched(), lambda model: loss_of(model(features().requires_grad_())))
+    (remark,) = (r for r in outcome.session.remarks if r.code == "R0848")
+    assert remark.span is not None and "torch.bmm(x, self.weight)" in remark.span.text
+
+
 class Visits(nn.Module):
     """A loop over the experts that have tokens, in no form that becomes grouped GEMMs."""
 
