@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fp8c
 from fp8c.diagnostics import DiagnosticError
-from fp8c.driver import session_of
+from fp8c.driver import refuse_lost_gradients, session_of
 from fp8c.graph import aten
 from fp8c.main_grad import accumulator_of, split_gradients
 from tests.models.harness import count_executed, gradients, loss_of
@@ -226,6 +228,21 @@ def test_an_accumulator_of_another_kind_is_refused() -> None:
     p.main_grad = torch.zeros(4, 8, dtype=BF16)
     with pytest.raises(DiagnosticError, match=r"main_grad is bf16\[4, 8\], expected f32\[4, 8\]"):
         accumulator_of(p)
+
+
+def test_ddp_that_would_sum_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel sums `grad`, and would leave every rank with a main_grad of its own."""
+    step, plain = compiled("mlp", main_grad=True), compiled("mlp")
+    wrapper = SimpleNamespace(process_group=SimpleNamespace(size=lambda: 2))
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", wrapper)
+    with pytest.raises(DiagnosticError, match=r"error\[E0867\]: 'gate.weight' has a main_grad"):
+        step(features())
+    with torch.no_grad():
+        refuse_lost_gradients(step)
+    refuse_lost_gradients(plain)
+    inside_out = DistributedDataParallel.__new__(DistributedDataParallel)
+    with pytest.raises(DiagnosticError, match="E0867"):
+        fp8c.compile(inside_out, "deepseek_v3", "cpu")
 
 
 def test_a_module_of_torchs_own() -> None:
