@@ -141,9 +141,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
         return uncompiled(step).__reduce_ex__(protocol)
 
     session.model = weakref.ref(step)
-    weakref.finalize(
-        step, session.weights.clear
-    )  # Dynamo keeps compiled code, which keeps the session, longer than the module
+    weakref.finalize(step, session.weights.clear)  # compiled code, which Dynamo keeps, keeps the session
     step._compiled_call_impl = run
     if session.main_grad:
 
