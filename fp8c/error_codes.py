@@ -284,6 +284,8 @@ EXPLANATIONS: dict[str, str] = {
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
     "cannot be combined with it, and loading the build takes ranks that form the same mesh.",
+    "E0852": "torch.compile keeps one graph for all modules of one class, so under `backend='fp8c'` their delayed scales would "
+    "share their histories: one module's values would be scaled by another's magnitudes.",
     "E0867": "DistributedDataParallel wraps what fp8c.compile returned, not the other way round, and it sums `grad`: with "
     "`main_grad` a parameter's gradient never comes there, and the ranks would drift apart. AdamW(zero1=mesh) sums either.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "

@@ -16,6 +16,7 @@ DTensors of such gradients and takes no None for them, so the graph returns zero
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -187,10 +188,16 @@ def run_with_accumulators(
     """
     places = {g.canonical_path(name): name.split(".") for name, _ in module.named_parameters(remove_duplicate=False)}
     owners = [(places[name], at) for name, at in names.items()]
-    root = (module._modules, module._parameters)  # not the module: its own call refers to this function
+    # Dynamo keeps compiled functions when their module is gone: nothing here may keep it, or its parameters, alive.
+    root = weakref.ref(module)
+    known = [weakref.ref(_parameter_at(module, place)) for place, _ in owners]
 
     def boxed(inputs: list[Any]) -> Any:
-        parameters = [(_parameter_at(*root, place), at) for place, at in owners]
+        alive = root()
+        if alive is not None:
+            known[:] = [weakref.ref(_parameter_at(alive, place)) for place, _ in owners]
+        parameters = [(p, at) for find, (_, at) in zip(known, owners) if (p := find()) is not None]
+        assert len(parameters) == len(owners), "autograd's graph holds the parameters that it has a backward for"
         # false under autograd.grad and backward(inputs=...), which reentrant checkpoints can't have either
         wants_all = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
         wanted = [wants_all or _is_asked_for(p) for p, _ in parameters]
@@ -210,16 +217,14 @@ def run_with_accumulators(
     return boxed
 
 
-def _parameter_at(
-    modules: Mapping[str, nn.Module | None], parameters: Mapping[str, nn.Parameter | None], place: Sequence[str]
-) -> nn.Parameter:
+def _parameter_at(module: nn.Module, place: Sequence[str]) -> nn.Parameter:
     for name in place[:-1]:
-        module = modules[name]
-        assert module is not None
-        modules, parameters = module._modules, module._parameters
-    found = parameters[place[-1]]
-    assert found is not None
-    return found
+        found = module._modules[name]
+        assert found is not None
+        module = found
+    parameter = module._parameters[place[-1]]
+    assert parameter is not None
+    return parameter
 
 
 def _is_asked_for(p: Tensor) -> bool:
@@ -234,8 +239,14 @@ def _is_asked_for(p: Tensor) -> bool:
 def accumulator_of(p: Tensor) -> Tensor:
     """The parameter's `main_grad`; a new one where it has none: at first, and where the optimizer has taken it away.
 
-    Raises: DiagnosticError E0843 for one of another type or shape
+    Raises: DiagnosticError E0843 for one of another type or shape, or whose gradient a hook wants to see
     """
+    if p._backward_hooks:
+        raise fail(
+            "E0843",
+            f"a parameter {list(p.shape)} has a hook of register_hook, which main_grad would leave without its gradient",
+            help="use register_post_accumulate_grad_hook and read p.main_grad there, or compile without main_grad",
+        )
     found = getattr(p, "main_grad", None)
     if found is None:
         found = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
