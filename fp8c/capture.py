@@ -7,6 +7,7 @@ attention stays one operator, and the router's weight moves in front of the expe
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,9 +45,12 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
 
 
 def input_examples(gm: fx.GraphModule) -> list[Any]:
-    """The tensors and objects that Dynamo captured the inputs of its graph from, in order."""
+    """What Dynamo captured the inputs of its graph from, in order: weak references to tensors, because a session that held the
+    parameters would keep a model alive that nobody has any more; objects as they are.
+    """
     arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
-    return [None if argument is None else argument.example for argument in arguments]
+    examples = [None if argument is None else argument.example for argument in arguments]
+    return [weakref.ref(example) if isinstance(example, torch.Tensor) else example for example in examples]
 
 
 def _source_name(source: Any) -> str:
@@ -87,7 +91,8 @@ def _fill_in_examples(made: Iterable[Any]) -> None:
 def keep_attention(gm: fx.GraphModule) -> int:
     """Replace scaled_dot_product_attention by the opaque fp8c operator, so that no backend decomposes it.
 
-    Attention with dropout is left to PyTorch: the operator's backward has no random numbers to replay.
+    Attention with dropout is left to PyTorch: the operator's backward has no random numbers to replay. So is attention with
+    a mask that is learned (a position bias): the fused kernels give it no gradient.
     """
     changed = 0
     for node in list(gm.graph.nodes):
@@ -95,7 +100,7 @@ def keep_attention(gm: fx.GraphModule) -> int:
             continue
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, node.args)) | dict(node.kwargs)
-        if given.get("dropout_p", 0.0) != 0.0 or not _has_rank_4(given):
+        if given.get("dropout_p", 0.0) != 0.0 or not _has_rank_4(given) or _is_learned(given.get("attn_mask")):
             continue
         out_dtype = node.meta["example_value"].dtype
         unrepeated = _unrepeated(given)
@@ -216,6 +221,10 @@ def _has_rank_4(given: dict[str, Any]) -> bool:
         if example is None or example.dim() != 4:
             return False
     return True
+
+
+def _is_learned(mask: Any) -> bool:
+    return isinstance(mask, fx.Node) and bool(mask.meta["example_value"].requires_grad)
 
 
 def _copy_meta(new: fx.Node, old: fx.Node) -> None:

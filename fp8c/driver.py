@@ -207,13 +207,17 @@ def uncompiled(step: nn.Module) -> nn.Module:
 
 
 def guarded(session: Session) -> Callable[..., Any]:
-    """The session as a backend whose diagnostics reach the caller as they are."""
+    """The session as a backend. Dynamo keeps every backend it has seen for as long as the process lives, so this one does not
+    keep the session: a compiled module does, and with it go its FP8 weights, graphs and parameters.
+    """
+    found = weakref.ref(session)
 
-    @functools.wraps(session.__call__)
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return session(gm, example_inputs)
+    def fp8c_session(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        alive = found()
+        assert alive is not None, "a module was captured after its session was freed"
+        return alive(gm, example_inputs)
 
-    return backend
+    return fp8c_session
 
 
 def forget_model(session: Session) -> None:
@@ -324,6 +328,10 @@ def explain_failure(error: Exception) -> Exception:
     return error
 
 
+#: What PyTorch says of a grouped GEMM in another type.
+_NOT_BF16 = re.compile(r"Expected inputs of BF16 type but got mat_a\.dtype=torch\.(\w+)")
+
+
 def graph_break(error: Exception) -> Diagnostic:
     """E0833: what Dynamo could not capture, at the model's line, with the usual fix; E0803: the model raised."""
     text = str(error)
@@ -337,6 +345,19 @@ def graph_break(error: Exception) -> Diagnostic:
     raised = re.search(r"raised exception (.+)", text)
     if raised:
         return Diagnostic("E0803", f"the model raised {raised[1].strip()}", span)
+    dtype = next((m[1] for m in (_NOT_BF16.search(str(e)) for e in causes(error)) if m), None)
+    if dtype is not None:
+        message = f"PyTorch captures the grouped GEMMs of experts in BF16 only, and here they read {dtype}"
+        help = "make the model in BF16 (dtype=torch.bfloat16), or call the step under torch.autocast(device, torch.bfloat16)"
+        return Diagnostic("E0833", message, span, help=help)
+    if span is not None and span.text.startswith("for ") and "data-dependent" in first:
+        return Diagnostic(
+            "E0833",
+            "graph break: how often this loop runs depends on data",
+            span,
+            help="a loop over experts becomes grouped GEMMs when it is written in a form of the page on models; "
+            "fullgraph=False compiles the pieces around any other",
+        )
     if "functorch" in first:
         first += ": torch.func and vmap cannot go through a compiled step"
     hint = next((line.split("Hint:", 1)[1].strip() for line in text.splitlines() if "Hint:" in line), "")

@@ -240,6 +240,9 @@ EXPLANATIONS: dict[str, str] = {
     "R0845": "The output head keeps the model's own operators, because its logits are read by something besides a plain "
     "cross-entropy in FP32, or because the spec puts it in FP8. Logits that the compiled call returns are read: "
     "`fp8c.compile(model, outputs=('loss',))` returns the loss alone.",
+    "R0848": "A batched matrix product (torch.bmm, einsum) has a weight as an operand, as experts have that all see every token "
+    "slot. fp8c quantizes Linears and grouped GEMMs; this product stays in BF16 whatever the spec says of experts. Written "
+    "as grouped GEMMs (torch.nn.functional.grouped_mm), or as a loop over experts, it runs in FP8.",
     "W0847": "Saved bytes are counted with sizes that nobody knows before the step: a number read on the host, such as the "
     "rows of each expert behind `counts.tolist()`. Each such size counts as 4,096, so the sum may be far off. What is "
     "computed is not touched. Loops over experts that fp8c lifts to grouped GEMMs have known sizes.",
