@@ -62,7 +62,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--tensorboard", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    parts = args.micro_batches * int(os.environ.get("WORLD_SIZE", "1"))
+    if args.micro_batches < 1 or args.batch < 1 or args.batch % parts:
+        parser.error(f"a batch of {args.batch} cannot be divided evenly over {parts} ranks and micro-batches")
+    if args.spec == "off" or args.parallel == "fsdp" or args.ep:
+        for option in ("bf16_first", "bf16_last", "telemetry_every"):
+            if getattr(args, option):
+                parser.error(
+                    f"--{option.replace('_', '-')} needs a step that is compiled as a whole, on one rank or zero1"
+                )
+    return args
 
 
 def main() -> None:
@@ -171,7 +181,7 @@ def sharded(model: nn.Module, args: argparse.Namespace, world: int, device: torc
 
 def rate(i: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine to a tenth."""
-    return min(1.0, (i + 1) / args.warmup) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, i / args.steps)))
+    return min(1.0, (i + 1) / max(1, args.warmup)) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, i / args.steps)))
 
 
 def shares(batch: dict[str, Tensor], micro_batches: int, rank: int, world: int) -> Iterator[dict[str, Tensor]]:

@@ -40,6 +40,25 @@ def train(folder: Path, *arguments: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def test_the_loop_refuses_what_would_train_nothing_or_be_ignored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    loop = importlib.import_module("train")
+    wrong = {
+        "--batch 2 --micro-batches 4": "a batch of 2 cannot be divided evenly over 4",
+        "--parallel fsdp --bf16-first 5": "--bf16-first needs a step that is compiled as a whole",
+        "--ep 2 --telemetry-every 5": "--telemetry-every needs a step that is compiled as a whole",
+    }
+    for options, message in wrong.items():
+        monkeypatch.setattr(sys, "argv", ["train.py", *options.split()])
+        with pytest.raises(SystemExit):
+            loop.arguments()
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["train.py", "--warmup", "0"])
+    assert loop.rate(0, loop.arguments()) == 1.0
+
+
 @pytest.mark.slow
 def test_the_plain_loop_trains_logs_and_goes_on_where_it_left_off(tmp_path: Path) -> None:
     options = ("--ema", "0.9", "--bf16-first", "1", "--telemetry-every", "2", "--micro-batches", "2")
