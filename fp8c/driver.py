@@ -287,7 +287,7 @@ def dynamo_settings() -> contextlib.AbstractContextManager[Any]:
     """
     config: Any = torch._dynamo.config
     limits = ("recompile_limit", "accumulated_recompile_limit")
-    allowed = {name: getattr(config, name) * max(1, _steps) for name in limits}
+    allowed = {name: getattr(config, name) * _steps for name in limits} if _steps > 1 else {}
     patched: contextlib.AbstractContextManager[Any] = config.patch(capture_scalar_outputs=True, **allowed)
     return patched
 
