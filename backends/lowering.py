@@ -17,6 +17,7 @@ from functorch.compile import make_boxed_func
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from fp8c import graph as g
 from fp8c.backends.inductor_rewrites import rewrite_for_inductor
 from fp8c.backends.lowering_sizes import mark_row_counts, padded_rows_are_strided
 from fp8c.ops import embedding
@@ -47,11 +48,22 @@ def lower(gm: fx.GraphModule, inputs: Sequence[Any], how: str, *, is_inference: 
     """Lower one half with `how` = "reference" or "inductor"."""
     match how:
         case "reference":
-            return make_boxed_func(gm)  # type: ignore[no-any-return]
+            return make_boxed_func(with_any_strides(gm))  # type: ignore[no-any-return]
         case "inductor":
             return lower_inductor(gm, inputs, is_inference=is_inference)
         case _:
             raise ValueError(f"unknown lowering {how!r}; expected 'reference' or 'inductor'")
+
+
+def with_any_strides(gm: fx.GraphModule) -> fx.GraphModule:
+    """A half whose views copy where they have to. Some operators of PyTorch's lay their result out otherwise than their fake
+    implementation said when the graph was captured (softplus_backward on the CPU): a view of it then fails. Values have one
+    writer in a half, so a copy is as good.
+    """
+    graph = g.copy_graph(gm.graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    return fx.GraphModule(gm, graph)
 
 
 def lower_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, is_inference: bool) -> Lowered:

@@ -87,7 +87,8 @@ def _fill_in_examples(made: Iterable[Any]) -> None:
 def keep_attention(gm: fx.GraphModule) -> int:
     """Replace scaled_dot_product_attention by the opaque fp8c operator, so that no backend decomposes it.
 
-    Attention with dropout is left to PyTorch: the operator's backward has no random numbers to replay.
+    Attention with dropout is left to PyTorch: the operator's backward has no random numbers to replay. So is attention with
+    a mask that is learned (a position bias): the fused kernels give it no gradient.
     """
     changed = 0
     for node in list(gm.graph.nodes):
@@ -95,7 +96,7 @@ def keep_attention(gm: fx.GraphModule) -> int:
             continue
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, node.args)) | dict(node.kwargs)
-        if given.get("dropout_p", 0.0) != 0.0 or not _has_rank_4(given):
+        if given.get("dropout_p", 0.0) != 0.0 or not _has_rank_4(given) or _is_learned(given.get("attn_mask")):
             continue
         out_dtype = node.meta["example_value"].dtype
         unrepeated = _unrepeated(given)
@@ -216,6 +217,10 @@ def _has_rank_4(given: dict[str, Any]) -> bool:
         if example is None or example.dim() != 4:
             return False
     return True
+
+
+def _is_learned(mask: Any) -> bool:
+    return isinstance(mask, fx.Node) and bool(mask.meta["example_value"].requires_grad)
 
 
 def _copy_meta(new: fx.Node, old: fx.Node) -> None:

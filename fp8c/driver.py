@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 from torch._dynamo import external_utils
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from fp8c import capture, pipeline
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span, fail
 from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, watch_gradients
 from fp8c.main_grad import add_main_grads, zero_main_grads
 from fp8c.passes import check_optional
@@ -74,6 +75,13 @@ def compile(
     """
     from fp8c.prepare import expert_mesh, prepare
 
+    if isinstance(model, DistributedDataParallel):
+        raise fail(
+            "E0867",
+            "fp8c.compile got a model wrapped in DistributedDataParallel",
+            help="DistributedDataParallel(fp8c.compile(model, ...))",
+            exit_code=ExitCode.USAGE,
+        )
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
     session.keep_weights, session.release_weights = keep_weights, release_weights
     session.main_grad, session.tune, session.outputs = main_grad, tune, field_names(outputs)
@@ -108,6 +116,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal to_compare
+        refuse_lost_gradients(step)
         if to_compare and step.training and torch.is_grad_enabled():
             to_compare = False
             compared = compare_rewrites(plain, *args, **kwargs)
@@ -123,6 +132,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
         other = copy.deepcopy(uncompiled(step), memo)
+        if session.main_grad:
+            add_main_grads(other)  # a copy of a parameter is without attributes and hooks
         attach(other, session.fresh(), **options)
         return other
 
@@ -141,6 +152,22 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
     step.__dict__["__reduce_ex__"] = reduce
+
+
+def refuse_lost_gradients(step: nn.Module) -> None:
+    """E0867 where DistributedDataParallel would sum gradients that never come to `grad`: each rank would train alone."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is None or wrapper.process_group.size() < 2 or not torch.is_grad_enabled():
+        return
+    lost = next((name for name, p in step.named_parameters() if getattr(p, "main_grad", None) is not None), None)
+    if lost is not None:
+        raise fail(
+            "E0867",
+            f"'{lost}' has a main_grad, whose sum over the ranks DistributedDataParallel does not make",
+            help="leave DistributedDataParallel out and let fp8c.optim.AdamW(step, zero1=mesh) sum the gradients, or "
+            "compile and build the optimizer without main_grad",
+            exit_code=ExitCode.USAGE,
+        )
 
 
 def field_names(outputs: Iterable[str]) -> tuple[str, ...]:
@@ -279,6 +306,10 @@ def explain_failure(error: Exception) -> Exception:
     return error
 
 
+#: What PyTorch says of a grouped GEMM in another type.
+_NOT_BF16 = re.compile(r"Expected inputs of BF16 type but got mat_a\.dtype=torch\.(\w+)")
+
+
 def graph_break(error: Exception) -> Diagnostic:
     """E0833: what Dynamo could not capture, at the model's line, with the usual fix; E0803: the model raised."""
     text = str(error)
@@ -292,6 +323,19 @@ def graph_break(error: Exception) -> Diagnostic:
     raised = re.search(r"raised exception (.+)", text)
     if raised:
         return Diagnostic("E0803", f"the model raised {raised[1].strip()}", span)
+    dtype = next((m[1] for m in (_NOT_BF16.search(str(e)) for e in causes(error)) if m), None)
+    if dtype is not None:
+        message = f"PyTorch captures the grouped GEMMs of experts in BF16 only, and here they read {dtype}"
+        help = "make the model in BF16 (dtype=torch.bfloat16), or call the step under torch.autocast(device, torch.bfloat16)"
+        return Diagnostic("E0833", message, span, help=help)
+    if span is not None and span.text.startswith("for ") and "data-dependent" in first:
+        return Diagnostic(
+            "E0833",
+            "graph break: how often this loop runs depends on data",
+            span,
+            help="a loop over experts becomes grouped GEMMs when it is written in a form of the page on models; "
+            "fullgraph=False compiles the pieces around any other",
+        )
     hint = next((line.split("Hint:", 1)[1].strip() for line in text.splitlines() if "Hint:" in line), "")
     return Diagnostic(
         "E0833",

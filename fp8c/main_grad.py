@@ -52,11 +52,7 @@ def add_main_grads(module: nn.Module) -> None:
                 help="compile without main_grad: FSDP2 reduces gradients in FP32 with MixedPrecisionPolicy(reduce_dtype=...)",
                 exit_code=ExitCode.MODEL,
             )
-        if getattr(p, "main_grad", None) is None:
-            p.main_grad = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)  # type: ignore[attr-defined]
-        if not getattr(p, "_fp8c_moves_grad", False):
-            p._fp8c_moves_grad = True  # type: ignore[attr-defined]
-            p.register_post_accumulate_grad_hook(_move_grad)  # type: ignore[no-untyped-call]
+        accumulator_of(p)
 
 
 def _move_grad(p: Tensor) -> None:
@@ -185,17 +181,28 @@ def run_with_accumulators(
     """A backward's compiled function behind one that adds the accumulators to its inputs. Boxed, as `run` is.
 
     names: from `split_gradients`;  note: called with every parameter that got a gradient
+
+    Parameters are looked up in the module for each call, because one may have been replaced. What autograd was not asked
+    for (`torch.autograd.grad` of an input, `backward(inputs=...)`) goes to memory of its own.
     """
-    parameters = {g.canonical_path(name): p for name, p in module.named_parameters(remove_duplicate=False)}
-    owners = [(parameters[name], at) for name, at in names.items()]
+    places = {g.canonical_path(name): name.split(".") for name, _ in module.named_parameters(remove_duplicate=False)}
+    owners = [(places[name], at) for name, at in names.items()]
+    root = (module._modules, module._parameters)  # not the module: its own call refers to this function
 
     def boxed(inputs: list[Any]) -> Any:
-        inputs += [local(accumulator_of(p)) for p, _ in owners]
+        parameters = [(_parameter_at(*root, place), at) for place, at in owners]
+        # false under autograd.grad and backward(inputs=...), which reentrant checkpoints can't have either
+        wants_all = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
+        wanted = [wants_all or _is_asked_for(p) for p, _ in parameters]
+        for (p, _), is_wanted in zip(parameters, wanted):
+            accumulator = local(accumulator_of(p))
+            inputs.append(accumulator if is_wanted else torch.zeros_like(accumulator))
+            del accumulator
         results = run(inputs)
-        for p, at in owners:
+        for (p, at), is_wanted in zip(parameters, wanted):
             if isinstance(p, DTensor):
                 p._fp8c_placeholder = results[at]  # type: ignore[attr-defined]
-            if note is not None:
+            if note is not None and is_wanted:
                 note(p)
         return results
 
@@ -203,8 +210,29 @@ def run_with_accumulators(
     return boxed
 
 
+def _parameter_at(
+    modules: Mapping[str, nn.Module | None], parameters: Mapping[str, nn.Parameter | None], place: Sequence[str]
+) -> nn.Parameter:
+    for name in place[:-1]:
+        module = modules[name]
+        assert module is not None
+        modules, parameters = module._modules, module._parameters
+    found = parameters[place[-1]]
+    assert found is not None
+    return found
+
+
+def _is_asked_for(p: Tensor) -> bool:
+    """Whether the backward that runs now accumulates this parameter's gradient."""
+    node = torch.autograd.graph.get_gradient_edge(p).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError as error:  # autograd.grad of this parameter: its gradient is returned, not accumulated
+        return "autograd.grad" not in str(error)
+
+
 def accumulator_of(p: Tensor) -> Tensor:
-    """The parameter's `main_grad`; a new one where the optimizer has taken it away.
+    """The parameter's `main_grad`; a new one where it has none: at first, and where the optimizer has taken it away.
 
     Raises: DiagnosticError E0843 for one of another type or shape
     """
@@ -212,6 +240,9 @@ def accumulator_of(p: Tensor) -> Tensor:
     if found is None:
         found = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         p.main_grad = found  # type: ignore[attr-defined]
+    if not getattr(p, "_fp8c_moves_grad", False):
+        p._fp8c_moves_grad = True  # type: ignore[attr-defined]
+        p.register_post_accumulate_grad_hook(_move_grad)  # type: ignore[no-untyped-call]
     if not isinstance(found, Tensor) or found.dtype is not torch.float32 or found.shape != p.shape:
         shown = g.type_text(found) if isinstance(found, Tensor) else type(found).__name__
         raise fail(

@@ -58,6 +58,7 @@ class LoweredHalf(OutputCode):
     chains:       weight quantizes taken out of it, whose results it takes as further inputs
     releases:     it frees those
     accumulators: parameters whose `main_grad` it takes behind them, with the result that each is
+    is_backward:  backward of a step
     is_inference: a forward without a backward
     remarks:      what the passes noticed
     communicates: it exchanges something with other ranks
@@ -68,6 +69,7 @@ class LoweredHalf(OutputCode):
     chains: tuple[Chain, ...] = ()
     releases: bool = False
     accumulators: Mapping[str, int] = field(default_factory=dict)
+    is_backward: bool = False
     is_inference: bool = False
     remarks: tuple[Diagnostic, ...] = ()
     communicates: bool = False
@@ -89,7 +91,7 @@ class LoweredHalf(OutputCode):
             raise BypassAOTAutogradCache("a half of fp8c's was not lowered by Inductor")
         if self.communicates:  # ranks compare their graphs first, which a cached one has none of
             raise BypassAOTAutogradCache("a half of fp8c's exchanges rows with other ranks")
-        self.run = copy.copy(self.run)
+        self.run = copy.copy(as_stored(self.run))
         self.run.prepare_for_serialization()
         self.bound = None
 
@@ -110,6 +112,25 @@ class LoweredHalf(OutputCode):
             graph.post_compile(example_inputs, constants, settings)
         self.run = graph
         search.restored(self)
+
+
+def as_stored(graph: CompiledFxGraph) -> CompiledFxGraph:
+    """What can be pickled of Inductor's code.
+
+    Code that Inductor found in its own cache holds kernels that are loaded by now, which can't be pickled; its file can be read once
+    more. So it is where a step is new, but its graph had been compiled before: with another version or option of fp8c's, say.
+
+    Raises: BypassAOTAutogradCache where Inductor's file is gone
+    """
+    bundle = graph._triton_bundle
+    if bundle is None or not any(found.kernel.launchers for found in bundle.static_autotuners or ()):
+        return graph
+    key = graph._fx_graph_cache_key
+    stored = FxGraphCache.iterate_over_candidates(True, None, key) if key else ()
+    for candidate, *_ in stored:
+        if (candidate.source_code, candidate.guards_expr) == (graph.source_code, graph.guards_expr):
+            return candidate
+    raise BypassAOTAutogradCache("Inductor's code of a half of fp8c's is no longer in its cache")
 
 
 @dataclass(frozen=True)

@@ -39,23 +39,10 @@ from fp8c.specs.plan import UsePlan
 ops = torch.ops.fp8c
 
 SCALED_GEMMS = frozenset({ops.scaled_mm.default, ops.scaled_grouped_mm.default, ops.scaled_grouped_wgrad.default})
-#: Other numbers each time: computed once, whoever asks for more.
-RANDOM = frozenset(
-    {
-        aten.native_dropout.default,
-        aten.bernoulli.default,
-        aten.rand.default,
-        aten.rand_like.default,
-        aten.randn.default,
-        aten.randn_like.default,
-        aten.randint.low,
-    }
-)
-#: Too expensive to compute twice, or not allowed to.
+#: Too expensive to compute twice.
 NEVER_TWICE = (
     g.GEMMS
     | SCALED_GEMMS
-    | RANDOM
     | {LINEAR_CROSS_ENTROPY, ops.attention.default, aten.topk.default, aten.sort.default, aten.sort.stable}
 )
 
@@ -119,7 +106,7 @@ def read_policy(graph: fx.Graph, ctx: PassContext) -> Policy:
 
 def checkpointed(node: fx.Node) -> bool:
     """Inside a region the user checkpoints: the user asked for recomputation, and gets it, but for random numbers."""
-    if node.op != "call_function" or node.target in RANDOM or g.is_backward(node):
+    if node.op != "call_function" or is_random(node) or g.is_backward(node):
         return False
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
@@ -129,6 +116,23 @@ def leaves_region(node: fx.Node) -> bool:
     region = node.meta.get("ac_graph_id")
     readers = [u for u in node.users if u.op == "call_function" and not g.is_backward(u)]
     return any(not checkpointed(u) or u.meta.get("ac_graph_id") != region for u in readers)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether an operator draws other numbers each time, by PyTorch's own tag: backward must not draw again. Attention with a
+    dropout of 0 has the tag and draws nothing.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    given = dict(zip((a.name for a in target._schema.arguments), node.args)) | dict(node.kwargs)
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    return bool({**defaults, **given}.get("dropout_p") != 0.0)
+
+
+def is_computed_once(node: fx.Node) -> bool:
+    """Too expensive to compute twice, or not allowed to."""
+    return node.target in NEVER_TWICE or is_random(node)
 
 
 def is_anchor(node: fx.Node, op: Op) -> bool:
@@ -151,7 +155,7 @@ def _recompute_output(anchor: fx.Node, use: UsePlan, policy: Policy) -> None:
             role = user.meta.get(g.ROLE)
             if isinstance(role, GemmRole) and role.use != use.use.key:
                 continue
-            if user.target in NEVER_TWICE or user.target in QUANTIZES or _joins_residual(user, node):
+            if is_computed_once(user) or user.target in QUANTIZES or _joins_residual(user, node):
                 continue
             if isinstance(user.meta.get("val"), torch.Tensor) and user.meta["val"].dtype.is_floating_point:
                 frontier.append(user)
@@ -184,7 +188,7 @@ def feeding_gemms(anchor: fx.Node) -> list[fx.Node]:
         seen.add(node)
         if node.target in g.GEMMS | SCALED_GEMMS:
             found.append(node)
-        elif node.target not in NEVER_TWICE:
+        elif not is_computed_once(node):
             frontier += node.all_input_nodes
     return sorted(found)
 
@@ -284,7 +288,7 @@ def is_source(node: fx.Node, policy: Policy) -> bool:
         return True
     target = node.target
     collective = isinstance(target, torch._ops.OpOverload) and target.namespace == "_c10d_functional"
-    return (target in NEVER_TWICE or collective) and node not in policy.compute_again
+    return (is_computed_once(node) or collective) and node not in policy.compute_again
 
 
 def _network(sinks: set[fx.Node], policy: Policy) -> nx.DiGraph:

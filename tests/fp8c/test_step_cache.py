@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,45 @@ def test_a_change_of_fp8c_itself_is_another_step(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(step_cache, "source_digest", lambda: "edited")
     run(compiled())
     assert found() == (0, 2)
+
+
+class Loaded:
+    """A kernel of Triton's that was loaded, as Inductor leaves it in code that it found."""
+
+    launchers = ("launch",)
+
+    def __getstate__(self) -> None:
+        raise AssertionError("pickled after it was loaded")
+
+
+def test_a_new_step_whose_code_inductor_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update of fp8c, say. Inductor's code then has loaded kernels in it, which can't be pickled."""
+    results = run(compiled())
+    find = FxGraphCache.cache_hit_post_compile
+
+    def find_loaded(graph: Any, *others: Any) -> Any:
+        graph, info = find(graph, *others)
+        graph._triton_bundle = SimpleNamespace(static_autotuners=[SimpleNamespace(kernel=Loaded())])
+        return graph, info
+
+    monkeypatch.setattr(step_cache, "source_digest", lambda: "edited")
+    counters.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(FxGraphCache, "cache_hit_post_compile", find_loaded)
+        run(compiled())
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2
+    assert counters["aot_autograd"]["autograd_cache_saved"] == 1
+    assert found() == (0, 1)
+    assert all(map(torch.equal, results, run(compiled())))
+    assert found() == (1, 0)
+
+
+def test_a_new_step_whose_code_went_away_meanwhile_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = SimpleNamespace(
+        _triton_bundle=SimpleNamespace(static_autotuners=[SimpleNamespace(kernel=Loaded())]), _fx_graph_cache_key="gone"
+    )
+    with pytest.raises(step_cache.BypassAOTAutogradCache, match="no longer in its cache"):
+        step_cache.as_stored(graph)  # type: ignore[arg-type]
 
 
 def test_source_digest_sees_every_file_that_decides_what_a_graph_becomes(

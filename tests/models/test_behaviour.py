@@ -305,6 +305,42 @@ def test_all_tokens_at_one_expert() -> None:
     assert [bool(outcome.grads_fp8["up"][e].any()) for e in range(4)] == [False, False, True, False]
 
 
+class Gated(nn.Module):
+    """A step size of each position behind a softplus, read with positions last, as state space layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(D, 8, bias=False, dtype=BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(self.step(x)).transpose(1, 2) * x.new_ones(x.shape[0], 8, x.shape[1])
+
+
+def test_an_operator_may_lay_out_its_result_otherwise_than_captured() -> None:
+    """softplus_backward does on the CPU: `view size is not compatible` in backward of Qwen3-Next and Doge."""
+    check(train_both(Gated(), lambda model: loss_of(model(features()))))
+
+
+class Biased(nn.Module):
+    """Attention with a learned bias of each pair of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(D, 3 * D, bias=False, dtype=BF16)
+        self.bias = nn.Parameter(torch.zeros(1, 1, 64, 64, dtype=BF16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias).transpose(1, 2).flatten(2)
+
+
+def test_attention_with_a_learned_bias_is_left_to_pytorch() -> None:
+    """fp8c's attention gives its mask no gradient: E0522 ended the capture of Doge."""
+    outcome = train_both(Biased(), lambda model: loss_of(model(features())))
+    check(outcome)
+    assert outcome.counts["fprop"]["fp8"] == 1 and outcome.errors()["bias"] < 0.5
+
+
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +414,59 @@ def test_a_graph_break_names_the_line() -> None:
     (diagnostic,) = caught.value.diagnostics
     assert diagnostic.code == "E0833" and diagnostic.span is not None
     assert "y.sum().item()" in diagnostic.span.text
+
+
+class Batched(nn.Module):
+    """Experts as one batched product, as Llama 4 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(D, D, bias=False, dtype=BF16)
+        self.weight = nn.Parameter(torch.randn(2, D, D).to(BF16) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.bmm(x, self.weight)
+        return self.out(hidden)
+
+
+def test_a_batched_product_with_a_weight_does_not_stay_in_bf16_without_a_word() -> None:
+    """Llama 4 trained two thirds of its GEMMs in BF16, and nothing said so."""
+    outcome = train_both(Batched(), lambda model: loss_of(model(features().requires_grad_())))
+    (remark,) = (r for r in outcome.session.remarks if r.code == "R0848")
+    assert remark.span is not None and "torch.bmm(x, self.weight)" in remark.span.text
+
+
+class Visits(nn.Module):
+    """A loop over the experts that have tokens, in no form that becomes grouped GEMMs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4 * D, D).to(BF16) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in (x[..., :4].sum((0, 1)) > 0).nonzero():
+            y = y + x @ self.weight.view(4, D, D)[expert[0]]
+        return y
+
+
+def test_a_loop_that_runs_as_often_as_data_says_is_named() -> None:
+    """DBRX's experts: `Could not extract specialized integer from data-dependent expression u0` helped nobody."""
+    with pytest.raises(DiagnosticError) as caught:
+        compiled(Visits())(features())
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "E0833" and diagnostic.message.endswith("how often this loop runs depends on data")
+    assert diagnostic.span is not None and diagnostic.span.text.startswith("for expert in")
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+def test_experts_in_another_type_than_bf16_are_named(dtype: torch.dtype) -> None:
+    """A model that was built without `dtype=`: `RuntimeError when making fake tensor call` was all there was."""
+    with pytest.raises(DiagnosticError) as caught:
+        compiled(Experts().to(dtype))(features(dtype=dtype)[0], torch.randint(4, (64,)))
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "E0833" and diagnostic.message.endswith(f"here they read {str(dtype)[6:]}")
+    assert "autocast" in diagnostic.help
 
 
 def test_a_graph_break_is_allowed_without_fullgraph() -> None:
