@@ -183,7 +183,6 @@ DEVICE void divide(const float (&x)[4][ROWS], const float4* divisors, int word, 
 DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& shared, const Lane& at, const Output& output) {
     const bool bit16 = at.lane & 16, bit4 = at.lane & 4;
     float4* divisors = shared.divisors[at.warp][at.half];
-    float own_scale = 1.0f;  // four lanes know each scale of a word, and one of them keeps it
 #pragma unroll 1
     for (int word = 0; word < 2; ++word) {
         float x[4][ROWS];
@@ -208,11 +207,13 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& sha
         uint32 most = exchange_words(amax[0], amax[1], 4, bit4);
         most = max(most, __shfl_xor_sync(ALL_LANES, most, 2));
         most = max(most, __shfl_xor_sync(ALL_LANES, most, 1));
-        const int own = (bit16 ? 2 : 0) + (bit4 ? 1 : 0);
+        const int own = (bit16 ? 2 : 0) + (bit4 ? 1 : 0), first = at.warp * 16 + at.half * 8 + word * 4;
         const float scale = scale_of<E4M3, KIND>(float_of(most));
         const bool ordinary = KIND != FP32 || __all_sync(ALL_LANES, is_ordinary(scale));
-        if (at.lane % 4 == 0) divisors[own] = divisor_of(scale, ordinary);
-        if (at.lane % 4 == word) own_scale = scale;
+        if (at.lane % 4 == 0) {
+            store_column_scale(p, place, first + own, scale);
+            divisors[own] = divisor_of(scale, ordinary);
+        }
         __syncwarp();
         if (ordinary)
             divide<true>(x, divisors, word, output);
@@ -220,9 +221,6 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& sha
             divide<false>(x, divisors, word, output);
         __syncwarp();
     }
-    // A warp's 16 at once: the L2 cache then sees no halves of sectors.
-    const int own = (at.lane & 16 ? 2 : 0) + (at.lane & 4 ? 1 : 0), word = at.lane % 4;
-    if (word < 2) store_column_scale(p, place, at.warp * 16 + at.half * 8 + word * 4 + own, own_scale);
 }
 
 DEVICE Run run_of(const Columns& p) {
