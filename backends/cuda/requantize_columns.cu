@@ -59,7 +59,7 @@ struct Output {
     uint32 stride;
     bool exists;
     DEVICE void store(int column, uint32 first, uint32 second) const {
-        store_global2(out + bytes(stride, column), make_uint2(first, second), exists);
+        store_global2(out + offset(stride, column), make_uint2(first, second), exists);
     }
 };
 
@@ -183,6 +183,7 @@ DEVICE void divide(const float (&x)[4][ROWS], const float4* divisors, int word, 
 DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& shared, const Lane& at, const Output& output) {
     const bool bit16 = at.lane & 16, bit4 = at.lane & 4;
     float4* divisors = shared.divisors[at.warp][at.half];
+    float own_scale = 1.0f;  // four lanes know each scale of a word, and one of them keeps it
 #pragma unroll 1
     for (int word = 0; word < 2; ++word) {
         float x[4][ROWS];
@@ -207,13 +208,11 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& sha
         uint32 most = exchange_words(amax[0], amax[1], 4, bit4);
         most = max(most, __shfl_xor_sync(ALL_LANES, most, 2));
         most = max(most, __shfl_xor_sync(ALL_LANES, most, 1));
-        const int own = (bit16 ? 2 : 0) + (bit4 ? 1 : 0), first = at.warp * 16 + at.half * 8 + word * 4;
+        const int own = (bit16 ? 2 : 0) + (bit4 ? 1 : 0);
         const float scale = scale_of<E4M3, KIND>(float_of(most));
         const bool ordinary = KIND != FP32 || __all_sync(ALL_LANES, is_ordinary(scale));
-        if (at.lane % 4 == 0) {
-            store_column_scale(p, place, first + own, scale);
-            divisors[own] = divisor_of(scale, ordinary);
-        }
+        if (at.lane % 4 == 0) divisors[own] = divisor_of(scale, ordinary);
+        if (at.lane % 4 == word) own_scale = scale;
         __syncwarp();
         if (ordinary)
             divide<true>(x, divisors, word, output);
@@ -221,6 +220,9 @@ DEVICE void requantize_in_fp32(const Columns& p, const Place& place, Shared& sha
             divide<false>(x, divisors, word, output);
         __syncwarp();
     }
+    // A warp's 16 at once: the L2 cache then sees no halves of sectors.
+    const int own = (at.lane & 16 ? 2 : 0) + (at.lane & 4 ? 1 : 0), word = at.lane % 4;
+    if (word < 2) store_column_scale(p, place, at.warp * 16 + at.half * 8 + word * 4 + own, own_scale);
 }
 
 DEVICE Run run_of(const Columns& p) {
@@ -267,10 +269,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_co
         for (int i = 0; i < GROUP; i += THREADS / 8) {
             const int row = thread / 8 + i, source = from(row);
             copy_async<16>(&shared.tile[stage][row][thread % 8 ^ thread / 64 ^ i / 8 % 8],
-                           p.data + bytes(p.data_row, source) + (tile * 128 + thread % 8 * 16), row < run.rows);
+                           p.data + offset(p.data_row, source) + (tile * 128 + thread % 8 * 16), row < run.rows);
         }
         if (is_row) {
-            scale = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, from(thread)) + bytes(p.scale_in_col, tile), 0);
+            scale = load_scale<KIND_IN>(p.scale_in + offset(p.scale_in_row, from(thread)) + offset(p.scale_in_col, tile), 0);
         }
     };
     Place place = {run.tile, run.group, run.begin, run.begin + run.rows};
@@ -292,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_co
 
         const Lane at = lane_of(stage);
         // Blocks of experts are filled up with zeros.
-        const Output output = {p.out + bytes(GROUP, run.group) + at.block * ROWS + bytes(p.out_col, place.tile * 128 + at.warp * 16 + at.half * 8),
+        const Output output = {p.out + offset(GROUP, run.group) + at.block * ROWS + offset(p.out_col, place.tile * 128 + at.warp * 16 + at.half * 8),
                                p.out_col, p.experts != 0 || at.block * ROWS < run.rows};
         bool is_done = false;
         if constexpr (IN_FP16) {
