@@ -230,6 +230,8 @@ EXPLANATIONS: dict[str, str] = {
     "that fp8c does not follow.",
     "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
     "that can't be told, so every forward and backward quantizes them.",
+    "W0843": "A step compiled with `main_grad=True` leaves every parameter's `grad` empty. This optimizer reads `grad`, so it "
+    "would leave the parameters as they are, without an error.",
     "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. An expert that "
     "a mesh shards over `ep` has a DTensor of them; any other sharded parameter (FSDP2) has its gradient reduced by FSDP2 instead.",
     "R0844": "The output head is joined with the cross-entropy loss behind it: logits are made once, their gradient takes "

@@ -16,6 +16,7 @@ DTensors of such gradients and takes no None for them, so the graph returns zero
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -23,11 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fp8c import graph as g
 from fp8c import ops
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.graph import aten
+
+log = logging.getLogger("fp8c")
 
 #: On the backward half's output node: for each result the parameter whose gradient it is, "" for anything else.
 GRADIENT_OF = "fp8c_gradient_of"
@@ -43,6 +47,7 @@ def add_main_grads(module: nn.Module) -> None:
 
     Raises: DiagnosticError E0843 for parameters that are sharded, but for experts over a mesh's dimension "ep"
     """
+    warn_of_unread_gradients()
     for name, p in module.named_parameters():
         if not p.requires_grad or p.is_meta:
             continue
@@ -54,6 +59,34 @@ def add_main_grads(module: nn.Module) -> None:
                 exit_code=ExitCode.MODEL,
             )
         accumulator_of(p)
+
+
+def warn_of_unread_gradients() -> None:
+    """From now on a step of an optimizer that finds no `grad` because main_grad holds it is remarked, once for each.
+
+    Optimizers that read `main_grad` say so with an attribute `reads_main_grad = True`.
+    """
+    global _is_watching
+    if not _is_watching:
+        _is_watching = True
+        register_optimizer_step_pre_hook(_look_at_gradients)
+
+
+_is_watching = False
+
+
+def _look_at_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if getattr(optimizer, "reads_main_grad", False):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.grad is None and getattr(p, "_fp8c_moves_grad", False) and p.requires_grad for p in parameters):
+        optimizer.reads_main_grad = True  # type: ignore[attr-defined]  # said once
+        name = type(optimizer).__name__
+        log.warning(
+            "W0843: %s reads `grad`, which main_grad=True leaves empty: it trains nothing of this step (use "
+            "fp8c.optim.AdamW, compile without main_grad, or set `reads_main_grad = True` on an optimizer that reads it)",
+            name,
+        )
 
 
 def _move_grad(p: Tensor) -> None:

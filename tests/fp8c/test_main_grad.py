@@ -270,6 +270,19 @@ def test_ddp_that_would_sum_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
         fp8c.compile(inside_out, "deepseek_v3", "cpu")
 
 
+def test_an_optimizer_that_would_train_nothing_is_remarked(caplog: pytest.LogCaptureFixture) -> None:
+    step, plain = compiled("mlp", main_grad=True), compiled("mlp")
+    for trained in (step, plain):
+        loss_of(trained(features())).backward()
+    fp8c.optim.AdamW(step).step()
+    torch.optim.AdamW(plain.parameters()).step()
+    assert "W0843" not in caplog.text
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.step()
+    assert caplog.text.count("W0843: SGD reads `grad`") == 1
+
+
 def test_a_hook_that_would_see_no_gradient_is_refused() -> None:
     step = compiled("mlp", main_grad=True)
     seen: list[bool] = []
