@@ -62,7 +62,8 @@ def all_configs() -> list[GemmConfig]:
                 configs.append(replace(config, cluster=2))
     for grouping in (Grouping.DENSE, Grouping.ROW_GROUPS):
         alone = replace(two_row_waves(Scales.PER_BLOCK, grouping, Output.BF16), lead=0)
-        configs += [alone, replace(alone, held_stages=0, early=True)]
+        early = replace(alone, held_stages=0, early=True)
+        configs += [alone, early, replace(early, cluster=2), replace(early, cluster=2, column_bands=True)]
         for cluster, narrow in itertools.product((1, 2), (0, 64)):
             configs.append(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster, narrow))
     return configs
