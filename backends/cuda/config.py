@@ -31,7 +31,7 @@ class Scales(enum.Enum):
 
 
 # Measured with large tiles: 3 to 32 for PER_BLOCK, 2 to 16 for PER_ROW, which multiplies scales besides.
-_YIELD_EVERY = {Scales.PER_BLOCK: 32, Scales.PER_ROW: 4, Scales.PER_TENSOR: 0}
+_YIELD_EVERY = {Scales.PER_BLOCK: 16, Scales.PER_ROW: 4, Scales.PER_TENSOR: 0}
 
 
 class Grouping(enum.Enum):
