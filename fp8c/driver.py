@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 from torch._dynamo import external_utils
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from fp8c import capture, pipeline
-from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
+from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span, fail
 from fp8c.distributed import EXPERT_PARALLEL_STATE, agree_on, watch_gradients
 from fp8c.main_grad import add_main_grads, zero_main_grads
 from fp8c.passes import check_optional
@@ -74,6 +75,13 @@ def compile(
     """
     from fp8c.prepare import expert_mesh, prepare
 
+    if isinstance(model, DistributedDataParallel):
+        raise fail(
+            "E0867",
+            "fp8c.compile got a model wrapped in DistributedDataParallel",
+            help="DistributedDataParallel(fp8c.compile(model, ...))",
+            exit_code=ExitCode.USAGE,
+        )
     session = new_session(spec, target, lowering=lowering, partial=not fullgraph, without=check_optional(without))
     session.keep_weights, session.release_weights = keep_weights, release_weights
     session.main_grad, session.tune, session.outputs = main_grad, tune, field_names(outputs)
@@ -97,23 +105,26 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     """
     from fp8c.prepare import compare_rewrites, needs_comparison
 
+    global _steps
     call = step._call_impl
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
     traced = only_fields(call, session.outputs) if session.outputs else call
     compiled = torch.compile(traced, backend=guarded(session), **options)
+    _steps += 1
     plain = uncompiled(step)  # what is compared must not be the compiled module
     to_compare = needs_comparison(plain)
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal to_compare
+        refuse_lost_gradients(step)
         if to_compare and step.training and torch.is_grad_enabled():
             to_compare = False
             compared = compare_rewrites(plain, *args, **kwargs)
             session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
         try:
-            with capturing_sizes():
+            with dynamo_settings():
                 return compiled(*args, **kwargs)
         except Exception as error:  # Dynamo wraps whatever a backend raises
             explained = explain_failure(error)
@@ -123,6 +134,8 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
         other = copy.deepcopy(uncompiled(step), memo)
+        if session.main_grad:
+            add_main_grads(other)  # a copy of a parameter is without attributes and hooks
         attach(other, session.fresh(), **options)
         return other
 
@@ -130,6 +143,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
         return uncompiled(step).__reduce_ex__(protocol)
 
     session.model = weakref.ref(step)
+    weakref.finalize(step, forget_model, session).atexit = False
     step._compiled_call_impl = run
     if session.main_grad:
 
@@ -141,6 +155,22 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     step.__dict__["fp8c_session"] = session
     step.__dict__["__deepcopy__"] = deepcopy
     step.__dict__["__reduce_ex__"] = reduce
+
+
+def refuse_lost_gradients(step: nn.Module) -> None:
+    """E0867 where DistributedDataParallel would sum gradients that never come to `grad`: each rank would train alone."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is None or wrapper.process_group.size() < 2 or not torch.is_grad_enabled():
+        return
+    lost = next((name for name, p in step.named_parameters() if getattr(p, "main_grad", None) is not None), None)
+    if lost is not None:
+        raise fail(
+            "E0867",
+            f"'{lost}' has a main_grad, whose sum over the ranks DistributedDataParallel does not make",
+            help="leave DistributedDataParallel out and let fp8c.optim.AdamW(step, zero1=mesh) sum the gradients, or "
+            "compile and build the optimizer without main_grad",
+            exit_code=ExitCode.USAGE,
+        )
 
 
 def field_names(outputs: Iterable[str]) -> tuple[str, ...]:
@@ -177,13 +207,23 @@ def uncompiled(step: nn.Module) -> nn.Module:
 
 
 def guarded(session: Session) -> Callable[..., Any]:
-    """The session as a backend whose diagnostics reach the caller as they are."""
+    """The session as a backend. Dynamo keeps every backend it has seen for as long as the process lives, so this one does not
+    keep the session: a compiled module does, and with it go its FP8 weights, graphs and parameters.
+    """
+    found = weakref.ref(session)
 
-    @functools.wraps(session.__call__)
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return session(gm, example_inputs)
+    def fp8c_session(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        alive = found()
+        assert alive is not None, "a module was captured after its session was freed"
+        return alive(gm, example_inputs)
 
-    return backend
+    return fp8c_session
+
+
+def forget_model(session: Session) -> None:
+    """Let go of a model's memory when it is gone: PyTorch keeps compiled code, and with it the session, to the end."""
+    session.weights.clear()
+    session.examples = []
 
 
 def weights_changed(step: nn.Module) -> None:
@@ -230,16 +270,25 @@ def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
     try:
-        with without_collection(), capturing_sizes():
+        with without_collection(), dynamo_settings():
             compiled(batch)
     except Exception as error:  # Dynamo wraps whatever a backend raises
         if not any(isinstance(e, PlanningDone) for e in causes(error)):
             raise explain_failure(error) from error
 
 
-def capturing_sizes() -> contextlib.AbstractContextManager[Any]:
-    """Numbers read from tensors become sizes of the graph: how many rows each rank sends."""
-    patched: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(capture_scalar_outputs=True)
+_steps = 0  # compiled so far in this process
+
+
+def dynamo_settings() -> contextlib.AbstractContextManager[Any]:
+    """Numbers read from tensors become sizes of the graph: how many rows each rank sends.
+
+    Dynamo allows so many graphs of one piece of code, and models of one class are one: every compiled step gets that many.
+    """
+    config: Any = torch._dynamo.config
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    allowed = {name: getattr(config, name) * max(1, _steps) for name in limits}
+    patched: contextlib.AbstractContextManager[Any] = config.patch(capture_scalar_outputs=True, **allowed)
     return patched
 
 
@@ -279,6 +328,10 @@ def explain_failure(error: Exception) -> Exception:
     return error
 
 
+#: What PyTorch says of a grouped GEMM in another type.
+_NOT_BF16 = re.compile(r"Expected inputs of BF16 type but got mat_a\.dtype=torch\.(\w+)")
+
+
 def graph_break(error: Exception) -> Diagnostic:
     """E0833: what Dynamo could not capture, at the model's line, with the usual fix; E0803: the model raised."""
     text = str(error)
@@ -292,6 +345,21 @@ def graph_break(error: Exception) -> Diagnostic:
     raised = re.search(r"raised exception (.+)", text)
     if raised:
         return Diagnostic("E0803", f"the model raised {raised[1].strip()}", span)
+    dtype = next((m[1] for m in (_NOT_BF16.search(str(e)) for e in causes(error)) if m), None)
+    if dtype is not None:
+        message = f"PyTorch captures the grouped GEMMs of experts in BF16 only, and here they read {dtype}"
+        help = "make the model in BF16 (dtype=torch.bfloat16), or call the step under torch.autocast(device, torch.bfloat16)"
+        return Diagnostic("E0833", message, span, help=help)
+    if span is not None and span.text.startswith("for ") and "data-dependent" in first:
+        return Diagnostic(
+            "E0833",
+            "graph break: how often this loop runs depends on data",
+            span,
+            help="a loop over experts becomes grouped GEMMs when it is written in a form of the page on models; "
+            "fullgraph=False compiles the pieces around any other",
+        )
+    if "functorch" in first:
+        first += ": torch.func and vmap cannot go through a compiled step"
     hint = next((line.split("Hint:", 1)[1].strip() for line in text.splitlines() if "Hint:" in line), "")
     return Diagnostic(
         "E0833",

@@ -238,6 +238,9 @@ EXPLANATIONS: dict[str, str] = {
     "R0845": "The output head keeps the model's own operators, because its logits are read by something besides a plain "
     "cross-entropy in FP32, or because the spec puts it in FP8. Logits that the compiled call returns are read: "
     "`fp8c.compile(model, outputs=('loss',))` returns the loss alone.",
+    "R0848": "A batched matrix product (torch.bmm, einsum) has a weight as an operand, as experts have that all see every token "
+    "slot. fp8c quantizes Linears and grouped GEMMs; this product stays in BF16 whatever the spec says of experts. Written "
+    "as grouped GEMMs (torch.nn.functional.grouped_mm), or as a loop over experts, it runs in FP8.",
     "W0847": "Saved bytes are counted with sizes that nobody knows before the step: a number read on the host, such as the "
     "rows of each expert behind `counts.tolist()`. Each such size counts as 4,096, so the sum may be far off. What is "
     "computed is not touched. Loops over experts that fp8c lifts to grouped GEMMs have known sizes.",
@@ -281,6 +284,10 @@ EXPLANATIONS: dict[str, str] = {
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
     "cannot be combined with it, and loading the build takes ranks that form the same mesh.",
+    "E0852": "torch.compile keeps one graph for all modules of one class, so under `backend='fp8c'` their delayed scales would "
+    "share their histories: one module's values would be scaled by another's magnitudes.",
+    "E0867": "DistributedDataParallel wraps what fp8c.compile returned, not the other way round, and it sums `grad`: with "
+    "`main_grad` a parameter's gradient never comes there, and the ranks would drift apart. AdamW(zero1=mesh) sums either.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "
     "host, which is read once for each routing decision.",
     "E0850": "torch.compile(..., backend='fp8c', options=...) got an option that the backend does not have, or a value of "

@@ -5,8 +5,11 @@
 
 A half's weight quantizes read nothing but parameters, so their results hold until an optimizer writes the parameter.
 That shows in the tensor's version, which every in-place operation counts up, also under `no_grad` (PyTorch's optimizers,
-fused ones too, `load_state_dict`, `copy_`), and in its address. What goes around the version (`p.data.add_`) is seen when
-it happens inside the `step()` of a `torch.optim.Optimizer`; otherwise call `fp8c.weights_changed(step)`.
+fused ones too, `load_state_dict`, `copy_`), in its address, and in whether the memory there is still the same one (a new
+tensor may come to lie where a freed one lay). What goes around the version (`p.data.add_`) is seen when
+it happens inside the `step()` of a `torch.optim.Optimizer`, behind the step of one that holds none of these weights and so
+may hold their FP32 masters (`p.data.copy_(master)`), or where a backward has run and its gradient is gone (`p.grad = None`), as
+in a loop without an optimizer (`p.data -= lr * p.grad`); otherwise call `fp8c.weights_changed(step)`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8c import graph as g
@@ -51,6 +55,14 @@ class Chain:
 class Entry:
     state: tuple[tuple[int, int], ...]  # (address, version) of each weight
     values: tuple[Tensor, ...]
+    storages: tuple[StorageWeakRef, ...]  # of the weights: whether their memory was freed since
+    backwards: int = 0  # that had run when it was quantized
+    is_stale: bool = False
+
+    def is_of(self, state: tuple[tuple[int, int], ...]) -> bool:
+        if self.is_stale or self.state != state:
+            return False
+        return not any(storage.expired() for storage in self.storages)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -59,6 +71,7 @@ class WeightStore:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     refreshed: int = 0
+    backwards: int = 0  # that have run
     _lock: threading.Lock = field(default_factory=threading.Lock)  # backward runs in another thread
 
     def __post_init__(self) -> None:
@@ -68,7 +81,9 @@ class WeightStore:
             alive = store()
             if alive is not None and alive.entries:
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                alive.invalidate({p.data_ptr() for p in parameters if _has_address(p)})
+                addresses = {p.data_ptr() for p in parameters if _has_address(p)}
+                # It may hold masters, which are copied into the weights through `.data`, or be another model's: who knows.
+                alive.invalidate(addresses if alive.holds(addresses) else None)
 
         handle = register_optimizer_step_post_hook(stepped)
         weakref.finalize(self, handle.remove)
@@ -82,27 +97,49 @@ class WeightStore:
 
     def invalidate(self, addresses: set[int] | None = None) -> None:
         """Quantize the weights at these addresses (all of them by default) again when they are next read."""
-        for entry in self.entries.values():
-            if addresses is None or any(address in addresses for address, _ in entry.state):
-                entry.state = ()
+        with self._lock:
+            for entry in self.entries.values():
+                if addresses is None or any(address in addresses for address, _ in entry.state):
+                    entry.is_stale = True
 
-    def values(self, chain: Chain, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def holds(self, addresses: set[int]) -> bool:
+        """Whether a weight at one of these addresses is among those kept."""
+        with self._lock:
+            return any(address in addresses for entry in self.entries.values() for address, _ in entry.state)
+
+    def values(self, chain: Chain, weights: Sequence[Tensor], *, is_backward: bool = False) -> tuple[Tensor, ...]:
         """All results of the chain's quantize for these weights."""
+        if any(w.is_inference() for w in weights):  # made under inference_mode: they count no version
+            return self.computed(chain, weights)
         state = tuple((w.data_ptr(), w._version) for w in weights)
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             # A captured graph is replayed without this code: it must quantize by itself, once.
             state += ((0, capture_id()),)
         with self._lock:
             entry = self.entries.get(chain.key)
-            if entry is None or entry.state != state:
-                self.entries.pop(chain.key, None)  # frees the old values first
-                entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights))
+            if (
+                entry is not None
+                and not is_backward
+                and entry.backwards < self.backwards
+                and _gradients_are_gone(weights)
+            ):
+                entry.is_stale = True
+            if entry is None or not entry.is_of(state):
+                self.entries.pop(chain.key, None)
+                del entry  # frees the old values first
+                storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights)  # type: ignore[no-untyped-call]
+                entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights), storages, self.backwards)
             return entry.values
 
     def release(self, chain: Chain) -> None:
         """Keep the chain's results no longer. Who reads them next computes them again."""
         with self._lock:
             self.entries.pop(chain.key, None)
+
+    def clear(self) -> None:
+        """Keep nothing: for a model that is gone, whose compiled code Dynamo keeps."""
+        with self._lock:
+            self.entries.clear()
 
     def computed(self, chain: Chain, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         self.refreshed += 1
@@ -119,6 +156,12 @@ def capture_id() -> int:
     if code:
         raise RuntimeError(f"cuStreamGetCaptureInfo failed with {code}")
     return number.value
+
+
+def _gradients_are_gone(weights: Sequence[Tensor]) -> bool:
+    """Whether these are trained, and hold no gradient: somebody took it, and may have changed them by it."""
+    trained = all(w.is_leaf and w.requires_grad and not hasattr(w, "main_grad") for w in weights)
+    return trained and all(w.grad is None for w in weights)
 
 
 def _has_address(tensor: Any) -> bool:
@@ -236,7 +279,12 @@ def _chain(
 
 
 def run_with_kept(
-    run: Callable[..., Any], chains: Sequence[Chain], store: WeightStore, releases: bool = False
+    run: Callable[..., Any],
+    chains: Sequence[Chain],
+    store: WeightStore,
+    releases: bool = False,
+    *,
+    is_backward: bool = False,
 ) -> Callable[..., Any]:
     """A half's compiled function, `run`, behind one that adds the kept weights to its inputs. Boxed, as `run` is.
 
@@ -245,11 +293,13 @@ def run_with_kept(
 
     def boxed(inputs: list[Any]) -> Any:
         for chain in chains:
-            values = store.values(chain, [inputs[i] for i in chain.weights])
+            values = store.values(chain, [inputs[i] for i in chain.weights], is_backward=is_backward)
             inputs += [values[i] for i in chain.reads]
             if releases:
                 store.release(chain)
             del values
+        if is_backward:
+            store.backwards += 1
         return run(inputs)
 
     boxed._boxed_call = True  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ DTensors of such gradients and takes no None for them, so the graph returns zero
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -52,11 +53,7 @@ def add_main_grads(module: nn.Module) -> None:
                 help="compile without main_grad: FSDP2 reduces gradients in FP32 with MixedPrecisionPolicy(reduce_dtype=...)",
                 exit_code=ExitCode.MODEL,
             )
-        if getattr(p, "main_grad", None) is None:
-            p.main_grad = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)  # type: ignore[attr-defined]
-        if not getattr(p, "_fp8c_moves_grad", False):
-            p._fp8c_moves_grad = True  # type: ignore[attr-defined]
-            p.register_post_accumulate_grad_hook(_move_grad)  # type: ignore[no-untyped-call]
+        accumulator_of(p)
 
 
 def _move_grad(p: Tensor) -> None:
@@ -185,17 +182,34 @@ def run_with_accumulators(
     """A backward's compiled function behind one that adds the accumulators to its inputs. Boxed, as `run` is.
 
     names: from `split_gradients`;  note: called with every parameter that got a gradient
+
+    Parameters are looked up in the module for each call, because one may have been replaced. What autograd was not asked
+    for (`torch.autograd.grad` of an input, `backward(inputs=...)`) goes to memory of its own.
     """
-    parameters = {g.canonical_path(name): p for name, p in module.named_parameters(remove_duplicate=False)}
-    owners = [(parameters[name], at) for name, at in names.items()]
+    places = {g.canonical_path(name): name.split(".") for name, _ in module.named_parameters(remove_duplicate=False)}
+    owners = [(places[name], at) for name, at in names.items()]
+    # Dynamo keeps compiled functions when their module is gone: nothing here may keep it, or its parameters, alive.
+    root = weakref.ref(module)
+    known = [weakref.ref(_parameter_at(module, place)) for place, _ in owners]
 
     def boxed(inputs: list[Any]) -> Any:
-        inputs += [local(accumulator_of(p)) for p, _ in owners]
+        alive = root()
+        if alive is not None:
+            known[:] = [weakref.ref(_parameter_at(alive, place)) for place, _ in owners]
+        parameters = [(p, at) for find, (_, at) in zip(known, owners) if (p := find()) is not None]
+        assert len(parameters) == len(owners), "autograd's graph holds the parameters that it has a backward for"
+        # false under autograd.grad and backward(inputs=...), which reentrant checkpoints can't have either
+        wants_all = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
+        wanted = [wants_all or _is_asked_for(p) for p, _ in parameters]
+        for (p, _), is_wanted in zip(parameters, wanted):
+            accumulator = local(accumulator_of(p))
+            inputs.append(accumulator if is_wanted else torch.zeros_like(accumulator))
+            del accumulator
         results = run(inputs)
-        for p, at in owners:
+        for (p, at), is_wanted in zip(parameters, wanted):
             if isinstance(p, DTensor):
                 p._fp8c_placeholder = results[at]  # type: ignore[attr-defined]
-            if note is not None:
+            if note is not None and is_wanted:
                 note(p)
         return results
 
@@ -203,15 +217,43 @@ def run_with_accumulators(
     return boxed
 
 
-def accumulator_of(p: Tensor) -> Tensor:
-    """The parameter's `main_grad`; a new one where the optimizer has taken it away.
+def _parameter_at(module: nn.Module, place: Sequence[str]) -> nn.Parameter:
+    for name in place[:-1]:
+        found = module._modules[name]
+        assert found is not None
+        module = found
+    parameter = module._parameters[place[-1]]
+    assert parameter is not None
+    return parameter
 
-    Raises: DiagnosticError E0843 for one of another type or shape
+
+def _is_asked_for(p: Tensor) -> bool:
+    """Whether the backward that runs now accumulates this parameter's gradient."""
+    node = torch.autograd.graph.get_gradient_edge(p).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError as error:  # autograd.grad of this parameter: its gradient is returned, not accumulated
+        return "autograd.grad" not in str(error)
+
+
+def accumulator_of(p: Tensor) -> Tensor:
+    """The parameter's `main_grad`; a new one where it has none: at first, and where the optimizer has taken it away.
+
+    Raises: DiagnosticError E0843 for one of another type or shape, or whose gradient a hook wants to see
     """
+    if p._backward_hooks:
+        raise fail(
+            "E0843",
+            f"a parameter {list(p.shape)} has a hook of register_hook, which main_grad would leave without its gradient",
+            help="use register_post_accumulate_grad_hook and read p.main_grad there, or compile without main_grad",
+        )
     found = getattr(p, "main_grad", None)
     if found is None:
         found = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         p.main_grad = found  # type: ignore[attr-defined]
+    if not getattr(p, "_fp8c_moves_grad", False):
+        p._fp8c_moves_grad = True  # type: ignore[attr-defined]
+        p.register_post_accumulate_grad_hook(_move_grad)  # type: ignore[no-untyped-call]
     if not isinstance(found, Tensor) or found.dtype is not torch.float32 or found.shape != p.shape:
         shown = g.type_text(found) if isinstance(found, Tensor) else type(found).__name__
         raise fail(

@@ -150,7 +150,9 @@ class Session:
     ) -> Callable[..., Any]:
         backend = aot_autograd(
             fw_compiler=cacheable(functools.partial(self._lower_half, how=how)),
-            bw_compiler=cacheable(functools.partial(self._lower_half, how=how, releases=self.release_weights)),
+            bw_compiler=cacheable(
+                functools.partial(self._lower_half, how=how, releases=self.release_weights, is_backward=True)
+            ),
             inference_compiler=cacheable(functools.partial(self._infer, names=names, how=how)),
             partition_fn=functools.partial(self._partition, names=names, how=how_beside),
             decompositions={},
@@ -230,6 +232,7 @@ class Session:
         *,
         how: str,
         releases: bool = False,
+        is_backward: bool = False,
         is_inference: bool = False,
     ) -> LoweredHalf:
         """Lower a half. With `keep_weights` the quantized weights come in from outside, with `main_grad` the accumulators."""
@@ -245,6 +248,7 @@ class Session:
             chains=tuple(chains),
             releases=releases,
             accumulators=names,
+            is_backward=is_backward,
             is_inference=is_inference,
             remarks=() if is_inference or not self.planned else tuple(self.planned[-1].ctx.remarks),
             communicates=communicates(gm.graph),
@@ -257,8 +261,8 @@ class Session:
         run = self._tuned(half.run)
         if half.communicates:
             run = explaining_lost_ranks(run)
-        if half.chains:
-            run = run_with_kept(run, half.chains, self.weights, half.releases)
+        if half.chains or (half.is_backward and self._keeps_weights()):
+            run = run_with_kept(run, half.chains, self.weights, half.releases, is_backward=half.is_backward)
         if half.accumulators:
             module = self.model() if self.model is not None else None
             assert module is not None

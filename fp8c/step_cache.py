@@ -58,6 +58,7 @@ class LoweredHalf(OutputCode):
     chains:       weight quantizes taken out of it, whose results it takes as further inputs
     releases:     it frees those
     accumulators: parameters whose `main_grad` it takes behind them, with the result that each is
+    is_backward:  backward of a step
     is_inference: a forward without a backward
     remarks:      what the passes noticed
     communicates: it exchanges something with other ranks
@@ -68,6 +69,7 @@ class LoweredHalf(OutputCode):
     chains: tuple[Chain, ...] = ()
     releases: bool = False
     accumulators: Mapping[str, int] = field(default_factory=dict)
+    is_backward: bool = False
     is_inference: bool = False
     remarks: tuple[Diagnostic, ...] = ()
     communicates: bool = False

@@ -76,6 +76,7 @@ class AssignRoles:
             node.meta.pop(g.ROLE, None)
         flow = trace_flow(graph, ctx)
         uses = describe_uses(graph, ctx, flow)
+        remark_batched_weights(flow, ctx)
         ctx.uses.clear()
         ctx.uses.update(uses)
         return PassResult(graph, 0)
@@ -227,6 +228,22 @@ def describe_uses(graph: fx.Graph, ctx: PassContext, flow: Flow) -> dict[str, Op
     if problems:
         raise DiagnosticError(problems, ExitCode.MODEL)
     return uses
+
+
+def remark_batched_weights(flow: Flow, ctx: PassContext) -> None:
+    """R0848: products of a batch of trained weights, Llama 4's experts say, which no rule can give a format."""
+    found = [anchor for anchor, op in flow.anchors.items() if op is Op.BMM and _has_trained_weight(anchor, flow)]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        ctx.remark(
+            "R0848",
+            f"{g.module_path(found[0])}{more}: a batched product (bmm) with a weight stays in BF16, forward and backward",
+            found[0],
+        )
+
+
+def _has_trained_weight(product: fx.Node, flow: Flow) -> bool:
+    return any(n in flow.needs_grad and n not in flow.from_data for n in product.all_input_nodes[-2:])
 
 
 def weight_of(gemm: fx.Node) -> fx.Node:

@@ -127,7 +127,7 @@ def is_random(node: fx.Node) -> bool:
         return False
     given = dict(zip((a.name for a in target._schema.arguments), node.args)) | dict(node.kwargs)
     defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-    return {**defaults, **given}.get("dropout_p") != 0.0
+    return bool({**defaults, **given}.get("dropout_p") != 0.0)
 
 
 def is_computed_once(node: fx.Node) -> bool:

@@ -56,8 +56,8 @@ class Work:
 
 @dataclass
 class Plan:
-    """The buckets of a step, for as long as every parameter and gradient stays where it is: a step of many tensors
-    costs the host one look at each.
+    """The buckets of a step, for as long as every parameter and `main_grad` stays where it is: a step of many tensors
+    costs the host one look at each. Of others (`grad`, and copies of gradients) none is made: it would keep them in memory.
 
     has_run: the kernels' tables have been made for it
     """
@@ -129,9 +129,13 @@ class AdamW(Optimizer):
         self.zero1 = None if zero1 is None else Zero1(zero1, reduce_gradients)
         self._control: Tensor | None = None
         self._plan: Plan | None = None
+        self._stepped: list[Tensor] = []  # parameters of this step
+        self._copied = False  # whether it reads copies of gradients that lie in memory otherwise than their parameters
         self._tables: dict[Any, Any] = {}
         self._versions: dict[Tensor, int] = {}
         self._hooks: list[Any] = []
+        if max_norm is not None and not max_norm >= 0.0:
+            raise fail("E1101", f"AdamW got max_norm = {max_norm}", exit_code=ExitCode.USAGE)
         named = dict(params.named_parameters()) if isinstance(params, nn.Module) else {}
         self.names: dict[Tensor, str] = {p: name for name, p in named.items()}
         given: Any = [p for p in named.values() if p.requires_grad] if isinstance(params, nn.Module) else list(params)
@@ -244,8 +248,10 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._plan is None or not self._plan.holds(self):
+            self._plan = None
             works, arrivals = self.gather()
-            self._plan = None if arrivals else Plan.of(self, works)
+            if not arrivals and not self._copied and all(is_kept(p) for p in self._stepped):
+                self._plan = Plan.of(self, works)
         else:
             works, arrivals = self._plan.works, []
         if not works:
@@ -275,24 +281,27 @@ class AdamW(Optimizer):
         for parts, flat in arrivals:
             assert self.zero1 is not None
             self.zero1.publish(parts, flat)
-        if self.zero1 is not None and self.clears:
+        if self.clears and (self.zero1 is not None or self._copied):
             torch._foreach_zero_([local(g) for p in self.trained() if (g := self.gradient(p)) is not None])
-        stepped = [local(param) for param in self._versions if param.requires_grad]
-        torch.autograd.graph.increment_version(stepped)
-        for param in self._versions:
+        # Only of what was stepped: a parameter without a gradient may have been written by someone else meanwhile.
+        torch.autograd.graph.increment_version([local(param) for param in self._stepped])
+        for param in self._stepped:
             self._versions[param] = local(param)._version
         return loss
 
     def gather(self) -> tuple[list[Work], list[tuple[list[Part], Tensor]]]:
         """The tensors of this step, sorted into buckets; with ZeRO-1 also what is to be sent round afterwards."""
         rows: dict[tuple[Any, ...], tuple[dict[str, Any], list[list[Tensor]]]] = {}
+        self._stepped, self._copied = [], False
         arrivals: list[tuple[list[Part], Tensor]] = []
         for number, group in enumerate(self.param_groups):
             pairs = [(p, g) for p in group["params"] if (g := self.gradient(p)) is not None]
             for param, _ in pairs:
                 self.refresh(param)
+                self._stepped.append(param)
             if self.zero1 is None:
                 triples = [(p, local(p), matching(local(g), local(p))) for p, g in pairs]
+                self._copied |= any(grad is not local(g) for (_, g), (_, _, grad) in zip(pairs, triples))
             else:
                 triples = []
                 grads = dict(pairs)
@@ -425,6 +434,15 @@ class AdamW(Optimizer):
             return torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return self.zero1.state(param, torch.zeros(own.shape, dtype=dtype, device=own.device))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all settings and states, without what belongs to addresses and to hooks."""
+        own = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        return {**own, **super().__getstate__(), "_control": self._control}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan, self._stepped, self._copied, self._tables, self._versions, self._hooks = None, [], False, {}, {}, []
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW's, which loads it; `master` and the count of skipped steps come on top."""
         state = super().state_dict()
@@ -490,6 +508,8 @@ class AdamW(Optimizer):
 
 def check_settings(group: Mapping[str, Any]) -> None:
     """E1101 for a learning rate, beta, eps or decay out of range."""
+    if len(group["betas"]) != 2:
+        raise fail("E1101", f"AdamW got betas = {group['betas']}, expected two", exit_code=ExitCode.USAGE)
     beta1, beta2 = group["betas"]
     for name, value, allowed in (
         ("lr", float(group["lr"]), float(group["lr"]) >= 0.0),
@@ -505,6 +525,11 @@ def check_settings(group: Mapping[str, Any]) -> None:
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor on this rank; any other tensor as it is."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def is_kept(param: Tensor) -> bool:
+    """Whether a parameter's gradient stays where it is from step to step."""
+    return getattr(param, "main_grad", None) is not None
 
 
 def matching(grad: Tensor, param: Tensor) -> Tensor:

@@ -91,6 +91,40 @@ def test_backward_can_release_what_it_has_read() -> None:
     assert store.refreshed == GEMMS + 1
 
 
+def test_a_new_weight_where_a_freed_one_lay_is_noticed() -> None:
+    """An allocator gives freed memory out again: the same address, and a version that counts from the same start."""
+    step, store = compiled()
+    weight = step.up.weight
+    memory = bytearray(weight.nbytes)
+
+    def replaced(factor: float) -> None:
+        weight.data = torch.zeros(1, dtype=BF16)  # the old value's storage is gone, the memory is not
+        value = torch.frombuffer(memory, dtype=BF16).view(values.shape)
+        weight.data = value.copy_(values * factor)
+
+    values = weight.detach().clone()
+    replaced(1.0)
+    first, address, version = train(step), weight.data_ptr(), weight._version
+    before = store.refreshed
+    replaced(3.0)
+    assert (weight.data_ptr(), weight._version) == (address, version)
+    second = train(step)
+    assert store.refreshed == before + 1 and not torch.equal(first, second)
+
+
+def test_weights_made_in_inference_mode_are_quantized_in_every_call() -> None:
+    torch.manual_seed(0)
+    usual = Mlp()
+    with torch.inference_mode():
+        step, store = compiled(copy.deepcopy(usual))
+        plain, _ = compiled(usual)
+        x = features()
+        assert torch.equal(step(x), plain(x)) and not store.entries
+        for p in step.parameters():
+            p.mul_(2)
+        assert not torch.equal(step(x), plain(x))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizers_are_noticed(fused: bool) -> None:
     step, store = compiled(Mlp(dtype=torch.float32))
@@ -128,15 +162,67 @@ class Behind(torch.optim.Optimizer):
                 p.data.mul_(2)
 
 
-def test_an_optimizer_that_writes_data_is_noticed_and_others_do_not_count() -> None:
-    step, store = compiled()
+def test_an_optimizer_that_writes_data_is_noticed() -> None:
+    step, _ = compiled()
     first = train(step)
-    before = store.refreshed
-    Behind(Mlp().parameters()).step()
-    train(step)
-    assert store.refreshed == before
     Behind(step.parameters()).step()
     assert not torch.equal(train(step), first)
+
+
+def test_weights_copied_from_the_masters_of_an_optimizer_are_not_stale() -> None:
+    """The loop of mixed precision by hand: `p.data.copy_` counts no version, and the optimizer knows the masters alone."""
+    step, _ = compiled()
+    masters = [p.detach().float() for p in step.parameters()]
+    first = train(step)
+    optimizer = torch.optim.SGD(masters, lr=1.0)
+    for _ in range(2):
+        for p, master in zip(step.parameters(), masters):
+            master.grad, p.grad = p.grad.float(), None  # type: ignore[union-attr]
+        optimizer.step()
+        for p, master in zip(step.parameters(), masters):
+            p.data.copy_(master)
+        loss = train(step)
+        assert not torch.equal(loss, first)
+        fp8c.weights_changed(step)
+        assert torch.equal(train(step), loss)
+        first = loss
+
+
+def test_a_loop_without_an_optimizer_is_noticed() -> None:
+    step, _ = compiled()
+    first = train(step)
+    for _ in range(2):
+        for p in step.parameters():
+            assert p.grad is not None
+            p.data -= p.grad
+            p.grad = None
+        loss = train(step)
+        assert not torch.equal(loss, first)
+        fp8c.weights_changed(step)
+        assert torch.equal(train(step), loss)
+        first = loss
+
+
+def test_forwards_before_the_first_backward_share_them() -> None:
+    """As the stages of a pipeline run: no gradient yet, and nobody has taken one."""
+    step, store = compiled()
+    for expected in (GEMMS, 2 * GEMMS):
+        losses = [loss_of(step(features())) for _ in range(3)]
+        for loss in losses:
+            loss.backward()
+        assert store.refreshed == expected
+        step.zero_grad()
+
+
+def test_optimizers_of_other_weights_of_the_step_leave_frozen_ones() -> None:
+    step, store = compiled()
+    gate, *others = step.parameters()
+    train(step)
+    for optimizer in (torch.optim.SGD([gate], lr=0.1), torch.optim.SGD([gate], lr=0.1)):
+        optimizer.step()
+    before = store.refreshed
+    train(step)
+    assert store.refreshed == before + 1 and len(others) == GEMMS - 1
 
 
 def test_writes_behind_everything_can_be_told() -> None:
@@ -191,6 +277,20 @@ def test_a_copy_keeps_its_own() -> None:
         for p in other.parameters():
             p.zero_()
     assert float(train(step)) != float(train(other))
+
+
+def test_a_model_that_nobody_has_any_more_is_freed() -> None:
+    """Dynamo keeps what it compiled: parameters and FP8 weights of every model of a process stayed in memory."""
+
+    def trained() -> tuple[weakref.ref[Tensor], WeightStore]:
+        step, store = compiled()
+        train(step)
+        assert store.entries
+        return weakref.ref(next(step.parameters())), store
+
+    parameter, store = trained()
+    gc.collect()
+    assert parameter() is None and not store.entries
 
 
 def test_memory_is_counted_and_freed() -> None:

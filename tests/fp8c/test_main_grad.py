@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fp8c
 from fp8c.diagnostics import DiagnosticError
-from fp8c.driver import session_of
+from fp8c.driver import refuse_lost_gradients, session_of
 from fp8c.graph import aten
 from fp8c.main_grad import accumulator_of, split_gradients
 from tests.models.harness import count_executed, gradients, loss_of
@@ -47,6 +51,15 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return experts_function(x.reshape(-1, 128), self.rows, self.offs, self.up, self.down)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(128, 128, bias=False, dtype=BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.only(x)
 
 
 MODELS: dict[str, Any] = {"mlp": Mlp, "norm": Norm, "experts": Experts}
@@ -147,6 +160,62 @@ def test_zero_grad_and_new_accumulators() -> None:
     assert torch.equal(p.main_grad.flatten(), flat)
 
 
+def test_a_parameter_that_was_replaced_gets_the_gradient() -> None:
+    step = compiled("mlp", main_grad=True)
+    loss_of(step(features())).backward()
+    old = step.gate.weight
+    first = old.main_grad.clone()
+    step.gate.weight = nn.Parameter(old.detach().clone())
+    loss_of(step(features())).backward()
+    assert torch.equal(old.main_grad, first) and torch.equal(step.gate.weight.main_grad, first)
+    loss_of(step.gate(features())).backward()  # and its gradients from outside are moved over
+    assert step.gate.weight.grad is None and not torch.equal(step.gate.weight.main_grad, first)
+
+
+def test_a_deep_copy_accumulates_as_its_model_does() -> None:
+    step = copy.deepcopy(compiled("mlp", main_grad=True))
+    loss_of(step.down(features().repeat(1, 1, 2))).backward()
+    assert step.down.weight.grad is None and step.down.weight.main_grad.any()
+
+
+def test_a_step_outlives_the_module_it_was_called_on() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    loss = loss_of(fp8c.compile(model, "deepseek_v3", "cpu", main_grad=True)(features()))
+    gc.collect()
+    loss.backward()
+    assert model.gate.weight.main_grad.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"main_grad": True}])
+def test_many_models_of_one_class_are_compiled_and_freed(options: dict[str, bool]) -> None:
+    """More than Dynamo's eight graphs of one piece of code, as in a sweep or a notebook; none of them stays in memory."""
+    parameters, stores = [], []
+    for number in range(10 if options else 2):
+        step = fp8c.compile(Small(), "deepseek_v3", "cpu", **options)
+        loss_of(step(torch.ones(4, 128, dtype=BF16))).backward()
+        parameters.append(weakref.ref(step.only.weight))
+        stores.append(session_of(step).weights)
+    del step
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)
+    assert not any(store.size_bytes for store in stores)
+
+
+def test_what_autograd_is_not_asked_for_is_not_accumulated() -> None:
+    """The gradient of an input, as for an adversarial example, leaves every parameter's alone."""
+    step = compiled("mlp", main_grad=True)
+    x = features().requires_grad_()
+    (usual,) = torch.autograd.grad(loss_of(step(x)), x)
+    assert usual.any() and not any(p.main_grad.any() for p in step.parameters())
+    loss_of(step(x)).backward(inputs=[x, step.up.weight])
+    assert torch.equal(x.grad, usual)
+    assert {n for n, p in step.named_parameters() if p.main_grad.any()} == {"up.weight"}
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        torch.autograd.grad(loss_of(step(x)), step.gate.weight)
+    assert {n for n, p in step.named_parameters() if p.main_grad.any()} == {"up.weight"}
+
+
 def test_gradients_from_outside_are_moved_over() -> None:
     step = compiled("mlp", main_grad=True)
     loss_of(step.down(features().repeat(1, 1, 2))).backward()  # a part of it, called uncompiled
@@ -184,6 +253,32 @@ def test_an_accumulator_of_another_kind_is_refused() -> None:
     p.main_grad = torch.zeros(4, 8, dtype=BF16)
     with pytest.raises(DiagnosticError, match=r"main_grad is bf16\[4, 8\], expected f32\[4, 8\]"):
         accumulator_of(p)
+
+
+def test_ddp_that_would_sum_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel sums `grad`, and would leave every rank with a main_grad of its own."""
+    step, plain = compiled("mlp", main_grad=True), compiled("mlp")
+    wrapper = SimpleNamespace(process_group=SimpleNamespace(size=lambda: 2))
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", wrapper)
+    with pytest.raises(DiagnosticError, match=r"error\[E0867\]: 'gate.weight' has a main_grad"):
+        step(features())
+    with torch.no_grad():
+        refuse_lost_gradients(step)
+    refuse_lost_gradients(plain)
+    inside_out = DistributedDataParallel.__new__(DistributedDataParallel)
+    with pytest.raises(DiagnosticError, match="E0867"):
+        fp8c.compile(inside_out, "deepseek_v3", "cpu")
+
+
+def test_a_hook_that_would_see_no_gradient_is_refused() -> None:
+    step = compiled("mlp", main_grad=True)
+    seen: list[bool] = []
+    step.gate.weight.register_post_accumulate_grad_hook(lambda p: seen.append(bool(p.main_grad.any())))
+    loss_of(step(features())).backward()
+    assert seen == [True]
+    step.up.weight.register_hook(lambda grad: grad * 10)
+    with pytest.raises(DiagnosticError, match=r"E0843.*\[256, 128\] has a hook of register_hook"):
+        loss_of(step(features())).backward()
 
 
 def test_a_module_of_torchs_own() -> None:

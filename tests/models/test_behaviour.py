@@ -416,6 +416,59 @@ def test_a_graph_break_names_the_line() -> None:
     assert "y.sum().item()" in diagnostic.span.text
 
 
+class Batched(nn.Module):
+    """Experts as one batched product, as Llama 4 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(D, D, bias=False, dtype=BF16)
+        self.weight = nn.Parameter(torch.randn(2, D, D).to(BF16) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.bmm(x, self.weight)
+        return self.out(hidden)
+
+
+def test_a_batched_product_with_a_weight_does_not_stay_in_bf16_without_a_word() -> None:
+    """Llama 4 trained two thirds of its GEMMs in BF16, and nothing said so."""
+    outcome = train_both(Batched(), lambda model: loss_of(model(features().requires_grad_())))
+    (remark,) = (r for r in outcome.session.remarks if r.code == "R0848")
+    assert remark.span is not None and "torch.bmm(x, self.weight)" in remark.span.text
+
+
+class Visits(nn.Module):
+    """A loop over the experts that have tokens, in no form that becomes grouped GEMMs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4 * D, D).to(BF16) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in (x[..., :4].sum((0, 1)) > 0).nonzero():
+            y = y + x @ self.weight.view(4, D, D)[expert[0]]
+        return y
+
+
+def test_a_loop_that_runs_as_often_as_data_says_is_named() -> None:
+    """DBRX's experts: `Could not extract specialized integer from data-dependent expression u0` helped nobody."""
+    with pytest.raises(DiagnosticError) as caught:
+        compiled(Visits())(features())
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "E0833" and diagnostic.message.endswith("how often this loop runs depends on data")
+    assert diagnostic.span is not None and diagnostic.span.text.startswith("for expert in")
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+def test_experts_in_another_type_than_bf16_are_named(dtype: torch.dtype) -> None:
+    """A model that was built without `dtype=`: `RuntimeError when making fake tensor call` was all there was."""
+    with pytest.raises(DiagnosticError) as caught:
+        compiled(Experts().to(dtype))(features(dtype=dtype)[0], torch.randint(4, (64,)))
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "E0833" and diagnostic.message.endswith(f"here they read {str(dtype)[6:]}")
+    assert "autocast" in diagnostic.help
+
+
 def test_a_graph_break_is_allowed_without_fullgraph() -> None:
     outcome = train_both(Breaks(), lambda m: loss_of(m(features())), fullgraph=False)
     assert set(outcome.grads_fp8) == set(outcome.grads_bf16)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +265,67 @@ def test_a_parameter_written_by_someone_else_gets_a_new_master_only_where_it_cha
     assert torch.equal(changed, master), "the bits below BF16 of every other weight stay"
 
 
+def test_a_parameter_written_while_it_has_no_gradient_keeps_what_was_written() -> None:
+    net = model()
+    optimizer = AdamW(net, lr=1e-3)
+    backward(net, 0)
+    optimizer.step()
+    weight = net[0].weight
+    with torch.no_grad():
+        weight.fill_(5.0)
+    weight.grad = None
+    optimizer.step()  # the others'
+    backward(net, 1)
+    optimizer.step()
+    # at most lr * (1 + decay * 5) away, a tenth of BF16's unit there (2^-5)
+    assert torch.equal(weight, torch.full_like(weight, 5.0))
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_gradients_that_lie_otherwise_than_their_parameters_are_read_anew_in_every_step(clears: bool) -> None:
+    """Accumulators of a transposed parameter and of one with gaps, which keep their address from step to step."""
+    torch.manual_seed(0)
+    values = [torch.randn(16, 8).t(), torch.randn(8, 32)[:, :16]]
+    mine, theirs = [nn.Parameter(v) for v in values], [nn.Parameter(v.clone()) for v in values]
+    for p in mine:
+        p.main_grad = torch.zeros(8, 16)  # type: ignore[attr-defined]
+    ours = AdamW(mine, lr=1e-2, spec="bf16", clears=clears)
+    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        for p, q in zip(mine, theirs):
+            q.grad = torch.randn(8, 16)
+            p.main_grad.copy_(q.grad)  # type: ignore[attr-defined]
+        ours.step()
+        reference.step()
+        assert all(bool(p.main_grad.any()) != clears for p in mine)  # type: ignore[attr-defined]
+    assert all(torch.equal(p, q) for p, q in zip(mine, theirs))
+
+
+def test_gradients_set_to_none_are_freed() -> None:
+    net = model()
+    optimizer = AdamW(net)
+    backward(net, 0)
+    optimizer.step()
+    gradient = weakref.ref(net[0].weight.grad)
+    net.zero_grad()
+    gc.collect()
+    assert gradient() is None
+
+
+def test_copies_and_pickles_go_on_as_the_original_does() -> None:
+    net = model()
+    optimizer = AdamW(net, lr=1e-2, max_norm=1.0)
+    backward(net, 0)
+    optimizer.step()
+    others = [copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))]
+    for one, its in [(net, optimizer), *others]:
+        one.zero_grad()
+        backward(one, 1)
+        its.step()
+    for other, _ in others:
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters()))
+
+
 def test_frozen_parameters_stay_and_may_be_frozen_later() -> None:
     net = model()
     net[0].weight.requires_grad_(False)
@@ -298,7 +362,8 @@ def test_bare_parameters_work_and_say_what_is_lost() -> None:
 
 def test_bad_input_is_named() -> None:
     net = model()
-    for bad in ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": float("nan")}):
+    wrong = ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"eps": float("nan")}, {"max_norm": -1.0})
+    for bad in wrong:
         with pytest.raises(DiagnosticError, match="E1101"):
             AdamW(net, **bad)  # type: ignore[arg-type]
     with pytest.raises(DiagnosticError, match="E1102"):
