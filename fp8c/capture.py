@@ -7,6 +7,7 @@ attention stays one operator, and the router's weight moves in front of the expe
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,9 +45,12 @@ def input_names(gm: fx.GraphModule) -> tuple[str, ...]:
 
 
 def input_examples(gm: fx.GraphModule) -> list[Any]:
-    """The tensors and objects that Dynamo captured the inputs of its graph from, in order."""
+    """What Dynamo captured the inputs of its graph from, in order: weak references to tensors, because a session that held the
+    parameters would keep a model alive that nobody has any more; objects as they are.
+    """
     arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
-    return [None if argument is None else argument.example for argument in arguments]
+    examples = [None if argument is None else argument.example for argument in arguments]
+    return [weakref.ref(example) if isinstance(example, torch.Tensor) else example for example in examples]
 
 
 def _source_name(source: Any) -> str:

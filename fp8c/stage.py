@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,8 @@ class Stage:
         session.plan_only = False
         halves = rewritten.halves
         forward, backward = halves.forward, halves.backward
-        values, data = _inputs_of(forward.graph, session.examples, given)
+        examples = [e() if isinstance(e, weakref.ref) else e for e in session.examples]
+        values, data = _inputs_of(forward.graph, examples, given)
         results = g.output_node(forward.graph).args[0]
         assert isinstance(results, (list, tuple))
         outputs = _outputs_of(rewritten.joint_before.graph, halves.num_fwd_outputs)

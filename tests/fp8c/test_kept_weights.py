@@ -112,6 +112,19 @@ def test_a_new_weight_where_a_freed_one_lay_is_noticed() -> None:
     assert store.refreshed == before + 1 and not torch.equal(first, second)
 
 
+def test_weights_made_in_inference_mode_are_quantized_in_every_call() -> None:
+    torch.manual_seed(0)
+    usual = Mlp()
+    with torch.inference_mode():
+        step, store = compiled(copy.deepcopy(usual))
+        plain, _ = compiled(usual)
+        x = features()
+        assert torch.equal(step(x), plain(x)) and not store.entries
+        for p in step.parameters():
+            p.mul_(2)
+        assert not torch.equal(step(x), plain(x))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizers_are_noticed(fused: bool) -> None:
     step, store = compiled(Mlp(dtype=torch.float32))
@@ -264,6 +277,20 @@ def test_a_copy_keeps_its_own() -> None:
         for p in other.parameters():
             p.zero_()
     assert float(train(step)) != float(train(other))
+
+
+def test_a_model_that_nobody_has_any_more_is_freed() -> None:
+    """Dynamo keeps what it compiled: parameters and FP8 weights of every model of a process stayed in memory."""
+
+    def trained() -> tuple[weakref.ref[Tensor], WeightStore]:
+        step, store = compiled()
+        train(step)
+        assert store.entries
+        return weakref.ref(next(step.parameters())), store
+
+    parameter, store = trained()
+    gc.collect()
+    assert parameter() is None and not store.entries
 
 
 def test_memory_is_counted_and_freed() -> None:
