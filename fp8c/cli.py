@@ -308,8 +308,8 @@ def targets(name: str | None, as_json: bool) -> None:
 @app.command()
 @click.argument("build", required=False, type=click.Path(path_type=Path))
 @click.option("--durations", type=click.Path(path_type=Path), help="Table of durations instead of a build.")
-@click.option("--gpus", type=int, default=2048, show_default=True)
-@click.option("--topology", default="h800", show_default=True, help="Machine: a name, or a cost sheet of your own.")
+@click.option("--gpus", type=int, help="2048 for a table unless given; for a build as many as one replica needs.")
+@click.option("--topology", help="Machine: a name, or a cost sheet of your own; h800, or the target of the build.")
 @click.option("--pp", type=int, help="Pipeline ranks.")
 @click.option("--ep", type=int, help="GPUs that share the experts.")
 @click.option("--schedule", help="1f1b, interleaved, zb, zbv, dualpipe or dualpipev.")
@@ -329,7 +329,12 @@ def targets(name: str | None, as_json: bool) -> None:
 @click.option("--trace", type=click.Path(path_type=Path), default=Path("simulate.trace.json"), show_default=True)
 @as_json_option
 def simulate(
-    build: Path | None, durations: Path | None, gpus: int, topology: str, as_json: bool, **options: Any
+    build: Path | None,
+    durations: Path | None,
+    gpus: int | None,
+    topology: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Simulate a training step on a cluster, from a BUILD or a table of durations.
 

@@ -97,9 +97,9 @@ def make_mesh(table: DurationTable, gpus: int, gpus_per_node: int) -> Mesh:
     if per_step < 1 or per_step % (data * max(1, deployment.sequences_per_micro_batch)):
         raise fail(
             "E0944",
-            f"{per_step} sequences cannot be dealt to {data} data-parallel ranks in micro-batches of"
-            f" {deployment.sequences_per_micro_batch}",
-            help="change sequences_per_step, or the number of GPUs",
+            f"a step of {per_step} sequence{'' if per_step == 1 else 's'} cannot be dealt to {data} data-parallel ranks in "
+            f"micro-batches of {deployment.sequences_per_micro_batch}",
+            help="change sequences_per_step (--sequences), or the number of GPUs (--gpus)",
         )
     check_routing(routing_of(table.model, deployment, gpus_per_node))
     return Mesh(pp, data, ep, per_step // (data * deployment.sequences_per_micro_batch))

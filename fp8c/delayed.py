@@ -16,8 +16,8 @@ notes the tensor's own magnitude, so what a step notes counts from the next step
 A quantize that backward computes again *replays* the scale of the last forward and notes nothing.
 
 Histories are state of the compiled step, not of the model: `fp8c.driver.session_of(step).scales`, with `state_dict` and
-`load_state_dict`, belongs into a checkpoint beside the optimizer's state. Without it a run that is continued starts with
-empty histories, as its first step did.
+`load_state_dict`, belongs into a checkpoint beside the optimizer's state (`fp8c.optim.checkpoint` puts it there). Without it
+a run that is continued starts with empty histories, as its first step did.
 """
 
 from __future__ import annotations

@@ -105,11 +105,13 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
     """
     from fp8c.prepare import compare_rewrites, needs_comparison
 
+    global _steps
     call = step._call_impl
     if torch._dynamo.trace_rules.check(type(step).forward):
         call = external_utils.wrap_inline(call)  # a module of torch's own: Dynamo skips its frames unless told not to
     traced = only_fields(call, session.outputs) if session.outputs else call
     compiled = torch.compile(traced, backend=guarded(session), **options)
+    _steps += 1
     plain = uncompiled(step)  # what is compared must not be the compiled module
     to_compare = needs_comparison(plain)
 
@@ -122,7 +124,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
             compared = compare_rewrites(plain, *args, **kwargs)
             session.remarks[:] = [remark for remark in session.remarks if remark.code != "R0820"] + compared
         try:
-            with capturing_sizes():
+            with dynamo_settings():
                 return compiled(*args, **kwargs)
         except Exception as error:  # Dynamo wraps whatever a backend raises
             explained = explain_failure(error)
@@ -141,7 +143,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
         return uncompiled(step).__reduce_ex__(protocol)
 
     session.model = weakref.ref(step)
-    weakref.finalize(step, session.weights.clear)  # compiled code, which Dynamo keeps, keeps the session
+    weakref.finalize(step, forget_model, session).atexit = False
     step._compiled_call_impl = run
     if session.main_grad:
 
@@ -218,6 +220,12 @@ def guarded(session: Session) -> Callable[..., Any]:
     return fp8c_session
 
 
+def forget_model(session: Session) -> None:
+    """Let go of a model's memory when it is gone: PyTorch keeps compiled code, and with it the session, to the end."""
+    session.weights.clear()
+    session.examples = []
+
+
 def weights_changed(step: nn.Module) -> None:
     """Say that parameters were written behind PyTorch's back (`p.data.copy_(...)`): their FP8 copies are made again."""
     session_of(step).weights.invalidate()
@@ -262,16 +270,25 @@ def trace_step(step: nn.Module, batch: Any, session: Session) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=guarded(session), fullgraph=True, dynamic=False)
     try:
-        with without_collection(), capturing_sizes():
+        with without_collection(), dynamo_settings():
             compiled(batch)
     except Exception as error:  # Dynamo wraps whatever a backend raises
         if not any(isinstance(e, PlanningDone) for e in causes(error)):
             raise explain_failure(error) from error
 
 
-def capturing_sizes() -> contextlib.AbstractContextManager[Any]:
-    """Numbers read from tensors become sizes of the graph: how many rows each rank sends."""
-    patched: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(capture_scalar_outputs=True)
+_steps = 0  # compiled so far in this process
+
+
+def dynamo_settings() -> contextlib.AbstractContextManager[Any]:
+    """Numbers read from tensors become sizes of the graph: how many rows each rank sends.
+
+    Dynamo allows so many graphs of one piece of code, and models of one class are one: every compiled step gets that many.
+    """
+    config: Any = torch._dynamo.config
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    allowed = {name: getattr(config, name) * max(1, _steps) for name in limits}
+    patched: contextlib.AbstractContextManager[Any] = config.patch(capture_scalar_outputs=True, **allowed)
     return patched
 
 
@@ -341,6 +358,8 @@ def graph_break(error: Exception) -> Diagnostic:
             help="a loop over experts becomes grouped GEMMs when it is written in a form of the page on models; "
             "fullgraph=False compiles the pieces around any other",
         )
+    if "functorch" in first:
+        first += ": torch.func and vmap cannot go through a compiled step"
     hint = next((line.split("Hint:", 1)[1].strip() for line in text.splitlines() if "Hint:" in line), "")
     return Diagnostic(
         "E0833",

@@ -13,12 +13,17 @@ BackendCompilerFailed; the text is the same.
 from __future__ import annotations
 
 import difflib
+import functools
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from fp8c.backends.lowering import LOWERINGS
+from fp8c.delayed import DelayedScales
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.driver import Session, new_session
 from fp8c.passes import check_optional
@@ -33,6 +38,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
 }
 DEFAULT_SPEC = "deepseek_v3"
 
+_DELAYED = torch.ops.fp8c.quantize_delayed.default
 _sessions: dict[tuple[tuple[str, Any], ...], Session] = {}
 
 
@@ -45,7 +51,36 @@ def backend(
              "inductor"), `without` (optional passes to leave out, separated by commas), `tune` (as `fp8c.compile`)
     Raises:  DiagnosticError E0850 (usage) for an option it does not know or of another type; those of the spec and target
     """
-    return session_for(check_options({**(options or {}), **others}))(gm, example_inputs)
+    session = replace(session_for(check_options({**(options or {}), **others})), scales=DelayedScales())
+    rewritten = len(session.planned)
+    run = session(gm, example_inputs)
+    graphs = [step.halves.forward.graph for step in session.planned[rewritten:]]
+    return of_one_model(run) if any(graph.find_nodes(op="call_function", target=_DELAYED) for graph in graphs) else run
+
+
+def of_one_model(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph with delayed scales, for the parameters of its first call alone: Dynamo calls one graph for all modules that
+    share their code (layers compiled one by one, say), and their magnitudes must not meet in one history.
+
+    Raises: DiagnosticError E0852 when it is called with others
+    """
+    first: list[weakref.ref[nn.Parameter]] = []
+
+    @functools.wraps(run)
+    def called(*args: Any) -> Any:
+        parameters = [a for a in args if isinstance(a, nn.Parameter)]
+        if not first:
+            first[:] = map(weakref.ref, parameters)
+        if any(known() is not p for known, p in zip(first, parameters)):
+            raise fail(
+                "E0852",
+                "several modules share one compiled graph, and with it one history of delayed scales",
+                help="use fp8c.compile on the whole model, or a spec with online scales",
+                exit_code=ExitCode.USAGE,
+            )
+        return run(*args)
+
+    return called
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:

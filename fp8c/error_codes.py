@@ -230,6 +230,8 @@ EXPLANATIONS: dict[str, str] = {
     "that fp8c does not follow.",
     "R0842": "FP8 weights are normally kept between calls and quantized again only when a parameter's value has changed. Here "
     "that can't be told, so every forward and backward quantizes them.",
+    "W0843": "A step compiled with `main_grad=True` leaves every parameter's `grad` empty. This optimizer reads `grad`, so it "
+    "would leave the parameters as they are, without an error.",
     "E0843": "FP32 accumulators (`main_grad`) belong to whole parameters: one of the same shape, in FP32. An expert that "
     "a mesh shards over `ep` has a DTensor of them; any other sharded parameter (FSDP2) has its gradient reduced by FSDP2 instead.",
     "R0844": "The output head is joined with the cross-entropy loss behind it: logits are made once, their gradient takes "
@@ -284,6 +286,8 @@ EXPLANATIONS: dict[str, str] = {
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "
     "cannot be combined with it, and loading the build takes ranks that form the same mesh.",
+    "E0852": "torch.compile keeps one graph for all modules of one class, so under `backend='fp8c'` their delayed scales would "
+    "share their histories: one module's values would be scaled by another's magnitudes.",
     "E0867": "DistributedDataParallel wraps what fp8c.compile returned, not the other way round, and it sums `grad`: with "
     "`main_grad` a parameter's gradient never comes there, and the ranks would drift apart. AdamW(zero1=mesh) sums either.",
     "R0860": "Experts were sharded over the ranks of the mesh. all_to_all_single needs the number of rows to send on the "

@@ -185,10 +185,11 @@ def _head_rows(ms: Mapping[str, float]) -> list[OpDuration]:
 
 
 def _shape(uses: list[OpUse], places: _Places, halves: Halves, name: str) -> ModelShape:
-    """Sizes as far as GEMMs show them; tokens are those of the captured batch, as one sequence."""
+    """Sizes as far as GEMMs show them; tokens are those of the captured batch, as one sequence: the rows of attention's
+    GEMMs, or of any layer's where none has attention."""
     grouped = [u for u in uses if u.op is Op.GROUPED_MM]
     heads = [u for u in uses if "lm_head" in u.kinds and u.n]
-    tokens, rows = 0, 0
+    tokens, tokens_of_any, rows = 0, 0, 0
     by_key = {u.key: u for u in uses}
     for node in halves.forward.graph.nodes:
         role = node.meta.get(g.ROLE)
@@ -199,8 +200,10 @@ def _shape(uses: list[OpUse], places: _Places, halves: Halves, name: str) -> Mod
         size = g.size_hint(node.meta["val"].shape[0])
         if use.op is Op.GROUPED_MM:
             rows = max(rows, size)
-        elif use.op is Op.LINEAR and "attention" in use.kinds and use.layer is not None:
-            tokens = max(tokens, size)
+        elif use.op is Op.LINEAR and use.layer is not None:
+            tokens_of_any = max(tokens_of_any, size)
+            tokens = max(tokens, size if "attention" in use.kinds else 0)
+    tokens = tokens or tokens_of_any
     hidden = max((u.k or 0 for u in uses if "attn_in_proj" in u.roles or "mlp_up" in u.roles), default=0)
     hidden = max(hidden, max((u.k or 0 for u in heads), default=0))
     ffn = [u.k or 0 for u in grouped if "moe_down" in u.roles]

@@ -109,6 +109,8 @@ class WeightStore:
 
     def values(self, chain: Chain, weights: Sequence[Tensor], *, is_backward: bool = False) -> tuple[Tensor, ...]:
         """All results of the chain's quantize for these weights."""
+        if any(w.is_inference() for w in weights):  # made under inference_mode: they count no version
+            return self.computed(chain, weights)
         state = tuple((w.data_ptr(), w._version) for w in weights)
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             # A captured graph is replayed without this code: it must quantize by itself, once.
@@ -129,15 +131,15 @@ class WeightStore:
                 entry = self.entries[chain.key] = Entry(state, self.computed(chain, weights), storages, self.backwards)
             return entry.values
 
-    def clear(self) -> None:
-        """Free all of it."""
-        with self._lock:
-            self.entries.clear()
-
     def release(self, chain: Chain) -> None:
         """Keep the chain's results no longer. Who reads them next computes them again."""
         with self._lock:
             self.entries.pop(chain.key, None)
+
+    def clear(self) -> None:
+        """Keep nothing: for a model that is gone, whose compiled code Dynamo keeps."""
+        with self._lock:
+            self.entries.clear()
 
     def computed(self, chain: Chain, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         self.refreshed += 1

@@ -16,17 +16,22 @@ DTensors of such gradients and takes no None for them, so the graph returns zero
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fp8c import graph as g
 from fp8c import ops
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.graph import aten
+
+log = logging.getLogger("fp8c")
 
 #: On the backward half's output node: for each result the parameter whose gradient it is, "" for anything else.
 GRADIENT_OF = "fp8c_gradient_of"
@@ -42,6 +47,7 @@ def add_main_grads(module: nn.Module) -> None:
 
     Raises: DiagnosticError E0843 for parameters that are sharded, but for experts over a mesh's dimension "ep"
     """
+    warn_of_unread_gradients()
     for name, p in module.named_parameters():
         if not p.requires_grad or p.is_meta:
             continue
@@ -53,6 +59,34 @@ def add_main_grads(module: nn.Module) -> None:
                 exit_code=ExitCode.MODEL,
             )
         accumulator_of(p)
+
+
+def warn_of_unread_gradients() -> None:
+    """From now on a step of an optimizer that finds no `grad` because main_grad holds it is remarked, once for each.
+
+    Optimizers that read `main_grad` say so with an attribute `reads_main_grad = True`.
+    """
+    global _is_watching
+    if not _is_watching:
+        _is_watching = True
+        register_optimizer_step_pre_hook(_look_at_gradients)
+
+
+_is_watching = False
+
+
+def _look_at_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if getattr(optimizer, "reads_main_grad", False):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.grad is None and getattr(p, "_fp8c_moves_grad", False) and p.requires_grad for p in parameters):
+        optimizer.reads_main_grad = True  # type: ignore[attr-defined]  # said once
+        name = type(optimizer).__name__
+        log.warning(
+            "W0843: %s reads `grad`, which main_grad=True leaves empty: it trains nothing of this step (use "
+            "fp8c.optim.AdamW, compile without main_grad, or set `reads_main_grad = True` on an optimizer that reads it)",
+            name,
+        )
 
 
 def _move_grad(p: Tensor) -> None:
@@ -187,10 +221,16 @@ def run_with_accumulators(
     """
     places = {g.canonical_path(name): name.split(".") for name, _ in module.named_parameters(remove_duplicate=False)}
     owners = [(places[name], at) for name, at in names.items()]
-    root = (module._modules, module._parameters)  # not the module: its own call refers to this function
+    # Dynamo keeps compiled functions when their module is gone: nothing here may keep it, or its parameters, alive.
+    root = weakref.ref(module)
+    known = [weakref.ref(_parameter_at(module, place)) for place, _ in owners]
 
     def boxed(inputs: list[Any]) -> Any:
-        parameters = [(_parameter_at(*root, place), at) for place, at in owners]
+        alive = root()
+        if alive is not None:
+            known[:] = [weakref.ref(_parameter_at(alive, place)) for place, _ in owners]
+        parameters = [(p, at) for find, (_, at) in zip(known, owners) if (p := find()) is not None]
+        assert len(parameters) == len(owners), "autograd's graph holds the parameters that it has a backward for"
         # false under autograd.grad and backward(inputs=...), which reentrant checkpoints can't have either
         wants_all = torch.autograd._is_checkpoint_valid()  # type: ignore[no-untyped-call]
         wanted = [wants_all or _is_asked_for(p) for p, _ in parameters]
@@ -210,16 +250,14 @@ def run_with_accumulators(
     return boxed
 
 
-def _parameter_at(
-    modules: Mapping[str, nn.Module | None], parameters: Mapping[str, nn.Parameter | None], place: Sequence[str]
-) -> nn.Parameter:
+def _parameter_at(module: nn.Module, place: Sequence[str]) -> nn.Parameter:
     for name in place[:-1]:
-        module = modules[name]
-        assert module is not None
-        modules, parameters = module._modules, module._parameters
-    found = parameters[place[-1]]
-    assert found is not None
-    return found
+        found = module._modules[name]
+        assert found is not None
+        module = found
+    parameter = module._parameters[place[-1]]
+    assert parameter is not None
+    return parameter
 
 
 def _is_asked_for(p: Tensor) -> bool:
@@ -234,8 +272,14 @@ def _is_asked_for(p: Tensor) -> bool:
 def accumulator_of(p: Tensor) -> Tensor:
     """The parameter's `main_grad`; a new one where it has none: at first, and where the optimizer has taken it away.
 
-    Raises: DiagnosticError E0843 for one of another type or shape
+    Raises: DiagnosticError E0843 for one of another type or shape, or whose gradient a hook wants to see
     """
+    if p._backward_hooks:
+        raise fail(
+            "E0843",
+            f"a parameter {list(p.shape)} has a hook of register_hook, which main_grad would leave without its gradient",
+            help="use register_post_accumulate_grad_hook and read p.main_grad there, or compile without main_grad",
+        )
     found = getattr(p, "main_grad", None)
     if found is None:
         found = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fp8c.backends.costs import load_machine, load_whatif, whatif_names
+from fp8c.backends.costs import load_machine, load_whatif, machine_names, whatif_names
 from fp8c.cluster import (
     ClusterRun,
     StepResult,
@@ -102,7 +102,7 @@ def find_durations(build: Path | None, durations: Path | None) -> DurationTable:
         raise fail(
             "E0960",
             f"{build} holds no {DURATIONS_IN_BUILD}",
-            help="compile with an expert-parallel mesh, or give --durations FILE",
+            help="compile it for a GPU (--target), or give --durations FILE",
             exit_code=ExitCode.USAGE,
         )
     return load_durations(path)
@@ -198,6 +198,11 @@ def chrome_trace(result: StepResult) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
+def time_text(ms: float) -> str:
+    """A duration for people: seconds, or milliseconds below a tenth of one."""
+    return f"{ms:.3f} ms" if 0.0 < ms < 100.0 else f"{ms / 1e3:.3f} s"
+
+
 def table_text(report: SimulationReport) -> str:
     """The table people read."""
     rows = [
@@ -207,13 +212,13 @@ def table_text(report: SimulationReport) -> str:
         ),
         ("experts", f"over {report.expert_parallel} GPUs, {report.comm_sms} SMs for communication"),
         ("pipeline", f"{report.pipeline}, {report.micro_batches} micro-batches"),
-        ("step", f"{report.step_ms / 1e3:.3f} s"),
-        ("  lower bound", f"{report.lower_bound_ms / 1e3:.3f} s (gap {report.gap:.1%})"),
-        ("  compute", f"{report.compute_ms / 1e3:.3f} s"),
-        ("  exposed communication", f"{report.exposed_comm_ms / 1e3:.3f} s of {report.comm_ms / 1e3:.3f} s"),
+        ("step", time_text(report.step_ms)),
+        ("  lower bound", f"{time_text(report.lower_bound_ms)} (gap {report.gap:.1%})"),
+        ("  compute", time_text(report.compute_ms)),
+        ("  exposed communication", f"{time_text(report.exposed_comm_ms)} of {time_text(report.comm_ms)}"),
         ("  hidden", f"{report.hidden_share:.1%}"),
         ("  bubble", f"{report.bubble_share:.1%}"),
-        ("  optimizer", f"{report.optimizer_ms / 1e3:.3f} s"),
+        ("  optimizer", time_text(report.optimizer_ms)),
         (
             "memory, at most",
             f"{report.activations_gib:.1f} GiB activations, {report.state_gib:.1f} GiB weights to moments",
@@ -358,8 +363,8 @@ def what_if_text(answers: Sequence[WhatIfAnswer]) -> str:
 def inputs(
     build: Path | None,
     durations: Path | None,
-    gpus: int,
-    topology: str,
+    gpus: int | None,
+    topology: str | None,
     *,
     pp: int | None = None,
     ep: int | None = None,
@@ -377,7 +382,10 @@ def inputs(
     seed: int = 0,
     **_: object,
 ) -> tuple[DurationTable, ClusterRun]:
-    """The command's options as a table and a run. Options that are None leave the table's deployment as it is."""
+    """The command's options as a table and a run. Options that are None leave the table's deployment as it is.
+
+    A build is simulated on the machine it is for, and on one replica, unless the options say otherwise.
+    """
     table = with_deployment(
         find_durations(build, durations),
         pipeline_parallel=pp,
@@ -385,7 +393,11 @@ def inputs(
         schedule=schedule,
         sequences_per_step=sequences,
     )
-    machine = load_machine(topology)
+    is_build = durations is None
+    its_own = is_build and table.measured.target in machine_names()
+    machine = load_machine(topology or (table.measured.target if its_own else "h800"))
+    if gpus is None:
+        gpus = table.deployment.pipeline_parallel * table.deployment.expert_parallel if is_build else 2048
     if build is not None:
         table = with_transfers(table, machine)
     if predict:

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from filelock import FileLock
 
+from fp8c.backends.cuda.sass import with_yields
 from fp8c.cache import cache_folder
 from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail, render
 
@@ -42,6 +43,7 @@ SOURCES = (
 # Those of the GEMM. register-usage-level 10: ptxas may use registers up to the limit instead of saving them for occupancy.
 OPTIONS = ("-std=c++17", "--ptxas-options=--register-usage-level=10")
 
+_SASS = "sass.py"  # changes the machine code of instances with `yield_every`
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -60,6 +62,10 @@ class Instance(Protocol):
 
     @property
     def shared_bytes(self) -> int: ...
+
+    @property
+    def yield_every(self) -> int:
+        """Of the multiplications that follow one another in the machine code (`sass.with_yields`); 0: as the compiler has it."""
 
     def headers(self) -> dict[str, str]: ...
 
@@ -133,7 +139,7 @@ def _source_texts(names: tuple[str, ...]) -> dict[str, str]:
 @cache
 def source_digest() -> str:
     """Of the GEMM's sources and options: what a measured time of it belongs to."""
-    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts(SOURCES).items()))]
+    parts = [*OPTIONS, *(text for _, text in sorted(_source_texts((*SOURCES, _SASS)).items()))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -146,6 +152,8 @@ def _key(config: Instance, compiler: str = "") -> str:
     parts = [compiler or str(_compiler()), ARCHITECTURE, *config.options]
     for name, text in sorted({**_source_texts(config.sources), **config.headers()}.items()):
         parts += [name, text]
+    if config.yield_every:
+        parts += [f"yield every {config.yield_every}", _source_texts((_SASS,))[_SASS]]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -181,7 +189,8 @@ def compile_cubin(config: Instance) -> bytes:
     """Compile without the cache. Raises as `cubin` does."""
     texts, main = _source_texts(config.sources), config.sources[0]
     headers = {name: text for name, text in texts.items() if name != main} | config.headers()
-    return compile_source(texts[main], headers, main, config.options)
+    code = compile_source(texts[main], headers, main, config.options)
+    return with_yields(code, config.kernel, config.yield_every) if config.yield_every else code
 
 
 def compile_source(

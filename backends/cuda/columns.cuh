@@ -32,11 +32,6 @@ static_assert(sizeof(Columns) == ARGUMENT_BYTES_OF_HOST, "columns.py has the sam
 
 DEVICE uint32 word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
-// Stride times index, both 32 bits wide: one instruction with the addition.
-DEVICE int64 bytes(uint32 stride, int index) {
-    return static_cast<int64>(static_cast<unsigned long long>(stride) * static_cast<uint32>(index));
-}
-
 DEVICE void store_global2(uint8* p, uint2 v, bool is_there) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\t@p st.global.v2.u32 [%0], {%1, %2};\n\t}"
                  ::"l"(p), "r"(v.x), "r"(v.y), "r"(static_cast<uint32>(is_there)) : "memory");
@@ -62,13 +57,13 @@ DEVICE int source_of(const Columns& p, int row) {
 }
 
 DEVICE void store_column_scale(const Columns& p, const Place& place, int column, float scale) {
-    store_scale<KIND>(p.scale + bytes(p.scale_row, place.group), place.tile * 128 + column, scale);
+    store_scale<KIND>(p.scale + offset(p.scale_row, place.group), place.tile * 128 + column, scale);
 }
 
 // A group without rows: zeros.
 DEVICE void clear_columns(const Columns& p, int group, int tile, int end) {
     for (int column = tile * 128 + threadIdx.x / 8; column < end * 128; column += THREADS / 8) {
-        *reinterpret_cast<uint4*>(p.out + bytes(GROUP, group) + threadIdx.x % 8 * 16 + bytes(p.out_col, column)) = {};
-        if (threadIdx.x % 8 == 0) store_scale<KIND>(p.scale + bytes(p.scale_row, group), column, 1.0f);
+        *reinterpret_cast<uint4*>(p.out + offset(GROUP, group) + threadIdx.x % 8 * 16 + offset(p.out_col, column)) = {};
+        if (threadIdx.x % 8 == 0) store_scale<KIND>(p.scale + offset(p.scale_row, group), column, 1.0f);
     }
 }

@@ -30,6 +30,10 @@ class Scales(enum.Enum):
     PER_TENSOR = "tensor"
 
 
+# Measured with large tiles: 3 to 32 for PER_BLOCK, 2 to 16 for PER_ROW, which multiplies scales besides.
+_YIELD_EVERY = {Scales.PER_BLOCK: 16, Scales.PER_ROW: 4, Scales.PER_TENSOR: 0}
+
+
 class Grouping(enum.Enum):
     DENSE = "dense"
     ROW_GROUPS = "m-grouped"  # rows of A and of the output belong to experts
@@ -76,6 +80,7 @@ class GemmConfig:
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
     early: bool = False  # a tile's first wave is begun before the tile before it is written
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
+    yield_every: int = 0  # of a promotion's multiplications; the other warpgroup may then go first
     a_type: str = "e4m3"
     b_type: str = "e4m3"
 
@@ -238,6 +243,7 @@ def two_row_waves(
         staging_bytes=2048,
         held_stages=int(is_forward),
         lead=int(is_forward),
+        yield_every=_YIELD_EVERY[scales],
     )
 
 
@@ -260,6 +266,7 @@ def one_wide_wave(scales: Scales, grouping: Grouping, output: Output, cluster: i
         narrow=narrow,
         staging_bytes=6144 if output is Output.BF16 else 4096,
         early=True,
+        yield_every=_YIELD_EVERY[scales],
     )
 
 

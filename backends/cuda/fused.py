@@ -37,6 +37,7 @@ class FusedConfig:
     starts_early: bool = False  # it waits itself for the kernel before it
 
     options: ClassVar[tuple[str, ...]] = ("-std=c++17",)  # with the GEMM's options the compiler spills
+    yield_every: ClassVar[int] = 0
 
     @property
     def sources(self) -> tuple[str, ...]:

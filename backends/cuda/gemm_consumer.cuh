@@ -94,6 +94,13 @@ DEVICE float (&result_of(float (&part)[count], float (&acc)[PART]))[count] {
     else return acc;
 }
 
+// What lies `bytes` into stage `s`. Where the stage isn't known at compile time, summing up the lower half alone saves instructions.
+template <int stage_bytes>
+DEVICE uint64 descriptor_in_stage(uint64 descriptor, uint32 s, uint32 bytes) {
+    if constexpr (UNROLL > 1) return descriptor + (s * stage_bytes + bytes) / 16;
+    else return DESCRIPTOR >> 32 << 32 | (static_cast<uint32>(descriptor) + s * (stage_bytes / 16) + bytes / 16);
+}
+
 // One k-block out of stage `s`, the first `waves` waves of it, `columns` columns of each, and the fragment of A of the next one, if there is one, out
 // of stage `next`. In the last round of a tile, the stages that take its output are not freed.
 template <bool last_of_tile_possible, int waves, int columns>
@@ -117,11 +124,11 @@ DEVICE void multiply_block(Consumer& c, uint32 s, uint32 next, uint32 next_phase
         wgmma_begin();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const uint64 b_tile = c.b_descriptor + (s * B_BYTES + wave_col(wn) * BLOCK_K + k * 32) / 16;
+            const uint64 b_tile = descriptor_in_stage<B_BYTES>(c.b_descriptor, s, wave_col(wn) * BLOCK_K + k * 32);
             if constexpr (A_IN_REGISTERS)
                 wgmma(result, c.a[k], b_tile, k > 0 || accumulate);
             else
-                wgmma(result, c.a_descriptor + (s * A_BYTES + wave_row(wm) * BLOCK_K + k * 32) / 16, b_tile, k > 0 || accumulate);
+                wgmma(result, descriptor_in_stage<A_BYTES>(c.a_descriptor, s, wave_row(wm) * BLOCK_K + k * 32), b_tile, k > 0 || accumulate);
         }
         wgmma_commit();
         if (SCALES == PER_ROW && (w == 0 || WAVES_N > 1))

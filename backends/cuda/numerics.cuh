@@ -11,6 +11,9 @@ enum Kind { FP32, POW2, E8M0 };
 
 constexpr uint32 ALL_LANES = 0xffffffffu, INFINITY_BITS = 0x7f800000u, NAN_BITS = 0x7fc00000u;
 
+// Stride times index, both 32 bits wide: one instruction with the addition to a pointer.
+DEVICE uint64 offset(uint32 stride, uint32 index) { return static_cast<uint64>(stride) * index; }
+
 // Pairs -----------------------------------------------------------------------------------------------------------
 
 DEVICE float first_of(uint32 pair) { return __uint_as_float(pair << 16); }
@@ -133,15 +136,25 @@ DEVICE float scale_of(float amax) {
 }
 
 template <int KIND>
-DEVICE void store_scale(void* scales, int64 index, float scale) {
+DEVICE void store_scale(void* scales, uint64 index, float scale) {
     if constexpr (KIND == E8M0) {
         static_cast<uint8*>(scales)[index] = static_cast<uint8>(__float_as_uint(scale) >> 23);
     } else {
         static_cast<float*>(scales)[index] = scale;
     }
 }
+// Four at a time, where the index is a multiple of four.
 template <int KIND>
-DEVICE float load_scale(const void* scales, int64 index) {
+DEVICE void store_scales(void* scales, uint64 index, float4 x) {
+    if constexpr (KIND == E8M0) {
+        const uint32 low = __float_as_uint(x.x) >> 23 | __float_as_uint(x.y) >> 23 << 8;
+        *reinterpret_cast<uint32*>(static_cast<uint8*>(scales) + index) = low | __float_as_uint(x.z) >> 23 << 16 | __float_as_uint(x.w) >> 23 << 24;
+    } else {
+        *reinterpret_cast<float4*>(static_cast<float*>(scales) + index) = x;
+    }
+}
+template <int KIND>
+DEVICE float load_scale(const void* scales, uint64 index) {
     if constexpr (KIND == E8M0) {
         const uint32 exponent = static_cast<const uint8*>(scales)[index];
         return __uint_as_float(exponent == 0xff ? NAN_BITS : exponent == 0 ? 0x00400000u : exponent << 23);
@@ -202,14 +215,17 @@ DEVICE uint2 codes_of(uint4 x, Reciprocal r) {
 // To shared memory. A thread waits for its own copies; what others copied it may read behind a barrier.
 
 template <int BYTES>
-DEVICE void copy_async(void* to, const void* from, bool exists) {  // zeros where it doesn't
+DEVICE void copy_async(uint32 to, const void* from, bool exists) {  // zeros where it doesn't
     const int read = exists ? BYTES : 0;
     if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(read) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(read)
-                     : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(read) : "memory");
     }
+}
+template <int BYTES>
+DEVICE void copy_async(void* to, const void* from, bool exists) {
+    copy_async<BYTES>(shared_address(to), from, exists);
 }
 // Arrives at a barrier of shared memory when this thread's copies so far are done; the barrier counts on it.
 DEVICE void copies_arrive(uint32 barrier) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory"); }

@@ -45,12 +45,12 @@ DEVICE void store_turned(const Columns& p, const Place& place, const uint8* turn
     if (chunk * 16 >= rows) return;
     constexpr int STEP = THREADS / 8;  // columns at a time
     int first = threadIdx.x / 8;
-    uint8* out = p.out + bytes(GROUP, place.group) + chunk * 16 + bytes(p.out_col, place.tile * 128 + first);
+    uint8* out = p.out + offset(GROUP, place.group) + chunk * 16 + offset(p.out_col, place.tile * 128 + first);
 #pragma unroll
     for (int step = 0; step < 128 / STEP; ++step) {
         uint4 v = *reinterpret_cast<const uint4*>(turned + chunk_at(first + step * STEP, chunk));
         if (SWAPS && step * STEP >= 64) v = make_uint4(v.z, v.w, v.x, v.y);  // as `turn` stored them
-        store_global4(out + bytes(p.out_col, step * STEP), v);
+        store_global4(out + offset(p.out_col, step * STEP), v);
     }
 }
 
@@ -60,11 +60,11 @@ DEVICE uint32 halves_of_warp(uint32 pair) { return reduce_larger(pair & 0x7fff7f
 DEVICE void write_rows(const Columns& p, const Place& place, const uint4 (&x)[8], const Reciprocal* reciprocals,
                        int patch_row, int patch_col) {
     int first = place.begin + patch_row * 8;
-    uint8* out = p.row_out + bytes(p.row_out_row, first) + place.tile * 128 + patch_col * 8;
+    uint8* out = p.row_out + offset(p.row_out_row, first) + place.tile * 128 + patch_col * 8;
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
         uint2 codes = codes_of<E4M3, KIND_ROW>(x[r], reciprocals[patch_row * 8 + r]);
-        store_global2(out + bytes(p.row_out_row, r), codes, first + r < place.end);
+        store_global2(out + offset(p.row_out_row, r), codes, first + r < place.end);
     }
 }
 
@@ -88,7 +88,7 @@ DEVICE void turn(const uint4 (&x)[8], const Reciprocal* reciprocals, uint8* turn
 }
 
 DEVICE void store_row_scale(const Columns& p, const Place& place, int row, float scale) {
-    store_scale<KIND_ROW>(p.row_scale + bytes(p.row_scale_col, place.tile) + bytes(p.row_scale_row, row), 0, scale);
+    store_scale<KIND_ROW>(p.row_scale + offset(p.row_scale_col, place.tile) + offset(p.row_scale_row, row), 0, scale);
 }
 
 // 1x128 groups of rows that no expert owns, shared out among the groups; half a warp takes a row.
@@ -99,12 +99,12 @@ DEVICE void quantize_tail(const Columns& p, const Place& place) {
     for (int first = begin; first < end; first += THREADS / 16) {
         int row = first + threadIdx.x / 16, column = place.tile * 128 + threadIdx.x % 16 * 8;
         bool is_row = row < end;
-        uint4 x = load_global4(p.data + bytes(p.data_row, row) + column * 2, is_row);
+        uint4 x = load_global4(p.data + offset(p.data_row, row) + column * 2, is_row);
         uint32 amax = larger_of(x) & 0x7fff7fffu;
         for (int step = 1; step < 16; step *= 2) amax = reduce_larger(amax, step);
         float scale = scale_of<E4M3, KIND_ROW>(first_of(max(amax & 0xffffu, amax >> 16)));
         uint2 codes = codes_of<E4M3, KIND_ROW>(x, reciprocal<KIND_ROW>(scale));
-        store_global2(p.row_out + bytes(p.row_out_row, row) + column, codes, is_row);
+        store_global2(p.row_out + offset(p.row_out_row, row) + column, codes, is_row);
         if (is_row && threadIdx.x % 16 == 0)
             store_row_scale(p, place, row, scale);
     }
@@ -148,12 +148,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_quantize_colu
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
             int source = sources[patch_row * 8 + r];
-            x[r] = load_global4(data + bytes(p.data_row, source), source >= 0);
+            x[r] = load_global4(data + offset(p.data_row, source), source >= 0);
         }
     } else {
-        data += bytes(p.data_row, first);
+        data += offset(p.data_row, first);
 #pragma unroll
-        for (int r = 0; r < 8; ++r) x[r] = load_global4(data + bytes(p.data_row, r), first + r < place.end);
+        for (int r = 0; r < 8; ++r) x[r] = load_global4(data + offset(p.data_row, r), first + r < place.end);
     }
 
     uint4 columns = x[0];

@@ -59,7 +59,7 @@ struct Output {
     uint32 stride;
     bool exists;
     DEVICE void store(int column, uint32 first, uint32 second) const {
-        store_global2(out + bytes(stride, column), make_uint2(first, second), exists);
+        store_global2(out + offset(stride, column), make_uint2(first, second), exists);
     }
 };
 
@@ -267,10 +267,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_co
         for (int i = 0; i < GROUP; i += THREADS / 8) {
             const int row = thread / 8 + i, source = from(row);
             copy_async<16>(&shared.tile[stage][row][thread % 8 ^ thread / 64 ^ i / 8 % 8],
-                           p.data + bytes(p.data_row, source) + (tile * 128 + thread % 8 * 16), row < run.rows);
+                           p.data + offset(p.data_row, source) + (tile * 128 + thread % 8 * 16), row < run.rows);
         }
         if (is_row) {
-            scale = load_scale<KIND_IN>(p.scale_in + bytes(p.scale_in_row, from(thread)) + bytes(p.scale_in_col, tile), 0);
+            scale = load_scale<KIND_IN>(p.scale_in + offset(p.scale_in_row, from(thread)) + offset(p.scale_in_col, tile), 0);
         }
     };
     Place place = {run.tile, run.group, run.begin, run.begin + run.rows};
@@ -292,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_requantize_co
 
         const Lane at = lane_of(stage);
         // Blocks of experts are filled up with zeros.
-        const Output output = {p.out + bytes(GROUP, run.group) + at.block * ROWS + bytes(p.out_col, place.tile * 128 + at.warp * 16 + at.half * 8),
+        const Output output = {p.out + offset(GROUP, run.group) + at.block * ROWS + offset(p.out_col, place.tile * 128 + at.warp * 16 + at.half * 8),
                                p.out_col, p.experts != 0 || at.block * ROWS < run.rows};
         bool is_done = false;
         if constexpr (IN_FP16) {

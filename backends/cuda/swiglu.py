@@ -37,8 +37,10 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("dh", "c", "cs", "weight", "ends", "d", "ds", "dweight")),
         *((name, ctypes.c_void_p) for name in ("h", "hs", "dt", "dts")),
-        *((f"{name}_{axis}", ctypes.c_longlong) for name in ("cs", "ds", "hs", "dts") for axis in ("row", "col")),
-        *((name, ctypes.c_int) for name in ("dh_row", "c_row", "d_row", "h_col", "dt_col", "R", "F", "E", "groups")),
+        *((f"{name}_{axis}", ctypes.c_uint32) for name in ("cs", "ds") for axis in ("row", "col")),
+        *((name, ctypes.c_uint32) for name in ("hs_row", "dts_row")),
+        *((name, ctypes.c_uint32) for name in ("dh_row", "c_row", "d_row", "h_col", "dt_col")),
+        *((name, ctypes.c_int) for name in ("R", "F", "E", "groups")),
         ("claimed", ctypes.c_void_p),
     ]
 
@@ -137,6 +139,7 @@ def swiglu_backward_quantize(
         empty_quantized(dh, (rows, width), fmt, restarts(fmt, offs))
         for fmt, width in zip(formats, (features, 2 * features, 2 * features))
     )
+    assert hs.stride(1) == dts.stride(1) == 1  # `empty_quantized`'s: stored four at a time
     weight = None if weight is None else weight.float().contiguous()
     experts, groups = 0 if offs is None else offs.shape[0], hs.shape[0]
     ends = None if offs is None else offs.to(torch.int32).contiguous()
@@ -145,7 +148,7 @@ def swiglu_backward_quantize(
     claimed = torch.zeros(1, device=dh.device, dtype=torch.int32)
     arguments = _Arguments(
         *(address(x) for x in (dh, q, s, weight, ends, d, ds, parts, h, hs, dt, dts)),
-        *s.stride(), *ds.stride(), *hs.stride(), *dts.stride(),
+        *s.stride(), *ds.stride(), hs.stride(0), dts.stride(0),
         dh.stride(0), q.stride(0), d.stride(0), h.stride(1), dt.stride(1), rows, features, experts, groups,
         address(claimed),
     )  # fmt: skip

@@ -29,8 +29,9 @@ struct Arguments {
     void* hs;
     uint8* dt;
     void* dts;
-    int64 cs_row, cs_col, ds_row, ds_col, hs_row, hs_col, dts_row, dts_col;
-    int dh_row, c_row, d_row, h_col, dt_col;
+    // Strides have 32 bits, and what they are multiplied with, too.
+    uint32 cs_row, cs_col, ds_row, ds_col, hs_row, dts_row;  // hs and dts have columns next to each other
+    uint32 dh_row, c_row, d_row, h_col, dt_col;
     int R, F, E, groups;
     int* claimed;  // how many tiles have been claimed, but for each block's first two
 };
@@ -59,72 +60,78 @@ struct Shared {
     uint4 codes[2][2][128][8];  // of gate, of up, of 16 columns; the gradient of up. Of the tile at work and the next, as `row_in`
     float sums[SLICES][SUMS];  // of terms of 8 columns; at row % 8 * 17 + row / 8, so that banks differ
     float4 row_in[2][8][16];  // scales of gate and up, the weight; of row % 8, row / 8
-    Reciprocal of_row[128][2], of_col[8][2][3][COLUMNS];
+    Reciprocal of_row[128][2];
+    union {
+        Reciprocal of_col[2][3][COLUMNS];  // of the columns at work
+        float scales[3][16];  // of a warp's columns
+    } columns[THREADS / 32];
     uint4 tiles[4];  // each a `Tile`: at work, the next, the one after it. Here, they take no registers
     uint64 fetched, computed;  // a tile's inputs are there, and all have read the one before; round 1 is over
 };
 static_assert(sizeof(Shared) == SHARED_BYTES_OF_HOST, "config and kernel disagree on the layout of shared memory");
 
-// Tiles in order, those of a group one after another. A group that no expert owns has no rows; the rule is
-// fp8c.ops.scale_shape's. Groups past `a.groups` are rows of no expert: in no group of columns, but with groups of their own.
+// Tiles in order, those of a group one after another; groups without rows, which take no time, come last. Groups past
+// `a.groups` are rows of no expert: in no group of columns, but with groups of their own.
 DEVICE Tile tile_of(const Arguments& a, int index) {
-    const int group = index / (a.F / 128), tile = index % (a.F / 128);
-    if constexpr (!EXPERTS) return {group * 128, min(group * 128 + 128, a.R), group, tile};
-    if (group >= a.groups) {
-        const int begin = __ldg(a.ends + a.E - 1) + (group - a.groups) * 128;
-        return {begin, min(begin + 128, a.R), group, tile};
+    const int nth = index / (a.F / 128), tile = index % (a.F / 128);
+    if constexpr (!EXPERTS) return {nth * 128, min(nth * 128 + 128, a.R), nth, tile};
+    if (nth >= a.groups) {
+        const int begin = __ldg(a.ends + a.E - 1) + (nth - a.groups) * 128;
+        return {begin, min(begin + 128, a.R), nth, tile};
     }
-    const Rows rows = rows_of(a.ends, a.E, group);
-    return {rows.begin, rows.end, group, tile};
+    const Group group = filled_first(a.ends, a.E, a.groups, nth);
+    return {group.rows.begin, group.rows.end, group.index, tile};
 }
 DEVICE uint4 tile_or_none(const Arguments& a, int index, int count) {
     return packed(index < count ? tile_of(a, index) : Tile{0, 0, 0, -1});
 }
-DEVICE Tile tile_at(const Shared& shared, int turn) { return unpacked(read_again(shared.tiles[turn % 4])); }
+DEVICE Tile tile_at(const Shared& shared, uint32 turn) { return unpacked(read_again(shared.tiles[turn % 4])); }
 
 // In round 2 a warp has 16 rows, half a warp each second of them.
-DEVICE int first_row(int thread) { return thread / 32 * 16 + thread / 16 % 2; }
+DEVICE uint32 first_row(uint32 thread) { return thread / 32 * 16 + thread / 16 % 2; }
 
 // Rows that lanes read at once are 8 apart: their chunks of 16 bytes are moved so that no bank is met twice.
-DEVICE int moved(int chunk, int row) { return chunk ^ row / 8 % 8; }
-// Of a row that is further on by a multiple of a power of two that `row` is below: so `row` is looked at once.
-DEVICE int moved_on(int at_row, int more) { return at_row ^ more / 8 % 8; }
+DEVICE uint32 moved(uint32 chunk, uint32 row) { return chunk ^ row / 8 % 8; }
+// Where a chunk is that many rows further on, a power of two that `row` is below or a multiple of it: so `row` is looked at once.
+template <int BYTES_OF_ROW>
+DEVICE uint32 moved_on(uint32 at_row, int more) { return (at_row ^ more / 8 % 8 * 16) + more * BYTES_OF_ROW; }
 
 // A warp fetches the rows that it has read itself.
 DEVICE void fetch_gradient(Shared& shared, const Arguments& a, const Tile& tile) {
-    const int thread = thread_index_again(), chunk = thread % 16, first = first_row(thread);
-    const uint16* dh = a.dh + static_cast<int64>(tile.begin + first) * a.dh_row + tile.tile * 128 + chunk * 8;
+    const uint32 thread = thread_index_again(), chunk = thread % 16, first = first_row(thread);
+    const uint16* dh = a.dh + offset(a.dh_row, tile.begin + first) + (tile.tile * 128 + chunk * 8);
+    const uint32 to = shared_address(&shared.dh[first][moved(chunk, first)]);
+    const int rows = tile.end - tile.begin - static_cast<int>(first);
 #pragma unroll
-    for (int i = 0; i < 16; i += 2)
-        copy_async<16>(&shared.dh[first + i][moved_on(moved(chunk, first), i)], dh + i * a.dh_row, tile.begin + first + i < tile.end);
+    for (int i = 0; i < 16; i += 2) copy_async<16>(moved_on<256>(to, i), dh + offset(a.dh_row, i), i < rows);
 }
-DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile, int stage) {
-    const int thread = thread_index_again(), chunk = thread % 8, first = thread / 8;
-    const uint8* c = a.c + static_cast<int64>(tile.begin + first) * a.c_row + tile.tile * 128 + chunk * 16;
-    uint4(&codes)[2][128][8] = shared.codes[stage];
+DEVICE void fetch_codes(Shared& shared, const Arguments& a, const Tile& tile, uint32 stage) {
+    const uint32 thread = thread_index_again(), chunk = thread % 8, first = thread / 8;
+    const uint8 *gate = a.c + offset(a.c_row, tile.begin + first) + (tile.tile * 128 + chunk * 16), *up = gate + a.F;
+    const uint32 to = shared_address(&shared.codes[stage][0][first][moved(chunk, first)]);
+    const int rows = tile.end - tile.begin - static_cast<int>(first);
 #pragma unroll
     for (int i = 0; i < 128; i += THREADS / 8) {
-        const bool exists = tile.begin + first + i < tile.end;
-        copy_async<16>(&codes[0][first + i][moved_on(moved(chunk, first), i)], c + i * a.c_row, exists);
-        copy_async<16>(&codes[1][first + i][moved_on(moved(chunk, first), i)], c + i * a.c_row + a.F, exists);
+        copy_async<16>(moved_on<128>(to, i), gate + offset(a.c_row, i), i < rows);
+        copy_async<16>(moved_on<128>(to, i) + 128 * 128, up + offset(a.c_row, i), i < rows);
     }
 }
 // And for what every feature of a row needs. Bytes of E8M0 must be made FP32, so they are waited for.
-DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& tile, int stage) {
-    const int thread = thread_index_again();
+DEVICE void fetch_row_inputs(Shared& shared, const Arguments& a, const Tile& tile, uint32 stage) {
+    const uint32 thread = thread_index_again();
     if (thread >= 128) return;
-    const int64 row = tile.begin + thread, gate = row * a.cs_row + tile.tile * a.cs_col;
-    const int64 up = gate + a.F / 128 * a.cs_col;
-    const bool exists = row < tile.end;
+    const uint32 row = tile.begin + thread;
+    const uint64 gate = offset(a.cs_row, row) + offset(a.cs_col, tile.tile), up = gate + offset(a.cs_col, a.F / 128);
+    const bool exists = static_cast<int>(row) < tile.end;
     float4& in = shared.row_in[stage][thread % 8][thread / 8];
     if constexpr (KIND_C == E8M0) {
         in.x = exists ? load_scale<KIND_C>(a.cs, gate) : 0.0f;
         in.y = exists ? load_scale<KIND_C>(a.cs, up) : 0.0f;
     } else {
-        copy_async<4>(&in.x, static_cast<const float*>(a.cs) + gate, exists);
-        copy_async<4>(&in.y, static_cast<const float*>(a.cs) + up, exists);
+        copy_async<4>(shared_address(&in.x), static_cast<const float*>(a.cs) + gate, exists);
+        copy_async<4>(shared_address(&in.y), static_cast<const float*>(a.cs) + up, exists);
     }
-    if constexpr (WEIGHTED) copy_async<4>(&in.z, a.weight + row, exists);
+    if constexpr (WEIGHTED) copy_async<4>(shared_address(&in.z), a.weight + row, exists);
 }
 // Of a thread that has started its copies: when they are done, and for what it has stored and read itself. Here and below every thread
 // arrives, which takes no longer than one of each warp behind a __syncwarp, and racecheck can follow it.
@@ -158,7 +165,7 @@ DEVICE Gradients differentiate(uint32 dh, float gate0, float gate1, float up0, f
 
 // Two columns of a result, 8 rows of each.
 template <int ELEMENT_R, int KIND_R>
-DEVICE void store_pair(const uint32 (&x)[ROWS][2], int word, const Reciprocal* of, uint8* to, int col, bool exists) {
+DEVICE void store_pair(const uint32 (&x)[ROWS][2], int word, const Reciprocal* of, uint8* to, uint32 col) {
     const float4 two = *reinterpret_cast<const float4*>(of + 2 * word);
     const Reciprocal first = {two.x, two.y}, second = {two.z, two.w};
     float q[2][ROWS];
@@ -166,16 +173,20 @@ DEVICE void store_pair(const uint32 (&x)[ROWS][2], int word, const Reciprocal* o
     for (int r = 0; r < ROWS; r++) quotients<KIND_R>(x[r][word], first, second, q[0][r], q[1][r]);
 #pragma unroll
     for (int k = 0; k < 2; k++)
-        store_if(exists, to + (2 * word + k) * static_cast<int64>(col),
-                 uint2{encode<ELEMENT_R>(q[k][0], q[k][1], q[k][2], q[k][3]), encode<ELEMENT_R>(q[k][4], q[k][5], q[k][6], q[k][7])});
+        *reinterpret_cast<uint2*>(to + offset(col, 2 * word + k)) =
+            uint2{encode<ELEMENT_R>(q[k][0], q[k][1], q[k][2], q[k][3]), encode<ELEMENT_R>(q[k][4], q[k][5], q[k][6], q[k][7])};
 }
 
 // Round 1: half a warp has 8 columns, 4 at a time; a lane has 8 rows of them.
-DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = lane / 8 % 2, block = lane % 8 + lane / 16 * 8;
+DEVICE void compute(Shared& shared, const Arguments& a, uint32 turn) {
+    const uint32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = lane / 8 % 2, block = lane % 8 + lane / 16 * 8;
+    // Of the 24 columns of a pass a lane makes the scale of one.
+    const bool bit16 = lane & 16, bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
+    const uint32 word = (bit16 ? 3 : 0) + (bit2 ? 2 : bit4 ? 1 : 0), result = word / 2, column = word % 2 * 2 + bit1;
+    float scales[PASSES];
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; pass++) {
-        const int part = pass ^ half;  // of the 8 columns
+        const uint32 part = pass ^ half;  // of the 8 columns
         uint2* dh = reinterpret_cast<uint2*>(&shared.dh[block * ROWS][moved(warp * 2 + half, block * ROWS)]) + part;
         uint32* gate = reinterpret_cast<uint32*>(&shared.codes[turn % 2][0][block * ROWS][moved(warp, block * ROWS)]) + half * 2 + part;
         uint32* up = gate + 128 * 8 * 4;
@@ -211,8 +222,7 @@ DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
         if (pass == PASSES - 1) {
             barrier_arrive(shared_address(&shared.computed));
         }
-        // Over the 16 lanes of a column. A lane ends up with a pair of columns, of which it makes one's scale.
-        const bool bit16 = lane & 16, bit4 = lane & 4, bit2 = lane & 2, bit1 = lane & 1;
+        // Over the 16 lanes of a column. A lane ends up with the pair of columns that `word` says.
         uint32 three[3];
 #pragma unroll
         for (int k = 0; k < 3; k++) {
@@ -221,7 +231,6 @@ DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
         }
         const uint32 one = exchange_larger(three[0], three[1], 4, bit4), other = reduce_larger(three[2], 4);
         const uint32 pair = reduce_larger(exchange_larger(one, other, 2, bit2), 1);
-        const int word = (bit16 ? 3 : 0) + (bit2 ? 2 : bit4 ? 1 : 0), result = word / 2, column = word % 2 * 2 + bit1;
         const float most = bit1 ? second_of(pair) : first_of(pair);
         float scale;
         Reciprocal own;
@@ -234,46 +243,54 @@ DEVICE void compute(Shared& shared, const Arguments& a, int turn) {
         }
         const Tile tile = tile_at(shared, turn);
         const bool is_group = tile.group < a.groups;
-        const int first = tile.tile * 128 + warp * 16 + half * 8 + part * COLUMNS;
-        shared.of_col[warp][half][result][column] = own;
-        if (is_group) {
-            if (result == H)
-                store_scale<KIND_H>(a.hs, tile.group * a.hs_row + (first + column) * a.hs_col, scale);
-            else
-                store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (first + column + (result == UP ? a.F : 0)) * a.dts_col, scale);
+        const uint32 first = tile.tile * 128 + warp * 16 + half * 8 + part * COLUMNS;
+        scales[0] = scales[1], scales[1] = scale;
+        shared.columns[warp].of_col[half][result][column] = own;
+        __syncwarp();
+        const uint32 row = tile.group * 128 + block * ROWS;
+        if (is_group && (EXPERTS || static_cast<int>(row) < a.R)) {
+            uint8 *h = a.h + offset(a.h_col, first) + row, *gate = a.dt + offset(a.dt_col, first) + row, *up = gate + offset(a.dt_col, a.F);
+            const Reciprocal(&of)[3][COLUMNS] = shared.columns[warp].of_col[half];
+#pragma unroll
+            for (int i = 0; i < 2; i++) store_pair<ELEMENT_H, KIND_H>(x[H], i, of[H], h, a.h_col);
+#pragma unroll
+            for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[GATE], i, of[GATE], gate, a.dt_col);
+#pragma unroll
+            for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[UP], i, of[UP], up, a.dt_col);
         }
         __syncwarp();
-        const int64 row = static_cast<int64>(tile.group) * 128 + block * ROWS;
-        const bool exists = is_group && (EXPERTS || row < a.R);
-        uint8 *h = a.h + first * static_cast<int64>(a.h_col) + row, *dt = a.dt + first * static_cast<int64>(a.dt_col) + row;
-        const Reciprocal(&of)[3][COLUMNS] = shared.of_col[warp][half];
-#pragma unroll
-        for (int i = 0; i < 2; i++) store_pair<ELEMENT_H, KIND_H>(x[H], i, of[H], h, a.h_col, exists);
-#pragma unroll
-        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[GATE], i, of[GATE], dt, a.dt_col, exists);
-        dt += a.F * static_cast<int64>(a.dt_col);
-#pragma unroll
-        for (int i = 0; i < 2; i++) store_pair<ELEMENT_T, KIND_T>(x[UP], i, of[UP], dt, a.dt_col, exists);
-        __syncwarp();
     }
+    // By 16 bytes, so that the L2 cache sees no halves of sectors.
+    float* scales_of_half = &shared.columns[warp].scales[result][half * 8 + column];
+    scales_of_half[half * COLUMNS] = scales[0], scales_of_half[(half ^ 1) * COLUMNS] = scales[1];
+    __syncwarp();
+    const Tile tile = tile_at(shared, turn);
+    if (lane < 12 && tile.group < a.groups) {
+        const uint32 first = tile.tile * 128 + warp * 16 + lane % 4 * 4;
+        const float4 four = *reinterpret_cast<const float4*>(&shared.columns[warp].scales[lane / 4][lane % 4 * 4]);
+        if (lane / 4 == H)
+            store_scales<KIND_H>(a.hs, offset(a.hs_row, tile.group) + first, four);
+        else
+            store_scales<KIND_T>(a.dts, offset(a.dts_row, tile.group) + first + (lane / 4 == UP ? a.F : 0), four);
+    }
+    __syncwarp();
 }
 
 // A group without rows: zeros. A thread has 16 bytes of each 32nd column.
-DEVICE void clear(Shared& shared, const Arguments& a, int turn) {
+DEVICE void clear(Shared& shared, const Arguments& a, uint32 turn) {
     const Tile tile = tile_at(shared, turn);
-    const int thread = thread_index_again(), first = tile.tile * 128;
-    const int64 row = static_cast<int64>(tile.group) * 128 + thread % 8 * 16;
+    const uint32 thread = thread_index_again(), first = tile.tile * 128, row = tile.group * 128 + thread % 8 * 16;
 #pragma unroll 1
-    for (int column = thread / 8; column < 128; column += THREADS / 8) {
-        *reinterpret_cast<uint4*>(a.h + (first + column) * static_cast<int64>(a.h_col) + row) = {};
-        *reinterpret_cast<uint4*>(a.dt + (first + column) * static_cast<int64>(a.dt_col) + row) = {};
-        *reinterpret_cast<uint4*>(a.dt + (first + column + a.F) * static_cast<int64>(a.dt_col) + row) = {};
+    for (uint32 column = first + thread / 8; column < first + 128; column += THREADS / 8) {
+        *reinterpret_cast<uint4*>(a.h + offset(a.h_col, column) + row) = {};
+        *reinterpret_cast<uint4*>(a.dt + offset(a.dt_col, column) + row) = {};
+        *reinterpret_cast<uint4*>(a.dt + offset(a.dt_col, column + a.F) + row) = {};
     }
     if (thread < 128) {
-        const int column = first + thread;
-        store_scale<KIND_H>(a.hs, tile.group * a.hs_row + column * a.hs_col, 1.0f);
-        store_scale<KIND_T>(a.dts, tile.group * a.dts_row + column * a.dts_col, 1.0f);
-        store_scale<KIND_T>(a.dts, tile.group * a.dts_row + (column + a.F) * a.dts_col, 1.0f);
+        const uint32 column = first + thread;
+        store_scale<KIND_H>(a.hs, offset(a.hs_row, tile.group) + column, 1.0f);
+        store_scale<KIND_T>(a.dts, offset(a.dts_row, tile.group) + column, 1.0f);
+        store_scale<KIND_T>(a.dts, offset(a.dts_row, tile.group) + column + a.F, 1.0f);
     }
     barrier_arrive(shared_address(&shared.computed));
 }
@@ -283,26 +300,28 @@ struct RowGradients {
     uint4 gate[ROWS], up[ROWS];
 };
 
-DEVICE void read_rows(const Shared& shared, const Arguments& a, const Tile& at, int turn, RowGradients& x) {
-    const int thread = thread_index_again(), first = first_row(thread), chunk = thread % 16;
+DEVICE void read_rows(const Shared& shared, const Arguments& a, const Tile& at, uint32 turn, RowGradients& x) {
+    const uint32 thread = thread_index_again(), first = first_row(thread), chunk = thread % 16;
+    const uint32 gate = first * 256 + moved(chunk, first) * 16, up = first * 128 + moved(chunk / 2, first) * 16;
+    const char *gates = reinterpret_cast<const char*>(shared.dh), *ups = reinterpret_cast<const char*>(shared.codes[turn % 2]);
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
-        const int row = first + 2 * i, to = moved_on(moved(chunk / 2, first), 2 * i);
-        const uint2 b = reinterpret_cast<const uint2*>(&shared.codes[turn % 2][0][row][to])[chunk % 2];
-        const uint2 c = reinterpret_cast<const uint2*>(&shared.codes[turn % 2][1][row][to])[chunk % 2];
-        x.gate[i] = shared.dh[row][moved_on(moved(chunk, first), 2 * i)], x.up[i] = {b.x, c.x, b.y, c.y};
+        const uint2* both = reinterpret_cast<const uint2*>(ups + moved_on<128>(up, 2 * i)) + chunk % 2;
+        const uint2 b = both[0], c = both[128 * 128 / 8];
+        x.gate[i] = *reinterpret_cast<const uint4*>(gates + moved_on<256>(gate, 2 * i)), x.up[i] = {b.x, c.x, b.y, c.y};
     }
     if constexpr (WEIGHTED) {
-        const int own = thread / 2;
+        const uint32 own = thread / 2;
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < SLICES / 2; i++) total += shared.sums[thread % 2 * (SLICES / 2) + i][own % 8 * 17 + own / 8];
         total += __shfl_xor_sync(ALL_LANES, total, 1);
-        if (thread % 2 == 0 && at.begin + own < at.end) a.dweight[static_cast<int64>(at.tile) * a.R + at.begin + own] = total;
+        if (thread % 2 == 0 && static_cast<int>(at.begin + own) < at.end) a.dweight[offset(a.R, at.tile) + at.begin + own] = total;
     }
 }
 DEVICE void quantize_rows(Shared& shared, const Arguments& a, const Tile& at, const RowGradients& x) {
-    const int thread = thread_index_again(), lane = thread % 16, first = first_row(thread);
+    const uint32 thread = thread_index_again(), lane = thread % 16, first = first_row(thread);
+    const int rows = at.end - at.begin - static_cast<int>(first);
     uint32 both[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++) both[i] = side_by_side(larger_of(x.gate[i]), larger_of(x.up[i]));
@@ -312,20 +331,18 @@ DEVICE void quantize_rows(Shared& shared, const Arguments& a, const Tile& at, co
 #pragma unroll
     for (int i = 0; i < 2; i++) both[i] = exchange_larger(both[i], both[i + 2], 4, bit4);
     const uint32 pair = reduce_larger(exchange_larger(both[0], both[1], 2, bit2), 1);
-    const int own = first + 2 * ((bit8 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0));
+    const uint32 own = 2 * ((bit8 ? 4 : 0) + (bit4 ? 2 : 0) + (bit2 ? 1 : 0));
     const float scale = scale_of<ELEMENT, KIND>(is_up ? second_of(pair) : first_of(pair));
-    shared.of_row[own][is_up] = reciprocal<KIND>(scale);
-    const int64 row = at.begin + own;
-    if (row < at.end) store_scale<KIND>(a.ds, row * a.ds_row + (at.tile + (is_up ? a.F / 128 : 0)) * a.ds_col, scale);
+    shared.of_row[first + own][is_up] = reciprocal<KIND>(scale);
+    if (static_cast<int>(own) < rows)
+        store_scale<KIND>(a.ds, offset(a.ds_row, at.begin + first + own) + offset(a.ds_col, at.tile + (is_up ? a.F / 128 : 0)), scale);
     __syncwarp();
-    uint8* d = a.d + static_cast<int64>(at.begin + first) * a.d_row + at.tile * 128 + lane * 8;
-    const int rows = at.end - at.begin - first;
+    uint8 *gate = a.d + offset(a.d_row, at.begin + first) + (at.tile * 128 + lane * 8), *up = gate + a.F;
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const float4 of = *reinterpret_cast<const float4*>(shared.of_row[first + 2 * i]);
-        store_if(2 * i < rows, d, codes_of<ELEMENT, KIND>(x.gate[i], {of.x, of.y}));
-        store_if(2 * i < rows, d + a.F, codes_of<ELEMENT, KIND>(x.up[i], {of.z, of.w}));
-        d += 2 * static_cast<int64>(a.d_row);
+        store_if(2 * i < rows, gate + offset(a.d_row, 2 * i), codes_of<ELEMENT, KIND>(x.gate[i], {of.x, of.y}));
+        store_if(2 * i < rows, up + offset(a.d_row, 2 * i), codes_of<ELEMENT, KIND>(x.up[i], {of.z, of.w}));
     }
 }
 
@@ -384,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp8c_swiglu_backwa
         }
         if (works) {
             const Tile tile = tile_at(shared, turn);
-            if (has_rows(tile)) quantize_rows(shared, a, tile, x);
+            if (static_cast<int>(tile.begin + threadIdx.x / 32 * 16) < tile.end) quantize_rows(shared, a, tile, x);
             if (!is_tile(next)) return;
         }
     }

@@ -21,6 +21,7 @@ _L2_BYTES_PER_CLOCK = 50  # into one multiprocessor while all read
 _LONG_K = 4096  # from here on the main loop counts more than a tile's end
 _NARROW_COLUMNS = 64  # of a last tile of 128x192 that is multiplied as narrow as this
 _NARROW_TILE = 0.43  # of a whole one's time
+_PAIRS_FROM_K = 2048  # dense 256x128, whose output leaves through the last stage
 _WIDE_FROM_K = 1536  # dense: below, a tile's end counts too much
 # Time of a 128x192 tile against three quarters of one of 256x128.
 _WIDE_TILE = {Grouping.DENSE: 0.99, Grouping.ROW_GROUPS: 0.975}
@@ -175,22 +176,32 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
             return replace(config, lead=0, held_stages=0, early=True, cluster=2 if has_pairs else 1)
         config = replace(config, band=16 if k <= _WIDE_BAND_TO_K else config.band)
     is_dense_by_blocks = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE
-    is_alone = k < _LONG_K if is_forward else is_dense_by_blocks
+    pairs_from = _PAIRS_FROM_K if config.grouping is Grouping.DENSE else _LONG_K
+    is_alone = k < pairs_from if is_forward else is_dense_by_blocks
     return config if is_alone or not has_pairs else replace(config, cluster=2)
 
 
 def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
     """Tiles of 128x192 where they serve better than these of 256x128."""
-    is_long, is_dense = shape.k >= _LONG_K, config.grouping is Grouping.DENSE
+    is_dense = config.grouping is Grouping.DENSE
     if not config.promote or (is_dense and shape.k < _WIDE_FROM_K):
         return None
+    # Pairs fetch less; but of a group of rows, the end of a pair may be empty.
+    clusters = (2,) if shape.k >= _LONG_K else (1,) if is_dense else (2, 1)
+    if shape.multiprocessors % 2:
+        clusters = (1,)
+    return next((wide for cluster in clusters if (wide := _wide_in(cluster, config, shape))), None)
+
+
+def _wide_in(cluster: int, config: GemmConfig, shape: Shape) -> GemmConfig | None:
+    is_long, is_dense = shape.k >= _LONG_K, config.grouping is Grouping.DENSE
     has_narrow = (is_long or not is_dense) and 0 < shape.n % 192 <= _NARROW_COLUMNS
     wide = replace(
         one_wide_wave(
             config.scales,
             config.grouping,
             config.output,
-            cluster=2 if is_long and shape.multiprocessors % 2 == 0 else 1,
+            cluster=cluster,
             narrow=_NARROW_COLUMNS if has_narrow else 0,
         ),
         a_type=config.a_type,

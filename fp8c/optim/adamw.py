@@ -106,6 +106,8 @@ class AdamW(Optimizer):
             one.
     """
 
+    reads_main_grad = True
+
     def __init__(
         self,
         params: Params,

@@ -20,10 +20,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import logging
 import os
 import random
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +43,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail
 from fp8c.optim.adamw import STATES, AdamW, local
 from fp8c.optim.ema import EMA
+
+log = logging.getLogger("fp8c")
 
 SCHEMA = "fp8c.checkpoint/1"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -83,12 +87,18 @@ def save(
         except OSError as error:
             raise fail("E1130", f"cannot write {partial}: {error.strerror}", exit_code=ExitCode.USAGE) from error
     _barrier()
+    if optimizer is not None:
+        optimizer.init_state()  # of parameters that no step has had a gradient for, which loading expects too
     tensors, record = state_of(module, optimizer, ema)
     with _single_process_is_meant(world):
         save_tensors(tensors, checkpoint_id=partial, no_dist=world == 1)
     _write(
         partial / f"rank-{rank}.json",
-        {"random": random_state(), "others": {k: pack(_state(v)) for k, v in others.items()}},
+        {
+            "random": random_state(),
+            "others": {k: pack(_state(v)) for k, v in others.items()},
+            "scales": pack(_scales_of(module)),
+        },
     )
     _barrier()
     if rank == 0:
@@ -100,7 +110,13 @@ def save(
             shutil.rmtree(final)
         os.replace(partial, final)
         _flush(folder)
-        for old in complete(folder)[: -keep or None] if keep else []:
+        there = complete(folder)
+        later = there[there.index(final) + 1 :]
+        if later:
+            log.warning(
+                "%s is not the newest in its folder: a run without a step's name goes on with %s", final, later[-1]
+            )
+        for old in [path for path in there if path not in later][: -keep or None] if keep else []:
             shutil.rmtree(old)
     _barrier()
     return final
@@ -143,6 +159,8 @@ def load(
             _restore(thing, unpack(kept.others[name]))
     if kept.random is not None:
         restore_random_state(kept.random)
+    if kept.scales is not None and (session := module.__dict__.get("fp8c_session")) is not None:
+        session.scales.load_state_dict({site: t.to(device_of(module)) for site, t in unpack(kept.scales).items()})
     if world != record["world"]:
         text = f"the checkpoint is of {record['world']} ranks, this run has {world}: it goes on, but not bit for bit"
         if apart:
@@ -159,6 +177,7 @@ class OwnStates:
     others: dict[str, Any]
     apart: frozenset[str] = frozenset()
     random: dict[str, Any] | None = None
+    scales: dict[str, Any] | None = None
 
 
 def own_states(path: Path, record: Mapping[str, Any], rank: int, world: int) -> OwnStates:
@@ -166,7 +185,7 @@ def own_states(path: Path, record: Mapping[str, Any], rank: int, world: int) -> 
     ranks = range(record["world"]) if world != record["world"] else [rank]
     found = [json.loads((path / f"rank-{r}.json").read_text(encoding="utf-8")) for r in ranks]
     if world == record["world"]:
-        return OwnStates(found[0]["others"], random=found[0]["random"])
+        return OwnStates(found[0]["others"], random=found[0]["random"], scales=found[0].get("scales"))
     first: dict[str, Any] = found[0]["others"]
     apart = frozenset(name for name in first if any(f["others"].get(name) != first[name] for f in found))
     return OwnStates({name: state for name, state in first.items() if name not in apart}, apart)
@@ -202,6 +221,16 @@ def state_of(module: nn.Module, optimizer: AdamW | None, ema: EMA | None) -> tup
     return tensors, record
 
 
+def _scales_of(module: nn.Module) -> dict[str, Tensor]:
+    """Histories of delayed scales: every rank scales what it quantizes itself."""
+    session = module.__dict__.get("fp8c_session")
+    return {} if session is None else session.scales.state_dict()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next((local(p).device for p in module.parameters()), torch.device("cpu"))
+
+
 def names_of(module: nn.Module, optimizer: AdamW) -> dict[Tensor, str]:
     """Names of the optimizer's parameters: the module's, or their numbers where the module does not have them."""
     by_tensor = {p: name for name, p in module.named_parameters()}
@@ -224,6 +253,14 @@ def check_fits(
             + (", whose text has changed since" if same_name else f", this step is compiled with '{now['name']}'"),
             help="compile with that spec, or load(..., other_spec=True) to go on under the new one",
             exit_code=ExitCode.SPEC,
+        )
+    groups = [len(o["optimizer"]["groups"]) if "optimizer" in o else 0 for o in (record, own)]
+    if all(groups) and groups[0] != groups[1]:
+        raise fail(
+            "E1133",
+            f"{path} has {groups[0]} parameter groups with settings of their own, this optimizer {groups[1]}",
+            help="build the optimizer as the run that saved it did",
+            exit_code=ExitCode.MODEL,
         )
     metadata = stored(path)
     wanted = {f"{part}.{name}": tensor for part, group in tensors.items() for name, tensor in group.items()}
@@ -274,6 +311,9 @@ def random_state() -> dict[str, Any]:
     state = {"python": [version, list(words), gauss], "cpu": pack(torch.get_rng_state())}
     if torch.cuda.is_available():
         state["cuda"] = pack(torch.cuda.get_rng_state())
+    if "numpy" in sys.modules:  # what loaders and augmentations draw from
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [kind, keys.tolist(), *rest]
     return state
 
 
@@ -283,6 +323,8 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(unpack(state["cpu"]))
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(unpack(state["cuda"]))
+    if "numpy" in sys.modules and "numpy" in state:
+        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))
 
 
 def _state(thing: Any) -> Any:

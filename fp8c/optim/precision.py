@@ -158,16 +158,28 @@ class Variant:
 
 
 def variant_of(step: nn.Module, session: driver.Session, options: Mapping[str, Any]) -> Variant:
-    """A compiled call over the same parameters under another session."""
+    """A compiled call over the same parameters under another session, in the mode that the step is in (`eval`)."""
     module = driver.uncompiled(step)
     driver.attach(module, session, **options)
-    return Variant(module, session, module._compiled_call_impl)
+    call: Any = module._compiled_call_impl
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        module.training = step.training
+        return call(*args, **kwargs)
+
+    return Variant(module, session, run)
+
+
+def settings_of(session: driver.Session) -> dict[str, Any]:
+    """What another session over the same parameters starts from: histories of delayed scales are the step's, not a
+    variant's."""
+    fresh = session.fresh()
+    fields = {name: getattr(fresh, name) for name in driver.Session.__dataclass_fields__}
+    return fields | {"scales": session.scales}
 
 
 def switched_session(session: driver.Session, switched: tuple[str, ...]) -> SwitchedSession:
-    fresh = session.fresh()
-    fields = {name: getattr(fresh, name) for name in driver.Session.__dataclass_fields__}
-    return SwitchedSession(**fields, switched=switched)
+    return SwitchedSession(**settings_of(session), switched=switched)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from fp8c import graph as g
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.formats import Element, Format
 from fp8c.ops import fused
-from fp8c.optim.precision import Variant, variant_of
+from fp8c.optim.precision import Variant, settings_of, variant_of
 from fp8c.passes.fuse_casts import FuseCasts
 
 _HIGHEST_CODE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
@@ -79,7 +79,7 @@ class ObservedSession(driver.Session):
         def run(*args: Any) -> Any:
             return Recorder(gm, pending).run(*args)
 
-        return make_boxed_func(run)
+        return self.scales.around(make_boxed_func(run))
 
 
 class Recorder(fx.Interpreter):
@@ -102,6 +102,7 @@ class Recorder(fx.Interpreter):
 #: Operators that quantize their first argument: where the format is among the arguments, data and scale in the result.
 _QUANTIZES: dict[Any, tuple[tuple[int, int, int], ...]] = {
     ops.QUANTIZE: ((1, 0, 1),),
+    ops.QUANTIZE_DELAYED: ((1, 0, 1),),
     fused.QUANTIZE_BOTH: ((1, 0, 1), (2, 2, 3)),
     fused.QUANTIZE_WEIGHT: ((1, 0, 2),),
 }
@@ -145,10 +146,9 @@ class Telemetry:
             yield False
             return
         if self._variant is None:
-            fresh = self._session.fresh()
-            fields = {name: getattr(fresh, name) for name in driver.Session.__dataclass_fields__}
+            fields = settings_of(self._session)
             fields["keep_weights"] = False  # weights are quantized in the graph, where they are seen
-            fields["without"] = fresh.without | {FuseCasts.name}  # a fused cast never writes what it quantizes
+            fields["without"] = self._session.without | {FuseCasts.name}  # a fused cast never writes what it quantizes
             session = ObservedSession(**fields, pending=self._pending)
             self._variant = variant_of(self.step, session, self.options)
         usual = self.step._compiled_call_impl

@@ -16,6 +16,16 @@ from tests.models.harness import count_executed, gradients, loss_of
 from tests.models.test_handwritten import Block, FusedQkv, Lm, Mlp, features, ids, rms
 
 
+class Called(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y + x
+
+
 def trained(model: nn.Module, call: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = call(model)
@@ -39,6 +49,20 @@ def test_a_whole_model() -> None:
     assert loss != plain and abs(loss - plain) <= 2 * 5**0.5 * 2**-4 * plain  # the bound of tests/models/harness.py
     executed = count_executed(lambda: compiled(ids()).backward())
     assert executed["fp8c::scaled_mm"] == 15  # five FP8 GEMMs, three each
+
+
+def test_delayed_scales_of_modules_that_share_a_graph_are_refused() -> None:
+    """Dynamo calls the first module's graph for the second, whose magnitudes are a thousand times as large."""
+    options = {"spec": "hybrid_delayed", "target": "cpu"}
+    models = [nn.Linear(128, 128, bias=False).bfloat16() for _ in range(2)]
+    with torch.no_grad():
+        models[1].weight.mul_(1000)
+    first, second = (torch.compile(Called(m), backend=dynamo.backend, options=options) for m in models)
+    x = features().requires_grad_()
+    for _ in range(2):
+        loss_of(first(x)).backward()
+    with pytest.raises(DiagnosticError, match="E0852"):
+        second(x)
 
 
 def test_layers_compiled_one_by_one() -> None:

@@ -112,6 +112,19 @@ def test_a_new_weight_where_a_freed_one_lay_is_noticed() -> None:
     assert store.refreshed == before + 1 and not torch.equal(first, second)
 
 
+def test_weights_made_in_inference_mode_are_quantized_in_every_call() -> None:
+    torch.manual_seed(0)
+    usual = Mlp()
+    with torch.inference_mode():
+        step, store = compiled(copy.deepcopy(usual))
+        plain, _ = compiled(usual)
+        x = features()
+        assert torch.equal(step(x), plain(x)) and not store.entries
+        for p in step.parameters():
+            p.mul_(2)
+        assert not torch.equal(step(x), plain(x))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizers_are_noticed(fused: bool) -> None:
     step, store = compiled(Mlp(dtype=torch.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +51,15 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return experts_function(x.reshape(-1, 128), self.rows, self.offs, self.up, self.down)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(128, 128, bias=False, dtype=BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.only(x)
 
 
 MODELS: dict[str, Any] = {"mlp": Mlp, "norm": Norm, "experts": Experts}
@@ -177,6 +187,21 @@ def test_a_step_outlives_the_module_it_was_called_on() -> None:
     assert model.gate.weight.main_grad.any()
 
 
+@pytest.mark.parametrize("options", [{}, {"main_grad": True}])
+def test_many_models_of_one_class_are_compiled_and_freed(options: dict[str, bool]) -> None:
+    """More than Dynamo's eight graphs of one piece of code, as in a sweep or a notebook; none of them stays in memory."""
+    parameters, stores = [], []
+    for number in range(10 if options else 2):
+        step = fp8c.compile(Small(), "deepseek_v3", "cpu", **options)
+        loss_of(step(torch.ones(4, 128, dtype=BF16))).backward()
+        parameters.append(weakref.ref(step.only.weight))
+        stores.append(session_of(step).weights)
+    del step
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)
+    assert not any(store.size_bytes for store in stores)
+
+
 def test_what_autograd_is_not_asked_for_is_not_accumulated() -> None:
     """The gradient of an input, as for an adversarial example, leaves every parameter's alone."""
     step = compiled("mlp", main_grad=True)
@@ -243,6 +268,30 @@ def test_ddp_that_would_sum_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
     inside_out = DistributedDataParallel.__new__(DistributedDataParallel)
     with pytest.raises(DiagnosticError, match="E0867"):
         fp8c.compile(inside_out, "deepseek_v3", "cpu")
+
+
+def test_an_optimizer_that_would_train_nothing_is_remarked(caplog: pytest.LogCaptureFixture) -> None:
+    step, plain = compiled("mlp", main_grad=True), compiled("mlp")
+    for trained in (step, plain):
+        loss_of(trained(features())).backward()
+    fp8c.optim.AdamW(step).step()
+    torch.optim.AdamW(plain.parameters()).step()
+    assert "W0843" not in caplog.text
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.step()
+    assert caplog.text.count("W0843: SGD reads `grad`") == 1
+
+
+def test_a_hook_that_would_see_no_gradient_is_refused() -> None:
+    step = compiled("mlp", main_grad=True)
+    seen: list[bool] = []
+    step.gate.weight.register_post_accumulate_grad_hook(lambda p: seen.append(bool(p.main_grad.any())))
+    loss_of(step(features())).backward()
+    assert seen == [True]
+    step.up.weight.register_hook(lambda grad: grad * 10)
+    with pytest.raises(DiagnosticError, match=r"E0843.*\[256, 128\] has a hook of register_hook"):
+        loss_of(step(features())).backward()
 
 
 def test_a_module_of_torchs_own() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -76,6 +77,60 @@ def test_old_ones_are_removed_and_nothing_is_loaded_from_an_empty_folder(tmp_pat
     for number in (1, 2, 3):
         checkpoint.save(tmp_path, number, step, optimizer, keep=2)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_going_back_to_an_older_one_keeps_what_is_saved_from_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    step, optimizer = small()
+    for number in (10, 20, 30):
+        checkpoint.save(tmp_path, number, step, optimizer)
+    found = checkpoint.load(tmp_path / "step-00000020", step, optimizer)
+    assert found is not None and found.number == 20
+    for number in (21, 22, 23):
+        assert checkpoint.save(tmp_path, number, step, optimizer).is_dir()
+        assert f"step-000000{number} is not the newest" in caplog.messages[-1]
+    assert [p.name[-2:] for p in checkpoint.complete(tmp_path)] == ["22", "23", "30"]
+
+
+def test_histories_of_delayed_scales_go_on(tmp_path: Path) -> None:
+    def trained(steps: range, load: bool) -> tuple[Any, AdamW]:
+        step, optimizer = small(spec="hybrid_delayed")
+        del step[0].weight.main_grad
+        if load:
+            checkpoint.load(tmp_path, step, optimizer)
+        for number in steps:
+            x = torch.randn(16, 128, generator=torch.Generator().manual_seed(number)).bfloat16() * (number + 1)
+            step(x).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step, optimizer
+
+    checkpoint.save(tmp_path, 2, *trained(range(2), False))
+    whole, resumed = trained(range(4), False)[0], trained(range(2, 4), True)[0]
+    assert torch.equal(whole[0].weight, resumed[0].weight)
+
+
+def test_a_parameter_without_gradients_so_far_and_numpys_numbers_are_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    optimizer = AdamW(model, spec="bf16")
+    model[0](torch.ones(4)).sum().backward()
+    optimizer.step()
+    numpy.random.seed(3)
+    checkpoint.save(tmp_path, 1, model, optimizer)
+    expected = numpy.random.rand(3).tolist()
+    assert checkpoint.load(tmp_path, model, AdamW(model, spec="bf16")) is not None
+    assert numpy.random.rand(3).tolist() == expected
+
+
+def test_other_parameter_groups_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    groups = [{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "weight_decay": 0.0}]
+    checkpoint.save(tmp_path, 1, model, AdamW(groups, spec="bf16"))
+    with pytest.raises(
+        DiagnosticError, match="E1133.*has 2 parameter groups with settings of their own, this optimizer 1"
+    ):
+        checkpoint.load(tmp_path, model, AdamW(model, spec="bf16"))
 
 
 def test_another_spec_is_refused_unless_asked_for(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fp8c
 from fp8c.diagnostics import DiagnosticError
+from fp8c.driver import session_of
 from fp8c.optim import Precision, Telemetry, deterministic
 from fp8c.optim import precision as precision_module
 
@@ -93,6 +94,41 @@ def test_a_module_is_switched_at_run_time_and_back() -> None:
     precision.switch("**")
     precision.load_state_dict(state)
     assert same(gradients(step), fp8)
+
+
+def test_a_switched_step_evaluates_in_its_modules_mode() -> None:
+    class Doubled(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if self.training else 1)
+
+    torch.manual_seed(0)
+    step = fp8c.compile(Doubled().bfloat16(), target="cpu", lowering="reference")
+    Precision(step).switch("up")
+    x = torch.randn(8, 128).bfloat16()
+    with torch.no_grad():
+        trained = step(x)
+        step.eval()
+        assert torch.equal(step(x) * 2, trained)
+
+
+def test_telemetry_and_switches_share_the_histories_of_delayed_scales() -> None:
+    torch.manual_seed(0)
+    step = fp8c.compile(Model().bfloat16(), "hybrid_delayed", "cpu")
+    gradients(step)
+    scales = session_of(step).scales
+    lengths = [len(history) for history in scales.histories.values()]
+    telemetry = Telemetry(step, every=1)
+    with telemetry.at(1):
+        gradients(step)
+    rows = telemetry.take()  # a weight that backward quantizes again comes twice
+    assert len({(row.path, row.operand) for row in rows}) == len(lengths)
+    assert all(row.format.startswith(("e4m3", "e5m2")) for row in rows)
+    assert [len(history) for history in scales.histories.values()] == [n + 1 for n in lengths]
+    Precision(step).switch("up")
+    gradients(step)
+    assert {site: len(history) for site, history in scales.histories.items()} == {
+        site: n + 1 + ("down" in site) for site, n in zip(scales.histories, lengths)
+    }
 
 
 def test_a_pattern_that_matches_nothing_and_a_bad_schedule_are_named() -> None:

@@ -17,6 +17,27 @@ from fp8c.tools.simulate import what_if
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "durations" / "deepseek_v3_h800.toml"
 
+MLP = """
+import torch
+from torch import nn
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(256, 256, bias=False, dtype=torch.bfloat16) for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.float().mean()
+
+def model():
+    return Layers()
+
+def example_inputs():
+    return {"x": torch.zeros(384, 256, dtype=torch.bfloat16)}
+"""
+
 
 def small() -> DurationTable:
     """16 layers on 2 pipeline ranks x 16 GPUs: seconds to simulate."""
@@ -76,6 +97,25 @@ def test_table_is_for_people(build: Path, capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     for word in ("lower bound", "exposed communication", "GPU hours per 1T tokens", "main pair"):
         assert word in text
+
+
+def test_a_build_is_simulated_on_its_own_machine_and_one_replica(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers without attention: their GEMMs' rows are the tokens."""
+    path = tmp_path / "model.py"
+    path.write_text(MLP, encoding="utf-8")
+    folder = tmp_path / "build"
+    assert main(["compile", str(path), "--target", "h200", "--no-baseline", "-o", str(folder)]) == 0
+    table = json.loads((folder / "durations.json").read_text(encoding="utf-8"))
+    assert table["model"]["sequence"] == 384
+    capsys.readouterr()
+    assert main(["simulate", str(folder), "--json", "--trace", str(tmp_path / "t.json")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["topology"] == "h200" and report["gpus"] == 1
+    assert report["tokens_per_s_per_gpu"] == pytest.approx(384 / report["step_ms"] * 1e3, rel=1e-6)
+    assert main(["simulate", str(folder), "--trace", str(tmp_path / "t.json")]) == 0
+    assert f"{report['step_ms']:.3f} ms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,11 @@ CONFIGS = (
     replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), narrow=64, early=False),
     replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), narrow=64, column_bands=True, band=2),
     *(replace(two_row_waves(BLOCK, DENSE, BF16, cluster=c), lead=0, early=True, held_stages=c - 1) for c in (1, 2)),
-    replace(two_row_waves(BLOCK, DENSE, BF16, cluster=2), lead=0, early=True, held_stages=0),
+    *(
+        replace(two_row_waves(BLOCK, g, BF16, cluster=2), lead=0, early=True, held_stages=0, column_bands=c, band=2)
+        for g in (DENSE, ROWS)
+        for c in (False, True)
+    ),
     *(replace(one_wide_wave(BLOCK, DENSE, out, cluster=2), narrow=64, band=2) for out in (BF16, ADD)),
     replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), early=False, lead=1),
     GemmConfig(BLOCK, DENSE, BF16, cluster=2, shares_b=True),

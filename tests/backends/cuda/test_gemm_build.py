@@ -62,7 +62,8 @@ def all_configs() -> list[GemmConfig]:
                 configs.append(replace(config, cluster=2))
     for grouping in (Grouping.DENSE, Grouping.ROW_GROUPS):
         alone = replace(two_row_waves(Scales.PER_BLOCK, grouping, Output.BF16), lead=0)
-        configs += [alone, replace(alone, held_stages=0, early=True)]
+        early = replace(alone, held_stages=0, early=True)
+        configs += [alone, early, replace(early, cluster=2), replace(early, cluster=2, column_bands=True)]
         for cluster, narrow in itertools.product((1, 2), (0, 64)):
             configs.append(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster, narrow))
     return configs
@@ -245,11 +246,11 @@ def test_rule_takes_clusters_only_for_even_columns() -> None:
         (4096, 7168, 16384, 1, (256, 128), 2),
         (4096, 4096, 7168, 1, (256, 128), 2),
         (4096, 24576, 1536, 1, (128, 192), 1),
-        (4096, 7168, 2048, 1, (256, 128), 1),
+        (4096, 7168, 2048, 1, (256, 128), 2),
         (4096, 32768, 512, 1, (256, 128), 1),
         (4096, 2112, 7168, 1, (128, 192), 1),
         (32768, 4096, 7168, 4, (128, 192), 2),
-        (32768, 7168, 2048, 8, (128, 192), 1),
+        (32768, 7168, 2048, 8, (128, 192), 2),
         (32768, 4096, 7168, 64, (256, 128), 2),  # pairs of 128 rows would be half empty at each expert's end
     ],
 )
