@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -194,7 +194,7 @@ def describe_uses(graph: fx.Graph, ctx: PassContext, flow: Flow) -> dict[str, Op
     structure = find_structure(graph, flow)
     layer_counts = _layer_counts(flow)
     uses: dict[str, OpUse] = {}
-    problems: list[Diagnostic] = []
+    problems: list[tuple[str, str, int, Diagnostic]] = []
     for anchor, op in flow.anchors.items():
         weight = weight_of(anchor) if op in (Op.LINEAR, Op.GROUPED_MM) else None
         param = _parameter_name(weight, ctx) if weight is not None else None
@@ -205,7 +205,7 @@ def describe_uses(graph: fx.Graph, ctx: PassContext, flow: Flow) -> dict[str, Op
         if op in (Op.LINEAR, Op.GROUPED_MM):
             assert weight is not None
             no_dgrad, no_wgrad, found = claim_backward(anchor, weight, key, backward, flow, ctx)
-            problems += found
+            problems += [(key, *problem) for problem in found]
         m, n, k = _gemm_sizes(anchor, op)
         layer, prefix = _layer_of(path)
         uses[key] = OpUse(
@@ -225,8 +225,19 @@ def describe_uses(graph: fx.Graph, ctx: PassContext, flow: Flow) -> dict[str, Op
             no_wgrad=no_wgrad,
             source=g.source_span(anchor),
         )
-    if problems:
-        raise DiagnosticError(problems, ExitCode.MODEL)
+    # What is made under no_grad, or takes another value's shape alone, needs no gradient: that shows in the backward, which has
+    # no GEMM for it. One that was looked for in the wrong place would be left without a use.
+    products = {anchor.meta.get("seq_nr") for anchor, op in flow.anchors.items() if op is Op.BMM}
+    left = [n for seq, nodes in backward.items() if seq not in products for n in nodes if g.ROLE not in n.meta]
+    if problems and (left or any(count for _, _, count, _ in problems)):
+        raise DiagnosticError([problem for *_, problem in problems], ExitCode.MODEL)
+    for key, which, _, _ in problems:
+        use = uses[key]
+        uses[key] = (
+            replace(use, no_dgrad="input needs no gradient")
+            if which == "dgrad"
+            else replace(use, no_wgrad="weight is frozen")
+        )
     return uses
 
 
@@ -269,8 +280,9 @@ def _backward_gemms(graph: fx.Graph) -> dict[int, list[fx.Node]]:
 
 def claim_backward(
     anchor: fx.Node, weight: fx.Node, key: str, backward: dict[int, list[fx.Node]], flow: Flow, ctx: PassContext
-) -> tuple[str, str, list[Diagnostic]]:
-    """Find the dgrad and wgrad of a forward GEMM by its `seq_nr`; say why one does not exist, or report it missing."""
+) -> tuple[str, str, list[tuple[str, int, Diagnostic]]]:
+    """Find the dgrad and wgrad of a forward GEMM by its `seq_nr`; say why one does not exist, or report which is missing
+    or there too often, and how many there are."""
     if not ctx.training:
         return "inference", "inference", []
     dgrads, wgrads = [], []
@@ -285,7 +297,8 @@ def claim_backward(
         else:
             wgrads.append(node)
             node.meta[g.ROLE] = GemmRole(key, "wgrad")
-    x, problems = activation_of(anchor), []
+    x = activation_of(anchor)
+    problems: list[tuple[str, int, Diagnostic]] = []
     no_dgrad = no_wgrad = ""
     if not dgrads:
         no_dgrad = "input needs no gradient" if x not in flow.needs_grad else ""
@@ -297,15 +310,13 @@ def claim_backward(
         no_wgrad = no_wgrad or "output does not reach the loss"
     for which, nodes, reason in (("dgrad", dgrads, no_dgrad), ("wgrad", wgrads, no_wgrad)):
         if len(nodes) != (0 if reason else 1):
-            problems.append(
-                Diagnostic(
-                    "E0830",
-                    f"{key} has {len(nodes)} {which} GEMMs where {0 if reason else 1} "
-                    f"{'are' if reason else 'is'} expected",
-                    g.source_span(anchor),
-                    help="the captured backward is incomplete; report this with the model if it has no custom autograd",
-                )
+            problem = Diagnostic(
+                "E0830",
+                f"{key} has {len(nodes)} {which} GEMMs where {0 if reason else 1} {'are' if reason else 'is'} expected",
+                g.source_span(anchor),
+                help="the captured backward is incomplete; report this with the model if it has no custom autograd",
             )
+            problems.append((which, len(nodes), problem))
     return no_dgrad, no_wgrad, problems
 
 

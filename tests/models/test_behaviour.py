@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -434,6 +435,35 @@ def test_a_batched_product_with_a_weight_does_not_stay_in_bf16_without_a_word() 
     outcome = train_both(Batched(), lambda model: loss_of(model(features().requires_grad_())))
     (remark,) = (r for r in outcome.session.remarks if r.code == "R0848")
     assert remark.span is not None and "torch.bmm(x, self.weight)" in remark.span.text
+
+
+#: What a Linear may read that has no gradient although it is made of a value that has one.
+WITHOUT_GRADIENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "no_grad": torch.no_grad()(lambda h: h * 2),
+    "ones_like": torch.ones_like,
+    "new_zeros": lambda h: h.new_zeros(h.shape) + 1,
+    "detach": lambda h: h.detach(),
+}
+
+
+@pytest.mark.parametrize("how", WITHOUT_GRADIENT)
+def test_a_linear_may_read_what_has_no_gradient(how: str) -> None:
+    """Zaya's delayed projection reads zeros: E0830, `0 dgrad GEMMs where 1 is expected`."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Linear(D, D, bias=False, dtype=BF16) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            y: Tensor = self.second(WITHOUT_GRADIENT[how](h))
+            return h + y
+
+    outcome = train_both(Reads(), lambda model: loss_of(model(features().requires_grad_())))
+    check(outcome)
+    second = use_of(outcome, "second").use
+    assert second.no_dgrad == "input needs no gradient" and not second.no_wgrad
 
 
 class Visits(nn.Module):
