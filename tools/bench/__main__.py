@@ -1,5 +1,6 @@
 """`fp8c bench NAME ...`, `python -m fp8c.tools.bench NAME ...`: run one benchmark."""
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -20,10 +21,13 @@ BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in BENCHMARKS:
-        print(f"usage: fp8c bench {{{','.join(BENCHMARKS)}}} ...", file=sys.stderr)
-        return 2
-    return BENCHMARKS[arguments[0]](arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="fp8c bench",
+        description="Measure on this machine's GPU, baselines in the same process.",
+        epilog="`fp8c bench NAME --help` says what it measures and takes.",
+    )
+    parser.add_argument("name", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
+    return BENCHMARKS[parser.parse_args(arguments[:1]).name](arguments[1:])
 
 
 if __name__ == "__main__":
