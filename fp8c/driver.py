@@ -208,7 +208,7 @@ def uncompiled(step: nn.Module) -> nn.Module:
 
 def guarded(session: Session) -> Callable[..., Any]:
     """The session as a backend. Dynamo keeps every backend it has seen for as long as the process lives, so this one does not
-    keep the session: a compiled module does, and with it go its FP8 weights, graphs and parameters.
+    keep the session: the compiled module does, or who traces.
     """
     found = weakref.ref(session)
 

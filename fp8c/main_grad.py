@@ -73,14 +73,15 @@ def warn_of_unread_gradients() -> None:
 
 
 _is_watching = False
+_told: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that were remarked
 
 
 def _look_at_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if getattr(optimizer, "reads_main_grad", False):
+    if getattr(optimizer, "reads_main_grad", False) or optimizer in _told:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.grad is None and getattr(p, "_fp8c_moves_grad", False) and p.requires_grad for p in parameters):
-        optimizer.reads_main_grad = True  # type: ignore[attr-defined]  # said once
+        _told.add(optimizer)
         name = type(optimizer).__name__
         log.warning(
             "W0843: %s reads `grad`, which main_grad=True leaves empty: it trains nothing of this step (use "

@@ -85,7 +85,7 @@ class Session:
     unplanned: list[Callable[[], None]] = field(default_factory=list)  # steps from the cache that nobody has asked for
     on_joint: Callable[[], None] | None = None  # called when the joint graph is captured, before it is rewritten
     want_baseline: bool = False
-    examples: list[Any] = field(default_factory=list)  # what the inputs of the last captured graph were
+    examples: list[Any] = field(default_factory=list)  # inputs of the last captured graph, tensors by weak reference
     baseline: Baseline | None = None
     weights: WeightStore = field(default_factory=WeightStore)
     scales: DelayedScales = field(default_factory=DelayedScales)

@@ -236,7 +236,7 @@ def describe_uses(graph: fx.Graph, ctx: PassContext, flow: Flow) -> dict[str, Op
         uses[key] = (
             replace(use, no_dgrad="input needs no gradient")
             if which == "dgrad"
-            else replace(use, no_wgrad="weight is frozen")
+            else replace(use, no_wgrad="weight gets no gradient")
         )
     return uses
 

@@ -169,6 +169,15 @@ def test_an_optimizer_that_writes_data_is_noticed() -> None:
     assert not torch.equal(train(step), first)
 
 
+def seen(step: nn.Module, before: Tensor) -> Tensor:
+    """The loss after the weights were changed, which is that of weights that were certainly quantized again."""
+    loss = train(step)
+    assert not torch.equal(loss, before)
+    fp8c.weights_changed(step)
+    assert torch.equal(train(step), loss)
+    return loss
+
+
 def test_weights_copied_from_the_masters_of_an_optimizer_are_not_stale() -> None:
     """The loop of mixed precision by hand: `p.data.copy_` counts no version, and the optimizer knows the masters alone."""
     step, _ = compiled()
@@ -181,11 +190,7 @@ def test_weights_copied_from_the_masters_of_an_optimizer_are_not_stale() -> None
         optimizer.step()
         for p, master in zip(step.parameters(), masters):
             p.data.copy_(master)
-        loss = train(step)
-        assert not torch.equal(loss, first)
-        fp8c.weights_changed(step)
-        assert torch.equal(train(step), loss)
-        first = loss
+        first = seen(step, first)
 
 
 def test_a_loop_without_an_optimizer_is_noticed() -> None:
@@ -196,11 +201,7 @@ def test_a_loop_without_an_optimizer_is_noticed() -> None:
             assert p.grad is not None
             p.data -= p.grad
             p.grad = None
-        loss = train(step)
-        assert not torch.equal(loss, first)
-        fp8c.weights_changed(step)
-        assert torch.equal(train(step), loss)
-        first = loss
+        first = seen(step, first)
 
 
 def test_forwards_before_the_first_backward_share_them() -> None:
