@@ -78,6 +78,7 @@ class GemmConfig:
     flight: int = 1
     staging_bytes: int = 4096  # of one consumer warp: some chunks of the output, or one where a stage more counts more
     held_stages: int = 0  # 1: the last stage's memory takes the output of a tile at its end
+    resident_b: bool = False  # K up to 128 * stages: B stays in its stages while a block goes down a column of tiles
     early: bool = False  # a tile's first wave is begun before the tile before it is written
     lead: int = 0  # k-blocks of a tile that the first warpgroup does before the second one begins it
     yield_every: int = 0  # of a promotion's multiplications; the other warpgroup may then go first
@@ -206,6 +207,7 @@ class GemmConfig:
             *(f"constexpr int {name} = {value};" for name, value in integers.items()),
             f"constexpr bool SHARES_B = {str(self.shares_b).lower()};",
             f"constexpr bool COLUMN_BANDS = {str(self.column_bands).lower()};",
+            f"constexpr bool RESIDENT_B = {str(self.resident_b).lower()};",
             f"constexpr bool EARLY = {str(self.early).lower()};",
             f"constexpr bool PROMOTE = {str(self.promote).lower()};",
             f"constexpr Scales SCALES = Scales::{self.scales.name};",

@@ -19,6 +19,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
     StageRing stages(shared + OFFSET_STAGE_BARRIERS);
     TilesToLoad<true> tiles(p, shared);
     Tile tile;
+    int resident = -1;  // RESIDENT_B: the first column of B that the stages hold
     while (tiles.next(tile)) {
         const int k_end = tile.k_begin + tile.k_length, k_stop = tile.k_begin + whole_rounds(blocks_of(tile)) * BLOCK_K;
         const int row_b = GROUPING == ROW_GROUPS ? tile.group * p.n + tile.col : tile.col;
@@ -27,7 +28,9 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
         const int a_bytes = is_half ? A_BYTES / 2 : ONE_BOX_OF_ROWS ? min(p.m, TILE_M) * BLOCK_K : A_BYTES;
         const bool scales_a = SCALES != PER_TENSOR && !has_few_rows(p);
         const bool is_narrow_tile = SHARES_B && is_narrow(p, tile.col);  // B comes in two boxes then, of which it takes one
-        const int bytes = a_bytes + (is_narrow_tile ? B_BYTES / 2 : B_BYTES) + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
+        const bool has_b = RESIDENT_B && tile.col == resident;
+        if (RESIDENT_B && k_stop - tile.k_begin == STAGES * BLOCK_K) resident = tile.col;
+        const int bytes = a_bytes + (has_b ? 0 : is_narrow_tile ? B_BYTES / 2 : B_BYTES) + SCALE_B_BYTES + (scales_a ? SCALE_A_BYTES : 0);
 #pragma unroll 1
         for (int round = tile.k_begin; round < k_stop; round += ROUND * BLOCK_K, stages.advance(ROUND)) {
             const uint32 base = FLIGHT == 1 ? 0 : stages.slot(), phase = stages.phase();
@@ -55,7 +58,7 @@ DEVICE void load_operands(const Problem& p, uint32 shared, const TensorMap& map_
                     const int half = cluster_rank() * (TILE_N / 2);
                     if (!is_narrow_tile || half == 0)
                         load_tile_to_both(shared + OFFSET_B + s * B_BYTES + half * BLOCK_K, map_b, full, k, row_b + half);
-                } else {
+                } else if (!has_b) {
                     load_tile(shared + OFFSET_B + s * B_BYTES, map_b, full, k, row_b);
                 }
                 if (scales_a)

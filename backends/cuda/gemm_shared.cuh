@@ -30,6 +30,7 @@ static_assert(WAVES_M == 1 || WAVES_N == 1, "waves run along one axis");
 static_assert(!SHARES_B || (CLUSTER == 2 && TILE_N % 16 == 0), "each block fetches half of B, in groups of 8 rows");
 static_assert(!SHARES_B || WAVES_M == 1, "halves of a cluster's tiles would need the same columns");
 static_assert(NARROW == 0 || (WAVES == 1 && PROMOTE && FLIGHT == 1 && SCALES == PER_BLOCK && 2 * NARROW <= WAVE_N));
+static_assert(!RESIDENT_B || (GROUPING == DENSE && SCALES == PER_BLOCK && CLUSTER == 1 && FLIGHT == 1 && WAVES_M == 1 && NARROW == 0));
 static_assert(!EARLY || (SCALES == PER_BLOCK && FLIGHT == 1 && LEAD == 0 && WAVES_N == 1 && !A_IN_REGISTERS));
 static_assert(LEAD == 0 || (WARPGROUPS == 2 && FLIGHT == 1 && LEAD < STAGES));
 static_assert(FLIGHT == 1 || (WAVES == 1 && SCALES == PER_BLOCK && STAGES % FLIGHT == 0), "only a lone wave needs k-blocks in flight");
@@ -90,11 +91,19 @@ struct Arguments {
     int out_aligned;               // TMA may write the output: address and strides are multiples of 16 bytes
 };
 
+template <bool first, class A, class B>
+struct Either {
+    using type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+    using type = B;
+};
 template <int grouping>
 struct ScheduleOf;
 template <>
 struct ScheduleOf<DENSE> {
-    using type = DenseSchedule;
+    using type = Either<RESIDENT_B, DenseColumnSchedule, DenseSchedule>::type;
 };
 template <>
 struct ScheduleOf<ROW_GROUPS> {

@@ -118,6 +118,33 @@ class DenseSchedule {
     }
 };
 
+// RESIDENT_B: one column of tiles after another, each from top to bottom, so that its columns of B are loaded once. As long as there is a
+// column for every block they go down in step: what they write then lies side by side, and they share A's rows in L2. The tiles of the
+// columns left over are dealt out evenly, in stretches.
+class DenseColumnSchedule {
+    const Problem& p;
+    int done = 0;  // tiles of this block
+
+  public:
+    DEVICE explicit DenseColumnSchedule(const Problem& problem) : p(problem) {}
+    DEVICE bool next(Tile& tile) {
+        const int blocks = index_step(), block = first_index(), row_tiles = row_groups(p.m), col_tiles = column_groups(p.n);
+        const int in_step = col_tiles / blocks * row_tiles;
+        int row, col;
+        if (done < in_step) {
+            row = done % row_tiles, col = block + done / row_tiles * blocks;
+        } else {
+            const int left = col_tiles % blocks * row_tiles, each = left / blocks, more = left % blocks, at = done - in_step;
+            if (at >= each + (block < more)) return false;
+            const int index = block * each + min(block, more) + at;
+            row = index % row_tiles, col = col_tiles / blocks * blocks + index / row_tiles;
+        }
+        tile = {0, row * TILE_M, min(row * TILE_M + TILE_M, p.m), col * TILE_N, 0, p.k, 0};
+        ++done;
+        return true;
+    }
+};
+
 // Rows [ends[e-1], ends[e]) of A meet expert e's matrix B. Rows past the last end form one more group whose reduction
 // is empty: their output is zero.
 class RowGroupSchedule {

@@ -23,12 +23,16 @@ _NARROW_COLUMNS = 64  # of a last tile of 128x192 that is multiplied as narrow a
 _NARROW_TILE = 0.43  # of a whole one's time
 _PAIRS_FROM_K = 2048  # dense 256x128, whose output leaves through the last stage
 _WIDE_FROM_K = 1536  # dense: below, a tile's end counts too much
+_RESIDENT_K = range(257, 513)  # dense: four stages hold all of K; shorter, a GEMM is bound by its output
 # Time of a 128x192 tile against three quarters of one of 256x128.
 _WIDE_TILE = {Grouping.DENSE: 0.99, Grouping.ROW_GROUPS: 0.975}
-_WIDE_SHORT_TILE = 0.985  # the same, dense, K below _LONG_K
+_WIDE_SHORT_TILE = 0.97  # the same, dense, K below _LONG_K
+_RESIDENT_TILE = 0.93  # the same where B stays in shared memory
 _WIDE_BAND_TO_K = 8192  # 16 tiles of rows with all of K stay in L2
 _KEPT_BYTES = 16 << 20  # that L2 keeps of one operand while the other passes
 _COLUMN_BAND = 11  # tiles of 128x192, which six pairs of rows make a wave with
+_SHORT_COLUMN_BAND = {Grouping.DENSE: 16, Grouping.ROW_GROUPS: 33}  # the same, K below _LONG_K
+_SHORT_YIELD_EVERY = 8  # with them
 _CLUSTER_FROM_WAVES = 2.0  # sharing rows of A pays when blocks stay busy for some tiles, and with two row waves
 
 _WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -178,19 +182,36 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
     is_dense_by_blocks = config.scales is Scales.PER_BLOCK and config.grouping is Grouping.DENSE
     pairs_from = _PAIRS_FROM_K if config.grouping is Grouping.DENSE else _LONG_K
     is_alone = k < pairs_from if is_forward else is_dense_by_blocks
-    return config if is_alone or not has_pairs else replace(config, cluster=2)
+    if is_alone or not has_pairs:
+        return config
+    # An expert's gradient whose rows are no wider than a band is written row by row.
+    is_narrow = config.grouping is Grouping.REDUCTION_GROUPS and col_tiles <= 2 * config.band
+    return replace(config, cluster=2, column_bands=is_narrow)
 
 
 def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
     """Tiles of 128x192 where they serve better than these of 256x128."""
     is_dense = config.grouping is Grouping.DENSE
+    if is_dense and config.promote and shape.k in _RESIDENT_K:
+        return _resident(config, shape)
     if not config.promote or (is_dense and shape.k < _WIDE_FROM_K):
         return None
     # Pairs fetch less; but of a group of rows, the end of a pair may be empty.
-    clusters = (2,) if shape.k >= _LONG_K else (1,) if is_dense else (2, 1)
+    clusters = (2,) if shape.k >= _LONG_K else (2, 1)
     if shape.multiprocessors % 2:
         clusters = (1,)
     return next((wide for cluster in clusters if (wide := _wide_in(cluster, config, shape))), None)
+
+
+def _resident(config: GemmConfig, shape: Shape) -> GemmConfig | None:
+    """Tiles of 128x192 of one column after another, whose columns of B are fetched once."""
+    wide = one_wide_wave(config.scales, config.grouping, config.output)
+    wide = replace(wide, resident_b=True, a_type=config.a_type, b_type=config.b_type)
+    row_tiles, col_tiles, _ = _tiles(config, shape)
+    waves = math.ceil(math.ceil(shape.m / wide.tile_m) * math.ceil(shape.n / wide.tile_n) / shape.multiprocessors)
+    return (
+        wide if 0.75 * _RESIDENT_TILE * waves < _waves(config, row_tiles * col_tiles, shape.multiprocessors) else None
+    )
 
 
 def _wide_in(cluster: int, config: GemmConfig, shape: Shape) -> GemmConfig | None:
@@ -207,7 +228,10 @@ def _wide_in(cluster: int, config: GemmConfig, shape: Shape) -> GemmConfig | Non
         a_type=config.a_type,
         b_type=config.b_type,
     )
-    if wide.cluster > 1 and wide.band * wide.cluster * wide.tile_m * shape.k > _KEPT_BYTES:
+    if wide.cluster > 1 and not is_long:
+        band = _SHORT_COLUMN_BAND[config.grouping]
+        wide = replace(wide, band=band, column_bands=True, yield_every=_SHORT_YIELD_EVERY)
+    elif wide.cluster > 1 and wide.band * wide.cluster * wide.tile_m * shape.k > _KEPT_BYTES:
         wide = replace(wide, band=_COLUMN_BAND, column_bands=True)
     row_tiles, col_tiles, _ = _tiles(config, shape)
     if is_dense:

@@ -200,9 +200,11 @@ def _caller(config: GemmConfig, x: Operands, b_scale: Tensor) -> Callable[[], ob
 def label(config: GemmConfig) -> str:
     waves = f"{config.waves_m}x{config.waves_n} waves" if config.waves_m * config.waves_n > 1 else "one wave"
     more = f", {config.flight} in flight" if config.flight > 1 else ""
+    band = f"band {config.band}{' columns' if config.column_bands else ''}"
+    kept = ", B resident" if config.resident_b else ""
     return (
-        f"{config.tile_m}x{config.tile_n}, {waves}{more}, cluster {config.cluster}, band {config.band}, "
-        f"{config.stages} stages"
+        f"{config.tile_m}x{config.tile_n}, {waves}{more}, cluster {config.cluster}, {band}, "
+        f"{config.stages} stages{kept}"
     )
 
 

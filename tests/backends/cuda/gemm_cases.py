@@ -36,6 +36,7 @@ CONFIGS = (
     *(one_wide_wave(BLOCK, DENSE, BF16, cluster=c, narrow=n) for c, n in ((1, 0), (1, 64), (2, 0), (2, 64))),
     replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), narrow=64, early=False),
     replace(one_wide_wave(BLOCK, DENSE, BF16, cluster=2), narrow=64, column_bands=True, band=2),
+    *(replace(one_wide_wave(BLOCK, DENSE, out), resident_b=True) for out in (BF16, ADD)),
     *(replace(two_row_waves(BLOCK, DENSE, BF16, cluster=c), lead=0, early=True, held_stages=c - 1) for c in (1, 2)),
     *(
         replace(two_row_waves(BLOCK, g, BF16, cluster=2), lead=0, early=True, held_stages=0, column_bands=c, band=2)

@@ -16,6 +16,7 @@ import pytest
 
 from fp8c.backends.cuda import build, tiles
 from fp8c.backends.cuda.config import (
+    BLOCK_K,
     SHARED_LIMIT_BYTES,
     GemmConfig,
     Grouping,
@@ -66,6 +67,7 @@ def all_configs() -> list[GemmConfig]:
         configs += [alone, early, replace(early, cluster=2), replace(early, cluster=2, column_bands=True)]
         for cluster, narrow in itertools.product((1, 2), (0, 64)):
             configs.append(one_wide_wave(Scales.PER_BLOCK, grouping, Output.BF16, cluster, narrow))
+    configs.append(replace(one_wide_wave(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16), resident_b=True))
     return configs
 
 
@@ -245,9 +247,11 @@ def test_rule_takes_clusters_only_for_even_columns() -> None:
         (16384, 4096, 7168, 1, (128, 192), 2),
         (4096, 7168, 16384, 1, (256, 128), 2),
         (4096, 4096, 7168, 1, (256, 128), 2),
-        (4096, 24576, 1536, 1, (128, 192), 1),
+        (4096, 24576, 1536, 1, (128, 192), 2),
         (4096, 7168, 2048, 1, (256, 128), 2),
-        (4096, 32768, 512, 1, (256, 128), 1),
+        (4096, 32768, 512, 1, (128, 192), 1),
+        (4096, 32768, 256, 1, (256, 128), 1),
+        (4096, 4096, 512, 1, (256, 128), 1),
         (4096, 2112, 7168, 1, (128, 192), 1),
         (32768, 4096, 7168, 4, (128, 192), 2),
         (32768, 7168, 2048, 8, (128, 192), 2),
@@ -270,7 +274,33 @@ def test_rule_gives_128_rows_no_second_warpgroup_for_narrow_tiles() -> None:
     assert (config.tile_m, config.tile_n, config.flight) == (64, 64, 4)
 
 
-def test_rule_bands_columns_where_rows_would_not_stay_in_l2() -> None:
-    for m, n, k, in_columns in ((16384, 4096, 7168, True), (8192, 8192, 8192, True), (16384, 7168, 4096, False)):
+def test_rule_keeps_short_columns_in_shared_memory() -> None:
+    for m, n, k, is_resident in ((4096, 32768, 512, True), (5000, 7168, 448, True), (4096, 32768, 640, False)):
         config = tiles.choose(tiles.Shape(m, n, k, 1, 132), Scales.PER_BLOCK, Grouping.DENSE, Output.BF16)
-        assert (config.column_bands, config.band) == ((True, 11) if in_columns else (False, 12))
+        assert config.resident_b == is_resident
+        assert not is_resident or k <= config.stages * BLOCK_K
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups", "columns", "band"),
+    [
+        (16384, 4096, 7168, 1, True, 11),
+        (8192, 8192, 8192, 1, True, 11),
+        (16384, 7168, 4096, 1, False, 12),
+        (4096, 24576, 1536, 1, True, 16),
+        (32768, 7168, 2048, 4, True, 33),
+    ],
+)
+def test_rule_bands_columns_where_that_was_faster(
+    m: int, n: int, k: int, groups: int, columns: bool, band: int
+) -> None:
+    """docs/hopper_gemm.md."""
+    grouping = Grouping.DENSE if groups == 1 else Grouping.ROW_GROUPS
+    config = tiles.choose(tiles.Shape(m, n, k, groups, 132), Scales.PER_BLOCK, grouping, Output.BF16)
+    assert (config.column_bands, config.band) == (columns, band)
+
+
+@pytest.mark.parametrize(("m", "n", "columns"), [(7168, 2048, True), (4096, 7168, False)])
+def test_rule_writes_an_experts_narrow_gradient_row_by_row(m: int, n: int, columns: bool) -> None:
+    config = tiles.choose(tiles.Shape(m, n, 32768, 4, 132), Scales.PER_ROW, Grouping.REDUCTION_GROUPS, Output.FP32_ADD)
+    assert (config.cluster, config.column_bands) == (2, columns)

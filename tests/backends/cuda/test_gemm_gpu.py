@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no GPU 
 
 if IS_HOPPER:
     from fp8c.backends.cuda import build
-    from fp8c.backends.cuda.config import Grouping, Output, Scales, two_row_waves
+    from fp8c.backends.cuda.config import Grouping, Output, Scales, one_wide_wave, two_row_waves
     from tests.backends.cuda.accumulator_model import model_product
     from tests.backends.cuda.gemm_cases import CONFIGS, random_case, run_random_cases
 
@@ -49,6 +50,14 @@ def test_a_last_wave_in_halves_adds_each_row_once() -> None:
         for cluster in (1, 2):
             config = two_row_waves(scales, Grouping.DENSE, Output.FP32_ADD, cluster=cluster)
             random_case(rng, config, 0, sizes=(2304, 2176, 300)).check()
+
+
+def test_columns_that_stay_in_shared_memory_are_those_of_the_tile() -> None:
+    """Blocks with many tiles: columns for each of them and some left over, only some left over, and a K that doesn't fit."""
+    rng = random.Random(11)
+    config = replace(one_wide_wave(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16), resident_b=True)
+    for sizes in ((700, 26_100, 512), (500, 52_000, 130), (5000, 4000, 300), (900, 26_100, 640)):
+        random_case(rng, config, 0, sizes=sizes).check()
 
 
 def test_scales_of_any_size_are_applied_exactly() -> None:

@@ -100,6 +100,10 @@ def in_column_bands(grouping: Grouping) -> GemmConfig:
     return replace(with_narrow_tiles(grouping), column_bands=True)
 
 
+def with_resident_columns() -> GemmConfig:
+    return replace(one_wide_wave(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16), resident_b=True)
+
+
 def columns(n: int, config: GemmConfig) -> list[int]:
     """First columns of all tiles; a cluster's second block may get one past the end."""
     return _starts(n, config.tile_n, 1 if config.shares_b else config.cluster)
@@ -152,6 +156,30 @@ def test_dense_tiles_come_once_where_clusters_share_columns(tmp_path: Path, conf
         found = tiles_of(program, blocks, m, n, 512)
         expected = [(0, r, min(r + config.tile_m, m), c, 0, 512) for r in rows(m, config) for c in columns(n, config)]
         assert sorted(found) == sorted(expected)
+
+
+def test_resident_columns_come_once_and_are_fetched_seldom(tmp_path: Path) -> None:
+    config = with_resident_columns()
+    program = compiled(tmp_path, config, "DenseColumnSchedule")
+    for m, n, blocks in ((1, 1, 2), (4096, 32768, 132), (2900, 64, 6), (700, 448, 6), (896, 960, 8), (5000, 7168, 130)):
+        found = tiles_and_blocks(program, blocks, m, n, 512)
+        expected = [(0, r, min(r + config.tile_m, m), c, 0, 512) for r in rows(m, config) for c in columns(n, config)]
+        assert sorted(tile for tile, _ in found) == sorted(expected)
+        counts = Counter(block for _, block in found)
+        assert max(counts.values()) <= min(counts[block] for block in range(blocks)) + 1
+        fetched = [list(group) for _, group in itertools.groupby(found, lambda x: (x[1], x[0][3]))]
+        assert len(fetched) <= len(columns(n, config)) + blocks  # a column more for each border between stretches
+        assert all([t[1] for t, _ in column] == sorted(t[1] for t, _ in column) for column in fetched)
+
+
+def test_resident_columns_go_down_in_step(tmp_path: Path) -> None:
+    config = with_resident_columns()
+    found = tiles_and_blocks(compiled(tmp_path, config, "DenseColumnSchedule"), 4, 1024, 9 * 192, 512)
+    for block in range(4):
+        own = [tile for tile, b in found if b == block]
+        assert [(t[1], t[3]) for t in own[:16]] == [
+            (row * 128, (block + 4 * turn) * 192) for turn in (0, 1) for row in range(8)
+        ]
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
