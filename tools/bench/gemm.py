@@ -326,7 +326,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--most-rows", type=int, default=1 << 31, help="only problems with no more rows of A")
     parser.add_argument("--candidates", action="store_true", help="time other tile shapes beside the rule's choice")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each sustained measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each sustained measurement")
     parser.add_argument("--idle", type=float, default=0.6, help="seconds of rest before a burst")
     parser.add_argument("--out", help="write JSON here")
     options = parser.parse_args(arguments)

@@ -1,11 +1,11 @@
 """Timing of contenders in turn, in one process, through CUDA graphs.
 
 A GPU at its power limit runs a kernel up to a fifth slower or faster depending on what ran before it. So each contender is
-timed twice: sustained (median over `seconds` of back-to-back runs, in `ROUNDS` turns, every other one in the order of the one before, reversed) and burst (20 ms after
+timed twice: sustained (mean over `seconds` of back-to-back runs, in two turns, the second in reverse order) and burst (20 ms after
 `idle_seconds` of rest), and only figures of one process are compared. On an H200 the clock follows the power of the last tenth of a second: contenders whose turns are
-shorter all run at one clock, and the one that needs less energy for a result gains nothing by it. So a turn begins with that long a
-warm-up, and there are few of them. After a rest the card swings longer, so there is a longer warm-up before the first turn: without it, who comes first
-looks up to 3 % slower than who comes second. Graphs keep launch overhead out of short kernels.
+shorter all run at one clock, and the one that needs less energy for a result gains nothing by it. After another kernel it swings by 4 % for 0.4 s,
+which is each turn's warm-up; turns should last half a second or more. (Turns of 0.3 s behind 0.12 s gave ratios that differed by 3 % and more from run to run, and at
+times all of a row to the one whose place in the order was better; two turns of 1 s behind 0.4 s agree within 0.5 %.) Graphs keep launch overhead out of short kernels.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-ROUNDS = 4
-FIRST_WARMUP_SECONDS = 0.4
-WARMUP_SECONDS = 0.12
+TURNS = 2
+WARMUP_SECONDS = 0.4
 BURST_SECONDS = 0.02
 GRAPH_MICROSECONDS = 2000  # of work in one graph, so that its replay hides the next one's launch
 
@@ -47,19 +46,17 @@ def time_in_turn(
             print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
             torch.cuda.synchronize()
     sustained: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in list(graphs.values())[:1]:
-        _times_us(graph, calls, FIRST_WARMUP_SECONDS)
-    for turn in range(ROUNDS):
-        order = random.Random(turn // 2).sample(list(graphs), len(graphs))
-        for name in order[:: -1 if turn % 2 else 1]:
+    order = random.Random(0).sample(list(graphs), len(graphs))
+    for turn in range(TURNS):
+        for name in reversed(order) if turn % 2 else order:
             _times_us(graphs[name], calls, WARMUP_SECONDS)
-            sustained[name] += _times_us(graphs[name], calls, seconds / ROUNDS)
+            sustained[name] += _times_us(graphs[name], calls, seconds / TURNS)
     burst = {}
     for name, graph in graphs.items():
         torch.cuda.synchronize()
         time.sleep(idle_seconds)
         burst[name] = statistics.median(_times_us(graph, calls, BURST_SECONDS))
-    return {name: Timing(statistics.median(sustained[name]), burst[name]) for name in graphs}
+    return {name: Timing(statistics.fmean(sustained[name]), burst[name]) for name in graphs}
 
 
 def _capture(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
