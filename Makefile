@@ -1,6 +1,6 @@
 # make run   set up, compile the example to the FP8 recipe, train it beside BF16, say where the report lies
 # make test  set up, run the suite (tests that need a GPU say so and are skipped)
-# make test-slow   the tests that take longer: fuzzing, every model, every kernel instance
+# make test-slow   the tests that take longer: fuzzing, every model
 
 PYTHON ?= python3
 VENV ?= .venv

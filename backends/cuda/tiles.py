@@ -168,10 +168,11 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
     """Clusters, bands and what warpgroups do at a tile's end, for large tiles."""
     row_tiles, col_tiles, k = _tiles(config, shape)
     is_large = config.waves_m == 2 and row_tiles * col_tiles >= _CLUSTER_FROM_WAVES * shape.multiprocessors
-    is_forward = config.lead > 0
+    is_reduction = config.grouping is Grouping.REDUCTION_GROUPS
+    is_forward = config.lead > 0 and not is_reduction
     if is_forward and is_large and (wide := _wide(config, shape)):
         return wide
-    if config.wave_n == 192 and config.output is Output.BF16:  # few columns
+    if config.wave_n == 192 and config.output is Output.BF16 and not is_reduction:  # few columns
         wide = one_wide_wave(config.scales, config.grouping, config.output)
         return replace(wide, promote=config.promote, a_type=config.a_type, b_type=config.b_type)
     has_pairs = is_large and col_tiles % 2 == 0 and shape.multiprocessors % 2 == 0
@@ -185,8 +186,7 @@ def _arranged(config: GemmConfig, shape: Shape) -> GemmConfig:
     if is_alone or not has_pairs:
         return config
     # An expert's gradient whose rows are no wider than a band is written row by row.
-    is_narrow = config.grouping is Grouping.REDUCTION_GROUPS and col_tiles <= 2 * config.band
-    return replace(config, cluster=2, column_bands=is_narrow)
+    return replace(config, cluster=2, column_bands=is_reduction and col_tiles <= 2 * config.band)
 
 
 def _wide(config: GemmConfig, shape: Shape) -> GemmConfig | None:
