@@ -18,10 +18,11 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="no GPU of compute capability 9.0")]
 
 if IS_HOPPER:
-    from fp8c.backends.cuda import build
+    from fp8c.backends.cuda import build, tiles
     from fp8c.backends.cuda.config import Grouping, Output, Scales, one_wide_wave, two_row_waves
     from tests.backends.cuda.accumulator_model import model_product
     from tests.backends.cuda.gemm_cases import CONFIGS, random_case, run_random_cases
+    from tests.backends.cuda.test_gemm_instances import policies
 
 RANDOM_CASES = 2200
 A_FMT, B_FMT = "e4m3[1x128] fp32", "e4m3[128x128] fp32"
@@ -58,6 +59,16 @@ def test_columns_that_stay_in_shared_memory_are_those_of_the_tile() -> None:
     config = replace(one_wide_wave(Scales.PER_BLOCK, Grouping.DENSE, Output.BF16), resident_b=True)
     for sizes in ((700, 26_100, 512), (500, 52_000, 130), (5000, 4000, 300), (900, 26_100, 640)):
         random_case(rng, config, 0, sizes=sizes).check()
+
+
+def test_what_the_rule_chooses_for_large_problems_matches_the_model() -> None:
+    rng = random.Random(12)
+    problems = [(policy, size) for policy in policies() for size in ((4608, 3840, 500), (4700, 3648, 260))]
+    forward = [(Scales.PER_BLOCK, grouping, Output.BF16) for grouping in (Grouping.DENSE, Grouping.ROW_GROUPS)]
+    problems += [(policy, size) for policy in forward for size in ((4608, 4608, 1540), (4608, 4672, 4100))]
+    for (scales, grouping, output), (m, n, k) in problems:
+        shape = tiles.Shape(m, n, k, 1 if grouping is Grouping.DENSE else 4, 132)
+        random_case(rng, tiles.choose(shape, scales, grouping, output), 0, sizes=(m, n, k)).check()
 
 
 def test_scales_of_any_size_are_applied_exactly() -> None:
