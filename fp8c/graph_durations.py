@@ -18,11 +18,11 @@ from fp8c.durations import PREVIOUS, Deployment, DurationTable, Measured, ModelS
 from fp8c.graph_costs import node_us
 from fp8c.partition import Halves
 from fp8c.roles import Op, OpUse
+from fp8c.saved import FORWARD_GEMMS
 from fp8c.schedule import COMPUTE
 
 ATTENTION, MLP, HEAD = "attention", "mlp", "head"
 _MLP_KINDS = frozenset({"mlp", "moe", "shared_expert", "router"})
-FORWARD_GEMMS = g.GEMMS | {torch.ops.fp8c.scaled_mm.default, torch.ops.fp8c.scaled_grouped_mm.default}
 _OUTSIDE = -1  # the layer of embedding, head and loss
 
 

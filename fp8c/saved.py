@@ -12,11 +12,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fp8c import graph as g
 from fp8c.graph import aten
+from fp8c.ops import SCALED_GROUPED_MM, SCALED_MM
 from fp8c.ops.head_loss import LINEAR_CROSS_ENTROPY
 from fp8c.partition import Halves
 
 #: Operators whose result shares the storage of their argument.
 ALIASES = (g.VIEWS - {aten.clone.default, aten.contiguous.default}) | {operator.getitem, aten.view.dtype}
+#: Operators that are one forward GEMM.
+FORWARD_GEMMS = g.GEMMS | {SCALED_MM, SCALED_GROUPED_MM}
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default})
 
 
@@ -32,8 +35,9 @@ def storage_root(node: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """One saved storage. `is_logits`: the output head's own values (logits, or the gradients that
-    `fuse-head-loss` keeps instead), which the comparison leaves out. `is_guess`: a size is known in the step alone."""
+    """One saved storage. `gemm`: module of the one GEMM it comes from, None when there are several, or none.
+    `is_logits`: the output head's own values (logits, or the gradients that `fuse-head-loss` keeps instead), which the
+    comparison leaves out. `is_guess`: a size is known in the step alone."""
 
     name: str
     layer: int | None
@@ -41,6 +45,7 @@ class SavedTensor:
     dtype: str
     size_bytes: int
     last_dim: int | None = None
+    gemm: str | None = None
     is_logits: bool = False
     is_guess: bool = False
 
@@ -69,6 +74,7 @@ class SavedReport:
 def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
     """Unique storages among the saved values; which of them are plain logits is not known yet."""
     seen: set[fx.Node] = set()
+    sources = gemm_sources(halves.forward.graph)
     tensors = []
     for node in halves.saved():
         root = storage_root(node)
@@ -87,6 +93,7 @@ def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
                 g.type_text(val),
                 g.size_bytes(val),
                 last if isinstance(last, int) else None,
+                sources.get(root),
                 root.target is operator.getitem and root.args[0].target is LINEAR_CROSS_ENTROPY,  # type: ignore[union-attr]
                 bool(free_unbacked_symbols(val)),
             )
@@ -94,7 +101,25 @@ def saved_tensors(halves: Halves) -> tuple[SavedTensor, ...]:
     return tuple(tensors)
 
 
-def saved_report(saved: Halves | tuple[SavedTensor, ...], vocabulary: frozenset[int]) -> SavedReport:
-    """The report of two halves, or of storages found before. `vocabulary`: widths of the output heads."""
+def gemm_sources(graph: fx.Graph) -> dict[fx.Node, str | None]:
+    """Module path of the GEMM that each value is, or is computed from; None where there are several."""
+    found: dict[fx.Node, str | None] = {}
+    for node in graph.nodes:
+        if node.target in FORWARD_GEMMS:
+            found[node] = g.module_path(node)
+            continue
+        behind = {found[n] for n in node.all_input_nodes if n in found}
+        if behind:
+            found[node] = behind.pop() if len(behind) == 1 else None
+    return found
+
+
+def saved_report(
+    saved: Halves | tuple[SavedTensor, ...], heads: frozenset[tuple[str | None, int | None]]
+) -> SavedReport:
+    """The report of two halves, or of storages found before. `heads`: module and width of each output head.
+
+    The width alone would not do: in a model of bytes, hidden states are as wide as its vocabulary.
+    """
     tensors = saved_tensors(saved) if isinstance(saved, Halves) else saved
-    return SavedReport(tuple(replace(t, is_logits=t.is_logits or t.last_dim in vocabulary) for t in tensors))
+    return SavedReport(tuple(replace(t, is_logits=t.is_logits or (t.gemm, t.last_dim) in heads) for t in tensors))

@@ -279,9 +279,8 @@ def with_note(error: Exception, note: str) -> Exception:
 
 
 def saved_of(rewritten: Rewritten, saved: Halves | tuple[SavedTensor, ...]) -> SavedReport:
-    heads = [u.use for u in rewritten.plan.uses.values() if "lm_head" in u.use.kinds]
-    vocabulary = frozenset(u.n for u in heads if u.n is not None)
-    return saved_report(saved, vocabulary)
+    uses = (u.use for u in rewritten.plan.uses.values())
+    return saved_report(saved, frozenset((use.path, use.n) for use in uses if "lm_head" in use.kinds))
 
 
 def durations_of(rewritten: Rewritten, session: driver.Session, model: str) -> DurationTable | None:

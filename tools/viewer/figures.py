@@ -66,7 +66,9 @@ def memory_rows(
     saved = report["saved_bytes"]
     against = f"BF16 keeps {saved['bf16']:,} bytes" if saved["bf16"] is not None else ""
     rows.append(MemoryRow("saved for backward", saved["fp8c"], against))
-    rows.append(MemoryRow("logits saved for backward", saved["logits"], "the same in BF16"))
+    rows.append(
+        MemoryRow("saved by the output head", saved["logits"], "logits, or gradients in their place; not counted above")
+    )
     return rows
 
 

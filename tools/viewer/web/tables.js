@@ -193,7 +193,7 @@ function savedTable(view) {
         "td",
         { class: "mono" },
         s.type,
-        s.is_logits ? make("span", { class: "dim" }, " logits, not counted") : null,
+        s.is_logits ? make("span", { class: "dim" }, " output head's, not counted") : null,
       ),
       make("td", { class: "num" }, bytes(s.size_bytes)),
       make("td", { class: "num" }, bytes(s.size_bytes * s.count)),
