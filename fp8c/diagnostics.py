@@ -7,6 +7,7 @@ wrong in a spec, a model or a target is reported as one; `DiagnosticError` carri
 from __future__ import annotations
 
 import enum
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,10 +94,17 @@ def _caret_block(span: Span) -> list[str]:
     text = span.text.replace("\t", " ").rstrip("\n")
     lines = [f" {gutter} |", f" {number} | {text}"]
     if span.column:
-        # A caret must not run past the line it points into.
-        length = max(1, min(span.length, len(text) - span.column + 1))
-        lines.append(f" {gutter} | {' ' * (span.column - 1)}{'^' * length}")
+        before, marked = text[: span.column - 1], text[span.column - 1 :][: span.length]
+        lines.append(f" {gutter} | {' ' * _width(before)}{'^' * max(1, _width(marked))}")
     return lines
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes: two for wide characters, none for those that join others."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def render(diagnostic: Diagnostic) -> str:
