@@ -15,6 +15,7 @@ from typing import Any
 from fp8c.backends.target import load_target
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import DiagnosticError, ExitCode, Span, fail
+from fp8c.files import reason
 
 _COSTS = Path(__file__).resolve().parent / "costs"
 SCHEMA = "fp8c.costs/1"
@@ -74,8 +75,8 @@ def _read(path: Path, seen: frozenset[Path]) -> tuple[Machine, dict[str, Any]]:
 
     try:
         raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise bad("E0931", f"not a cost sheet: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise bad("E0931", f"not a cost sheet: {reason(error)}") from None
     if raw.get("schema") != SCHEMA:
         raise bad("E0931", f'expected schema = "{SCHEMA}"')
     if path in seen:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, Span, fail
+from fp8c.files import reason
 from fp8c.target_record import TargetRecord
 
 _FOLDER = Path(__file__).resolve().parent / "targets"
@@ -55,8 +56,8 @@ def _read(path: Path, name: str) -> TargetRecord:
 
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise bad(f"not a target file: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise bad(f"not a target file: {reason(e)}") from None
     if raw.pop("schema", None) != SCHEMA:
         raise bad(f'expected `schema = "{SCHEMA}"`')
     known = {f.name: str(f.type) for f in fields(TargetRecord) if f.name != "name"}

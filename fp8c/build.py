@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
+from fp8c.files import reason
 
 SCHEMA = "fp8c.build/1"
 MANIFEST = "manifest.json"
@@ -55,8 +56,8 @@ class Build:
         """A file's JSON. Raises: DiagnosticError E0612 when the build has no such file, or it is no JSON."""
         try:
             return json.loads(self.read(name))
-        except (OSError, ValueError) as error:
-            raise _damaged(f"cannot read {self.path / name}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damaged(f"cannot read {self.path / name}: {reason(error)}") from None
 
     def has(self, name: str) -> bool:
         return name in self.manifest["files"]
@@ -74,17 +75,17 @@ def spec_file(name: str) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def packed_json(value: Any) -> bytes:
     """JSON for programs: no layout."""
-    return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def graph_file(name: str, text: str) -> tuple[str, bytes]:
     """File name and content of a graph's text."""
-    data = text.encode()
+    data = text.encode("utf-8", "backslashreplace")
     if len(data) <= GZIP_ABOVE_BYTES:
         return f"graphs/{name}.txt", data
     return f"graphs/{name}.txt.gz", gzip.compress(data, mtime=0)
@@ -152,7 +153,7 @@ def _check_is_ours(out: Path, place: Path) -> None:
         manifest = json.loads((place / MANIFEST).read_bytes())
         known = {MANIFEST, *manifest["files"], *manifest["run"]["files"]}
         ours = str(manifest["schema"]).startswith("fp8c.build/")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours, known = False, set()
     if not ours:
         raise _foreign(out, "it is not empty, and fp8c did not write it", "choose another folder, or pass --force")
@@ -171,11 +172,10 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(out) else ""
         raise fail(
             "E0610",
-            f"cannot write the build to '{out}': {reason}{where}",
+            f"cannot write the build to '{out}': {reason(error)}{where}",
             help="name another folder with -o",
             exit_code=ExitCode.USAGE,
         ) from None
@@ -301,10 +301,18 @@ def read_build(path: str | Path) -> Build:
     folder = Path(path)
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise _damaged(f"'{path}' is not a build: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise _damaged(f"cannot read {folder / MANIFEST}: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        found = (
+            f"it has no {MANIFEST}"
+            if folder.is_dir()
+            else "it is a file"
+            if folder.exists()
+            else "there is no such folder"
+        )
+        help = "name the folder that `fp8c compile -o` wrote"
+        raise fail("E0612", f"'{path}' is not a build: {found}", help=help, exit_code=ExitCode.USAGE) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(f"cannot read {folder / MANIFEST}: {reason(error)}") from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
         raise _other_schema(path, schema)
@@ -316,7 +324,7 @@ def read_build(path: str | Path) -> Build:
         try:
             data = (folder / name).read_bytes()
         except OSError as error:
-            raise _damaged(f"{folder / name}: {(error.strerror or str(error)).lower()}") from None
+            raise _damaged(f"{folder / name}: {reason(error)}") from None
         if _digest(data) != digest:
             raise _damaged(f"{folder / name} was changed after the build")
     return Build(folder, manifest)

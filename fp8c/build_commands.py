@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from fp8c.command_options import as_json_option, print_json
-from fp8c.diagnostics import ExitCode, Severity, fail
+from fp8c.diagnostics import ExitCode, Severity
+from fp8c.files import write_file
 
 #: `fp8c export`'s formats, spelt here so that --help reads no build code; tests compare them with the table.
 EXPORT_FORMATS = ("perfetto", "model-explorer", "dot")
@@ -40,7 +41,7 @@ def inspect(build: Path, out: Path | None, as_text: bool, only: str) -> None:
 
     content = page(page_data(read))
     if out is not None:
-        write(out, content)
+        write_file(out, content)
         print(f"{out}: {len(content) / 1e6:.2f} MB")
         return
     import tempfile
@@ -51,17 +52,6 @@ def inspect(build: Path, out: Path | None, as_text: bool, only: str) -> None:
     if not webbrowser.open(Path(file.name).as_uri()):
         print("no browser to open it with; -o FILE writes it where you want it", file=sys.stderr)
     print(file.name)
-
-
-def write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise fail(
-            "E0610", f"cannot write {path}: {why}", help="name another file with -o", exit_code=ExitCode.USAGE
-        ) from None
 
 
 @click.command()

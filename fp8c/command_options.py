@@ -7,13 +7,28 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from fp8c.diagnostics import Diagnostic, render
+from fp8c.files import check_writable
 
 _COLOURS = {"error": "\033[1;31m", "warning": "\033[1;33m", "remark": "\033[1;36m"}
+
+
+class OutputFile(click.Path):
+    """A file to write when the work is done; that it can be written is found out before. Raises: DiagnosticError E0610."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        check_writable(path)
+        return path
+
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 spec_option = click.option(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, Span, fail
+from fp8c.files import reason
 from fp8c.schedule import COMM, COMPUTE, Task, make_problem
 
 SCHEMA = "fp8c.durations/1"
@@ -123,9 +124,9 @@ def load_durations(path: Path) -> DurationTable:
     try:
         text = path.read_text(encoding="utf-8")
         document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error) or type(error).__name__
-        raise fail("E0910", f"cannot read durations: {reason}", span=span, exit_code=ExitCode.USAGE) from error
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"cannot read durations: {reason(error)}"
+        raise fail("E0910", why, span=span, exit_code=ExitCode.USAGE) from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
         raise fail(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, Span, fail
+from fp8c.files import reason
 from fp8c.specs import formatter, parser
 from fp8c.specs.load import loads
 from fp8c.specs.vocabulary import did_you_mean
@@ -297,8 +298,8 @@ def _fnmatch(pattern: str) -> str:
 def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as e:
-        raise _error(f"cannot read the file: {getattr(e, 'strerror', None) or e}", str(path)) from None
+    except (OSError, ValueError) as e:
+        raise _error(f"cannot read the file: {reason(e)}", str(path)) from None
     if len(text) > parser.MAX_BYTES:
         raise _error("the file is larger than 1 MiB", str(path))
     return text
@@ -308,7 +309,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
     except (json.JSONDecodeError, RecursionError) as e:
-        raise _error(f"not JSON: {e}", str(path)) from None
+        raise _error(f"not JSON: {reason(e)}", str(path)) from None
 
 
 def _read_yaml(path: Path) -> Any:

@@ -109,8 +109,8 @@ def test_explain_needs_a_code_or_a_build_and_a_name(tmp_path: Path, capsys: pyte
 
 
 def test_inspect_writes_nothing_where_it_may_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fp8c.build_commands import write as write_file
     from fp8c.diagnostics import DiagnosticError
+    from fp8c.files import write_file
 
     (tmp_path / "file").write_text("")
     with pytest.raises(DiagnosticError, match="E0610"):
@@ -136,3 +136,19 @@ def test_a_target_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture
     mine.write_text("name = [")
     assert main(["targets", str(mine)]) == 5
     assert "mine.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, found", [("nothing", "no such folder"), ("file", "it is a file"), (".", "no manifest")])
+def test_what_is_no_build_is_told_from_a_damaged_one(
+    name: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["inspect", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert found in error and "build it again" not in error
+
+
+def test_json_nested_too_deep_is_a_damaged_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (write(tmp_path / "build") / b.MANIFEST).write_text("[" * 100_000)
+    assert main(["inspect", str(tmp_path / "build")]) == 2
+    assert "E0612" in capsys.readouterr().err

@@ -26,7 +26,7 @@ SCHEDULER = (
 )
 #: Layers from the left: a module may import its own layer and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("cache", "diagnostics", "error_codes", "formats", "roles", "target_record", "user_code"),
+    ("cache", "diagnostics", "error_codes", "files", "formats", "roles", "target_record", "user_code"),
     (
         "graph",
         "delayed",

@@ -13,6 +13,7 @@ from torch import fx
 from fp8c import graph as g
 from fp8c.build import spec_file
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
+from fp8c.files import write_file
 from fp8c.passes import ALL_PASSES, HALF_PASSES, ROLES
 
 _ON_HALVES = frozenset(p.name for p in HALF_PASSES)
@@ -109,17 +110,7 @@ class Observer:
         suffix = "" if which == "joint" else f"-{which}"
         path = self.printing.dump_dir / f"{self._dumped:02}-{name}{suffix}.txt"
         self._dumped += 1
-        write_text(path, g.graph_text(graph, which))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Raises: DiagnosticError E0610 (usage) when the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise fail("E0610", f"cannot write '{path}': {reason}", exit_code=ExitCode.USAGE) from None
+        write_file(path, g.graph_text(graph, which))
 
 
 def write_reproducer(

@@ -15,6 +15,7 @@ from xml.sax.saxutils import escape
 from fp8c.cluster import ClusterRun, Mesh, StepResult, draw_loads, simulate_stream
 from fp8c.cost_model import Machine
 from fp8c.durations import DurationTable
+from fp8c.files import check_writable, write_file
 from fp8c.overlap import CHUNK_LIMITS, choose_comm_sms, schedule_pair
 from fp8c.schedule import COMM, COMPUTE, Schedule
 
@@ -105,7 +106,7 @@ def skew_curve(
 
 def write_figures(table: DurationTable, machine: Machine, folder: Path, layers: int = 4) -> dict[str, Any]:
     """Draw all pictures into `folder`; returns their numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / "pair.svg")
     chunk = ("moe",) * layers
     report = schedule_pair(table, chunk, chunk)
     shares = share_curve(table, machine, chunk)
@@ -141,7 +142,7 @@ def write_figures(table: DurationTable, machine: Machine, folder: Path, layers: 
         ),
     }
     for name, text in pictures.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
     return {
         "pair_ms": report.schedule.makespan_us / 1e3,
         "sm_share": [asdict(p) for p in shares],

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import statistics
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 from fp8c.diagnostics import ExitCode, Span, fail
 from fp8c.durations import DurationTable, OpDuration
+from fp8c.files import reason
 from fp8c.overlap import Exposure, length_us, union
 from fp8c.schedule import COMM, COMPUTE
 
@@ -83,9 +86,16 @@ def read_kernels(path: Path) -> list[Kernel]:
         document = json.loads(data)
         events = document["traceEvents"] if isinstance(document, dict) else document
         kernels = _kernels([e for e in events if isinstance(e, dict)])
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        why = f"cannot read a Chrome trace: {error}"
-        raise fail("E0961", why, span=span, exit_code=ExitCode.USAGE) from error
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        why = f"cannot read a Chrome trace: {reason(error)}"
+        raise fail("E0961", why, span=span, exit_code=ExitCode.USAGE) from None
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise fail(
+            "E0961",
+            f"no Chrome trace as a profiler writes it: {type(error).__name__}: {error}",
+            span=span,
+            exit_code=ExitCode.USAGE,
+        ) from None
     if not kernels:
         raise fail(
             "E0961",
@@ -122,12 +132,19 @@ def _kernels(events: list[dict[str, Any]]) -> list[Kernel]:
                 str(event["name"]),
                 _innermost(around.get(launch[0], []), launch[1]) if launch else "",
                 int(arguments.get("stream", event.get("tid", 0))),
-                float(event["ts"]),
-                float(event["dur"]),
+                _time_us(event, "ts"),
+                _time_us(event, "dur"),
                 blocks,
             )
         )
     return sorted(kernels, key=lambda k: (k.start_us, k.name))
+
+
+def _time_us(event: dict[str, Any], key: str) -> float:
+    time_us = float(event[key])
+    if not math.isfinite(time_us) or (key == "dur" and time_us < 0):
+        raise ValueError(f"kernel {event['name']} has {key} {event[key]}")
+    return time_us
 
 
 def _innermost(annotations: list[tuple[float, float, str]], time_us: float) -> str:

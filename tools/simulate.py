@@ -26,6 +26,7 @@ from fp8c.cluster import (
 from fp8c.cost_model import Machine, Operator, compute_stretch, estimate_us, hbm_bytes
 from fp8c.diagnostics import ExitCode, Span, fail
 from fp8c.durations import Deployment, DurationTable, load_durations
+from fp8c.files import reason
 from fp8c.overlap import PairReport, choose_comm_sms, schedule_pair, with_comm_sms
 from fp8c.pipeline_schedule import Pair
 from fp8c.workload import layer_work, predicted_table, with_transfers
@@ -424,8 +425,10 @@ def read_loads(path: Path) -> tuple[float, ...]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return tuple(float(v) for v in values)
-    except (OSError, ValueError, TypeError) as error:
-        raise fail("E0924", f"cannot read expert loads: {error}", span=Span(str(path))) from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise fail(
+            "E0924", f"cannot read expert loads: {reason(error)}", span=Span(str(path)), exit_code=ExitCode.USAGE
+        ) from None
 
 
 def with_deployment(table: DurationTable, **changes: int | str | None) -> DurationTable:

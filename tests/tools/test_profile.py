@@ -113,3 +113,35 @@ def test_the_verb_prints_and_bad_files_are_named(
         bad.write_text(text)
         assert main(["profile", str(bad)]) == 2
         assert "E0961" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "no such file or directory"),
+        ('{"traceEvents": [', "line 1, column 18: expecting value"),
+        ("[" * 100_000, "nested too deep"),
+        ('[{"cat": "kernel", "ph": "X", "name": "k", "ts": 1, "dur": 1, "args": [1]}]', "as a profiler writes it"),
+        ('[{"cat": "kernel", "ph": "X", "name": "k", "ts": NaN, "dur": 1}]', "kernel k has ts nan"),
+        ('[{"cat": "kernel", "ph": "X", "name": "k", "ts": 1, "dur": -1}]', "kernel k has dur -1"),
+    ],
+    ids=["missing", "cut", "deep", "arguments", "no number", "negative"],
+)
+def test_what_is_wrong_with_a_trace_is_said_in_words(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace.json"
+    if text is not None:
+        path.write_text(text)
+    assert main(["profile", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Errno" not in error
+
+
+def test_a_damaged_archive_is_named(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = tmp_path / "trace.json.gz"
+    data = bytearray(gzip.compress(trace.read_bytes()))
+    data[20:30] = b"\xff" * 10
+    packed.write_bytes(data)
+    assert main(["profile", str(packed)]) == 2
+    assert "E0961" in capsys.readouterr().err

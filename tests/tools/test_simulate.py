@@ -150,6 +150,16 @@ def test_measured_loads_are_an_input(build: Path, capsys: pytest.CaptureFixture[
     assert "E0924" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--loads", "--durations"])
+def test_a_file_that_is_not_there_is_said_in_words(
+    build: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = [str(build)] if option == "--loads" else []
+    assert main(["simulate", *first, option, "nob.json"]) == 2
+    error = capsys.readouterr().err
+    assert "no such file or directory" in error and "Errno" not in error
+
+
 def test_a_build_without_durations_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(tmp_path)]) == 2
     assert "durations.json" in capsys.readouterr().err

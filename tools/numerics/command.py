@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from fp8c import driver
 from fp8c.diagnostics import Diagnostic, ExitCode, fail
+from fp8c.files import check_writable, write_file
 from fp8c.models import LoadedModel, load_model, load_namespace
 from fp8c.prepare import prepare
 from fp8c.tools.compile_command import Request, check_batch
@@ -82,6 +83,8 @@ def run(request: Request, settings: Settings) -> Answer:
     metric = settings.metric or ("gradient" if settings.search else "worst")
     if metric not in METRICS:
         raise ValueError(metric)
+    if settings.search:
+        check_writable(settings.spec_out or Path("searched.fp8"))
     session = driver.new_session(request.spec, request.target)
     fault = parse_fault(settings.fault) if settings.fault else None
     loaded = load_model(
@@ -153,6 +156,6 @@ def write(answer: Answer, out: Path | None, written: tuple[str, ...]) -> Answer:
                 content = json.dumps({"schema": SCHEMA, **answer.to_json()}, indent=1) + "\n"
             case _:
                 content = page.page(answer.found, answer.notes())
-        out.write_text(content, encoding="utf-8", newline="\n")
+        write_file(out, content)
         written = (*written, str(out))
     return Answer(answer.found, answer.bisection, answer.proposal, answer.remarks, written)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8c.diagnostics import ExitCode, fail
+from fp8c.files import write_file
 from fp8c.roles import OPERANDS, OpUse
 from fp8c.specs.fit import gemms_of
 from fp8c.specs.formatter import format_source
@@ -232,5 +233,5 @@ def _statements(gemms: set[str]) -> Iterator[str]:
 
 def write_spec(proposal: Proposal, out: Path) -> Spec:
     """Write the spec and load it from where it lies."""
-    out.write_text(proposal.text, encoding="utf-8", newline="\n")
+    write_file(out, proposal.text)
     return load(out)

@@ -8,7 +8,6 @@ dot             Graphviz: modules with identical ones folded, and what flows bet
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from fp8c.build import Build
 from fp8c.diagnostics import ExitCode, fail
+from fp8c.files import write_file
 from fp8c.tools.build_contents import read_contents
 from fp8c.tools.viewer.build_graphs import BuildGraphs, Half, identical_siblings, read_graphs
 from fp8c.tools.viewer.graph_reader import PLUMBING, precision
@@ -38,7 +38,7 @@ class ExportFormat:
 def perfetto(build: Build, out: Path) -> str:
     """Raises: DiagnosticError E0963 for a build with neither a schedule nor durations."""
     if build.has(TRACE_FILE):
-        shutil.copyfile(build.path / TRACE_FILE, out)
+        write_file(out, build.read(TRACE_FILE))
         return f"{out}: the schedule; open it at ui.perfetto.dev"
     if not build.has("durations.json"):
         raise fail(
@@ -48,7 +48,7 @@ def perfetto(build: Build, out: Path) -> str:
             exit_code=ExitCode.USAGE,
         )
     document = duration_trace(build.json("durations.json"))
-    out.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    write_file(out, json.dumps(document, separators=(",", ":")) + "\n")
     return f"{out}: estimated durations in program order, {len(document['traceEvents'])} events; open it at ui.perfetto.dev"
 
 
@@ -84,7 +84,7 @@ def model_explorer(build: Build, out: Path) -> str:
         "label": f"{build.manifest['model']['name']} under {build.manifest['spec']['name']}",
         "graphs": [explorer_graph(half, graphs, uses) for half in graphs.halves],
     }
-    out.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    write_file(out, json.dumps(document, separators=(",", ":")) + "\n")
     count = sum(len(half.nodes) for half in graphs.halves)
     return f"{out}: {len(graphs.halves)} graphs, {count:,} nodes; open it with `model-explorer {out}`"
 
@@ -145,7 +145,7 @@ def dot(build: Build, out: Path) -> str:
     signs = {use["path"]: str(sorted((k, str(d["value"])) for k, d in use["fields"].items())) for use in uses.values()}
     folds = identical_siblings(graphs, signs)
     text = dot_text(graphs, folds)
-    out.write_text(text, encoding="utf-8")
+    write_file(out, text)
     return f"{out}: {text.count('[label=')} modules; draw it with `dot -Tsvg {out} -o graph.svg`"
 
 
@@ -220,12 +220,4 @@ def export(build: Build, format_name: str, out: Path | None) -> str:
     Raises: DiagnosticError E0610 when the file cannot be written.
     """
     chosen = FORMATS[format_name]
-    path = out or Path(chosen.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return chosen.write(build, path)
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise fail(
-            "E0610", f"cannot write {path}: {why}", help="name another file with -o", exit_code=ExitCode.USAGE
-        ) from None
+    return chosen.write(build, out or Path(chosen.name))
