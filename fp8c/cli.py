@@ -6,6 +6,8 @@ stdout is the result, stderr the diagnostics. Exit codes: 0 ok, 1 a check failed
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import click
 
 from fp8c import __version__, build_commands
 from fp8c.command_options import (
+    OutputFile,
     as_json_option,
     check_inputs_exist,
     command_line,
@@ -25,7 +28,8 @@ from fp8c.command_options import (
     spec_option,
     with_model_options,
 )
-from fp8c.diagnostics import DiagnosticError, ExitCode
+from fp8c.diagnostics import DiagnosticError, ExitCode, fail
+from fp8c.files import reason
 from fp8c.spec_commands import spec
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -37,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     global _is_debugging
     _is_debugging = False
     words = tuple(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
     try:
         code = app.main(list(words), "fp8c", standalone_mode=False, obj=words)
         sys.stdout.flush()
@@ -52,22 +57,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, ReaderGone):
         # The reader (`head`, a pager) has what it wants; keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if _is_debugging or e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return report_bug(e)
+        print_diagnostics(fail("E0610", f"cannot write {e.filename or 'the output'}: {reason(e)}").diagnostics)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer
+        return int(ExitCode.USAGE)
     except Exception as e:  # noqa: BLE001 (the last resort: say that it is a bug)
-        import traceback
+        return report_bug(e)
 
-        traceback.print_exc()
-        print(f"fp8c: this is a bug in fp8c, not in your input: {type(e).__name__}: {e}", file=sys.stderr)
-        return int(ExitCode.BUG)
+
+def report_bug(error: Exception) -> int:
+    import traceback
+
+    traceback.print_exception(error)
+    print(f"fp8c: this is a bug in fp8c, not in your input: {type(error).__name__}: {error}", file=sys.stderr)
+    return int(ExitCode.BUG)
+
+
+def prepare_streams() -> None:
+    """Streams that can be written to: a closed one (`>&-`) becomes the null device, and a character that the terminal's
+    encoding lacks, or a file's name that is no text, is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class ReaderGone(Exception):
+    """stdout was closed by its reader. click would end the process with 1 on a BrokenPipeError."""
+
+
+class App(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise ReaderGone from None
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
 
 
-@click.group(context_settings=_HELP)
+@click.group(cls=App, context_settings=_HELP)
 @click.option("--debug", is_flag=True, help="Show a traceback with every error.")
 @click.version_option(__version__, message="fp8c %(version)s")
 def app(debug: bool) -> None:
@@ -231,8 +268,8 @@ def set_debugging(debug: bool) -> None:
     "--budget", type=click.FloatRange(min=0), help="--search: the largest error; half of what formats explain."
 )
 @click.option("--inject", metavar="FAULT", default="", help="Break an operand, for example scale:layers.1.up:fprop.x.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Page (.html), picture (.svg) or document (.json).")
-@click.option("--spec-out", type=click.Path(path_type=Path), help="--search: the new spec; searched.fp8 unless given.")
+@click.option("--out", "-o", type=OutputFile(), help="Page (.html), picture (.svg) or document (.json).")
+@click.option("--spec-out", type=OutputFile(), help="--search: the new spec; searched.fp8 unless given.")
 @as_json_option
 def numerics(
     model: str,
