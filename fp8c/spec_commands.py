@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 
 from fp8c.command_options import as_json_option, model_request, print_diagnostics, print_json, with_model_options
 from fp8c.diagnostics import ExitCode
+from fp8c.files import reason, write_file
 
 
 @click.group()
@@ -93,7 +95,7 @@ def spec_lock(
     if out is None:
         sys.stdout.write(text)
     else:
-        _replace_file(Path(out), text)
+        write_file(Path(out), text)
         print(f"{out}: {result.uses} uses, {result.plan.digest()[:16]}")
     return int(ExitCode.OK)
 
@@ -147,8 +149,9 @@ def spec_fmt(files: tuple[str, ...], check: bool, diff: bool) -> int:
     has_change = False
     for file in files:
         if file == "-":
-            text = sys.stdin.read()
-            source = parser.source_of(text, "<stdin>")
+            data = sys.stdin.buffer.read()
+            source = parser.decoded(data, "<stdin>")
+            text = data.decode()
         else:
             source = parser.read(Path(file), file)
             text = Path(file).read_bytes().decode("utf-8")  # with its byte order mark, and CR LF as they are
@@ -160,26 +163,14 @@ def spec_fmt(files: tuple[str, ...], check: bool, diff: bool) -> int:
             continue
         has_change = True
         if diff:
-            sys.stdout.write(formatter.diff(source, formatted))
+            lines = formatter.diff(source, formatted)
+            sys.stdout.write(lines or f"{file}: its byte order mark or line ends would change\n")
         elif check:
             print(f"{file}: not formatted", file=sys.stderr)
         else:
-            _replace_file(Path(file), formatted)
+            write_file(Path(file), formatted)
             print(f"{file}: formatted")
     return int(ExitCode.CHECK_FAILED if has_change and (check or diff) else ExitCode.OK)
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Write beside the file and swap in whole, so that a crash never leaves half a file."""
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        if path.exists():
-            temporary.chmod(path.stat().st_mode & 0o777)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @spec.command("new")
@@ -197,7 +188,7 @@ def spec_new(name: str, extends: str) -> None:
         with path.open("x", encoding="utf-8", newline="\n") as f:
             f.write(text)
     except OSError as e:
-        raise click.UsageError(f"cannot write {path}: {(e.strerror or str(e)).lower()}") from None
+        raise click.UsageError(f"cannot write {path}: {reason(e)}") from None
     print(f"{path}: extends {extends}; next: fp8c spec check {path}")
 
 
@@ -223,7 +214,7 @@ def spec_import(source: str, name: str, out: str | None, skip: tuple[str, ...], 
     if out is None:
         sys.stdout.write(text)
         return
-    _replace_file(Path(out), text)
+    write_file(Path(out), text)
     print(f"{out}: next: fp8c spec check {out}")
 
 
@@ -258,9 +249,12 @@ def spec_list(as_json: bool) -> None:
     if as_json:
         print_json("fp8c.spec-list/1", specs=[{"name": name, "doc": doc} for name, doc in docs.items()])
         return
-    width = max(map(len, docs))
+    margin = " " * (max(map(len, docs)) + 2)
+    wrapper = textwrap.TextWrapper(break_long_words=False, break_on_hyphens=False, subsequent_indent=margin)
+    wrapper.width = max(len(margin) + 30, min(100, shutil.get_terminal_size().columns))
     for name, doc in docs.items():
-        print(f"{name:<{width}}  {doc.partition(chr(10))[0]}")
+        summary = " ".join(doc.partition("\n\n")[0].split())
+        print(wrapper.fill(f"{name:<{len(margin)}}{summary}"))
 
 
 @spec.command("show")

@@ -200,7 +200,7 @@ class _Loader:
             raise DiagnosticError(_distinct(mistakes), ExitCode.SPEC)
         digest = hashlib.sha256()
         for name in sorted(self.texts):
-            digest.update(f"{name}\0{self.texts[name]}\0".encode())
+            digest.update(f"{name}\0{self.texts[name]}\0".encode("utf-8", "surrogateescape"))
         texts = tuple(sorted(self.texts.items()))
         return Spec(spec.name, source.path, tuple(reversed(layers)), digest.hexdigest(), texts)
 

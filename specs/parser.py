@@ -15,6 +15,7 @@ from typing import Any
 
 from fp8c.cache import cache_folder
 from fp8c.diagnostics import Diagnostic, DiagnosticError, ExitCode, Span
+from fp8c.files import reason
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 100
@@ -158,18 +159,22 @@ def read(path: Path, name: str) -> Source:
         with path.open("rb") as f:
             data = f.read(MAX_BYTES + 4)  # a byte order mark does not count
     except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        raise _error("E0603", f"cannot read the spec: {reason.lower()}", Span(str(path))) from None
+        raise _error("E0603", f"cannot read the spec: {reason(e)}", Span(str(path))) from None
+    return decoded(data, name, str(path))
+
+
+def decoded(data: bytes, name: str, path: str = "") -> Source:
+    """Bytes as spec text. Raises DiagnosticError E0103 (not text), E0104 (too large)."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
         if len(data) <= MAX_BYTES:
             line = data.count(b"\n", 0, e.start) + 1
             raise _error(
-                "E0103", f"byte {e.start} is no UTF-8 text", Span(str(path), line), help="save the file as UTF-8"
+                "E0103", f"byte {e.start} is no UTF-8 text", Span(path or name, line), help="save the file as UTF-8"
             ) from None
         text = data.decode("utf-8", "replace")
-    return source_of(text, name, str(path))
+    return source_of(text, name, path)
 
 
 def source_of(text: str, name: str = "<spec>", path: str = "") -> Source:

@@ -162,6 +162,62 @@ def test_closed_pipe_is_no_error() -> None:
     assert done.stdout.startswith("versi") and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_left_is_no_failed_check(unbuffered: str) -> None:
+    """`fp8c ... | head` under pipefail: 1 would say that a check failed."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fp8c", "spec", "show", "deepseek_v3"],
+        check=False,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("closing, code", [(">&-", 0), ("2>&-", 0), ("<&-", 0), (">/dev/full", 2)])
+def test_streams_that_are_closed_or_full_are_no_bug(closing: str, code: int) -> None:
+    command = f"{sys.executable} -m fp8c spec list {closing}"
+    done = subprocess.run(command, check=False, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("no space left on device" in done.stderr) == (code == 2)
+
+
+def test_a_file_name_that_is_no_text_is_printed_escaped(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/n\xff.fp8"
+    Path(os.fsdecode(path)).write_text("version 1;\nspec a { }\n")
+    for more in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fp8c", "spec", "check", path, *more], capture_output=True, cwd=ROOT
+        )
+        assert done.returncode == 0 and rb"n\udcff.fp8: ok" in done.stdout
+
+
+def test_list_prints_whole_sentences_within_the_terminal() -> None:
+    done = run("-m", "fp8c", "spec", "list", COLUMNS="60")
+    assert max(map(len, done.stdout.splitlines())) <= 60
+    text = " ".join(done.stdout.split())
+    assert "so every tile can be tiled again without a scale's rounding. hybrid_delayed" in text
+
+
+def test_fmt_of_what_is_no_text_on_stdin_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fp8c", "spec", "fmt", "-"], input=b"version 1;\n\xff", capture_output=True, cwd=ROOT
+    )
+    assert done.returncode == 3 and b"byte 11 is no UTF-8 text" in done.stderr
+
+
+def test_diff_says_so_where_no_line_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bom.fp8"
+    path.write_bytes(b"\xef\xbb\xbfversion 1;\nspec a { }\n")
+    assert cli.main(["spec", "fmt", "--diff", str(path)]) == ExitCode.CHECK_FAILED
+    assert "byte order mark or line ends" in capsys.readouterr().out
+
+
 def test_new_spec_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["spec", "new", "my_run"]) == ExitCode.OK
