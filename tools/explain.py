@@ -20,7 +20,8 @@ from fp8c.build import Build
 from fp8c.diagnostics import DiagnosticError, ExitCode, Span, fail
 from fp8c.formats import Format
 from fp8c.roles import OPERANDS
-from fp8c.specs.load import Spec, loads, shipped
+from fp8c.specs import ast
+from fp8c.specs.load import loads, shipped
 from fp8c.specs.plan import uses_from_json
 from fp8c.specs.select import Selection, indices
 from fp8c.tools.build_contents import read_lock
@@ -34,6 +35,7 @@ WEIGHT_FORMATS = ("e4m3[128x128] fp32", "e4m3[1x32] e8m0", "bf16")
 CACHE_FORMATS = ("e4m3[1x128] fp32", "e5m6[1x128] pow2", "bf16")
 
 _LANGUAGE = re.compile(r"[()&|!@\"~*{}\[\]]")  # what only a selector has; a path has letters, digits, `.:#_`
+_PATTERN = re.compile(r"[\w.*{},\[\]-]+")
 _NODE = re.compile(r"%?(\w+)")
 
 
@@ -102,7 +104,7 @@ def explain(build: Build, what: str) -> list[Explanation]:
     """Raises: DiagnosticError E0615 when the build has nothing of this name, or the selector matches nothing in it;
     a selector's own mistakes with the codes of the language."""
     reader = _Reader(build)
-    if _LANGUAGE.search(what):
+    if _LANGUAGE.search(what) or what == "all":
         return reader.fold(reader.select(what))
     keys = reader.named(what)
     if keys:
@@ -144,10 +146,11 @@ class _Reader:
     def select(self, text: str) -> list[str]:
         """Uses a selector matches; `@name` are sets of the build's spec. A path pattern may stand alone."""
         records = list(uses_from_json(self.lock).values())
-        spec = self._selection_spec(text)
-        rule = next(r for layer in spec.layers for r in layer.rules if r.name == "selection")
+        rule = self._rule(text)
         selection = Selection(records)
         mask = selection.mask(rule.selector)
+        if not mask and _PATTERN.fullmatch(text):  # a module stands for what is inside
+            mask = Selection(records).mask(self._rule(f"{text}.**").selector)
         if selection.diagnostics:
             raise DiagnosticError(selection.diagnostics, ExitCode.USAGE)
         if not mask:
@@ -160,7 +163,8 @@ class _Reader:
             )
         return [records[i].key for i in indices(mask)]
 
-    def _selection_spec(self, text: str) -> Spec:
+    def _rule(self, text: str) -> ast.Rule:
+        """The selector's text as a rule. Raises: DiagnosticError with the selector's mistakes."""
         own = self.build.manifest["spec"]
         name = str(own["reference"]).removeprefix("std:")
         begin, used = "version 1;\n", ""
@@ -168,11 +172,12 @@ class _Reader:
             used = f"std:{name}" if name in shipped() else f"./{name.rpartition('/')[2]}"
             begin += f'use "{used}" as build;\n'
         selector = re.sub(r"@(?!build\.)", "@build.", text)
-        if re.fullmatch(r"[\w.*{},\[\]-]+", text):
+        if _PATTERN.fullmatch(text) and text != "all":
             selector = f'"{text}"'
         body = f"spec selection {{ rule selection for {selector} {{ precision = bf16; }} }}\n"
         try:
-            return loads(begin + body, "<selector>", self.build.path / "spec")
+            spec = loads(begin + body, "<selector>", self.build.path / "spec")
+            return next(r for layer in spec.layers for r in layer.rules if r.name == "selection")
         except DiagnosticError as error:
             first = error.diagnostics[0]
             raise fail(

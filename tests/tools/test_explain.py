@@ -99,6 +99,16 @@ def test_sections_are_explained(small_build: Path) -> None:
     assert len(ask(small_build, "optimizer")[0].answers) > 3
 
 
+def test_a_pattern_of_modules_stands_for_what_is_inside(small_build: Path) -> None:
+    inside = {key for e in ask(small_build, "model.layers.*.mlp") for key in e.keys or (e.key,)}
+    assert inside == {key for e in ask(small_build, "model.layers.*.mlp.**") for key in e.keys or (e.key,)}
+
+
+def test_all_is_a_selector(small_build: Path) -> None:
+    keys = {key for e in ask(small_build, "all") for key in e.keys or (e.key,)}
+    assert {"model.layers.1.attn.q_proj", "model.layers.0.mlp.experts:swiglu"} <= keys
+
+
 @pytest.mark.parametrize(
     ("what", "help"),
     [

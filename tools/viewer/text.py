@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fp8c.build import Build
+from fp8c.diagnostics import ExitCode, fail
 from fp8c.tools.build_contents import read_contents
 from fp8c.tools.explain import ranges, size
 from fp8c.tools.viewer.build_graphs import BuildGraphs, identical_siblings, read_graphs
@@ -14,15 +15,25 @@ from fp8c.tools.viewer.graph_reader import is_gemm, type_bytes
 
 
 def inspect_text(build: Build, only: str = "") -> str:
-    """The whole page as text; `only` keeps modules whose path contains it."""
+    """The whole page as text; `only` keeps modules whose path contains it. Raises: DiagnosticError E0615 when none does."""
     contents = read_contents(build)
     lock, report, uses = contents.lock, contents.report, contents.uses
     graphs = read_graphs(build, uses)
     saved = report["saved_bytes"]
+    rows = module_rows(graphs, uses, only)
+    if len(rows) == 1 and only:  # a layer that stands behind an identical one
+        rows = module_rows(graphs, uses, only, folds=False)
+    if len(rows) == 1 and only:
+        raise fail(
+            "E0615",
+            f"{build.path} has no module whose path contains '{only}'",
+            help="without --only all modules are listed",
+            exit_code=ExitCode.USAGE,
+        )
     lines = [
         f"{report['model']['reference']} under {build.manifest['spec']['name']} for {build.manifest['target']['name']}",
         "",
-        *columns(module_rows(graphs, uses, only)),
+        *columns(rows),
         "",
         *columns([("GEMMs", "total", "FP8", "kept"), *_gemm_rows(report["gemms"])]),
         "",
@@ -40,12 +51,14 @@ def inspect_text(build: Build, only: str = "") -> str:
     return "\n".join([*lines, *(["", *messages] if messages else [])])
 
 
-def module_rows(graphs: BuildGraphs, uses: Mapping[str, Any], only: str = "") -> list[tuple[str, ...]]:
+def module_rows(
+    graphs: BuildGraphs, uses: Mapping[str, Any], only: str = "", *, folds: bool = True
+) -> list[tuple[str, ...]]:
     """A row for each module that holds operators: its name, operators of both halves, formats, saved bytes."""
     signs = {use["path"]: str(sorted((k, str(d["value"])) for k, d in use["fields"].items())) for use in uses.values()}
-    folds = identical_siblings(graphs, signs)
-    hidden = {path: run for run in folds for path in run[1:]}
-    heads = {run[0]: run for run in folds}
+    runs = identical_siblings(graphs, signs) if folds else []
+    hidden = {path: run for run in runs for path in run[1:]}
+    heads = {run[0]: run for run in runs}
     counts: dict[str, list[int]] = {}
     saved: dict[str, int] = {}
     formats: dict[str, set[str]] = {}
