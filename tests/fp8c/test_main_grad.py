@@ -42,6 +42,9 @@ class Norm(nn.Module):
 class Experts(nn.Module):
     """Grouped GEMMs; the third expert gets no row."""
 
+    rows: Tensor
+    offs: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Parameter(random(4, 256, 128) * 0.1)
@@ -65,7 +68,7 @@ class Small(nn.Module):
 MODELS: dict[str, Any] = {"mlp": Mlp, "norm": Norm, "experts": Experts}
 
 
-def compiled(name: str, **options: Any) -> nn.Module:
+def compiled(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     return fp8c.compile(MODELS[name](), "deepseek_v3", "cpu", **options)
 
@@ -180,7 +183,7 @@ def test_a_deep_copy_accumulates_as_its_model_does() -> None:
 
 def test_a_step_outlives_the_module_it_was_called_on() -> None:
     torch.manual_seed(0)
-    model = Mlp()
+    model: Any = Mlp()
     loss = loss_of(fp8c.compile(model, "deepseek_v3", "cpu", main_grad=True)(features()))
     gc.collect()
     loss.backward()
@@ -209,7 +212,7 @@ def test_what_autograd_is_not_asked_for_is_not_accumulated() -> None:
     (usual,) = torch.autograd.grad(loss_of(step(x)), x)
     assert usual.any() and not any(p.main_grad.any() for p in step.parameters())
     loss_of(step(x)).backward(inputs=[x, step.up.weight])
-    assert torch.equal(x.grad, usual)
+    assert x.grad is not None and torch.equal(x.grad, usual)
     assert {n for n, p in step.named_parameters() if p.main_grad.any()} == {"up.weight"}
     with pytest.raises(RuntimeError, match="appears to not have been used"):
         torch.autograd.grad(loss_of(step(x)), step.gate.weight)
@@ -249,7 +252,7 @@ def test_tied_and_frozen_parameters() -> None:
 
 
 def test_an_accumulator_of_another_kind_is_refused() -> None:
-    p = nn.Parameter(torch.zeros(4, 8))
+    p: Any = nn.Parameter(torch.zeros(4, 8))
     p.main_grad = torch.zeros(4, 8, dtype=BF16)
     with pytest.raises(DiagnosticError, match=r"main_grad is bf16\[4, 8\], expected f32\[4, 8\]"):
         accumulator_of(p)
