@@ -45,7 +45,10 @@ class SpecServer(LanguageServer):
 
     def document(self, uri: str) -> Document:
         """The document as it stands, read again when its text or the model changed."""
-        text = self.workspace.get_text_document(uri).source
+        try:
+            text = self.workspace.get_text_document(uri).source
+        except (OSError, ValueError):  # closed meanwhile, and not on disk
+            text = ""
         known = self.documents.get(uri)
         if known is None or known.source.text != text or known.model is not self.known:
             path = uris.to_fs_path(uri)
@@ -107,12 +110,17 @@ def to_range(span: Span | None) -> types.Range:
 
 
 def utf16(text: str) -> int:
-    return len(text.encode("utf-16-le")) // 2
+    return sum(2 if ord(char) > 0xFFFF else 1 for char in text)
 
 
 def to_column(line: str, character: int) -> int:
-    """The column, from 1, of a UTF-16 offset."""
-    return len(line.encode("utf-16-le")[: 2 * character].decode("utf-16-le", "ignore")) + 1
+    """The column, from 1, of a UTF-16 offset; that of the character it cuts, and the line's end behind it."""
+    units = 0
+    for column, char in enumerate(line, 1):
+        units += utf16(char)
+        if units > character:
+            return column
+    return len(line) + 1
 
 
 def model_uses(reference: str, target: str, arguments: Sequence[str]) -> Model:

@@ -122,6 +122,33 @@ def test_mistakes_are_shown_where_they_are_and_go_away(tmp_path: Path) -> None:
     in_editor(tmp_path, work)
 
 
+def test_half_a_character_and_a_closed_document_are_answered(tmp_path: Path) -> None:
+    """An edit may cut a surrogate pair; an answer may be asked for when the document is closed already."""
+
+    async def work(editor: Editor) -> None:
+        broken = SPEC.replace("set ups", 'set a = "\ud83d"; set ups').replace("role(", "rolle(")
+        item = types.TextDocumentItem("untitled:Untitled-1", "fp8", 1, broken)
+        editor.client.text_document_did_open(types.DidOpenTextDocumentParams(item))
+        await editor.next(0)
+        place = {
+            "text_document": types.TextDocumentIdentifier(item.uri),
+            "position": types.Position(3, len('set a = "?"; set ups = ro')),
+        }
+        assert await editor.client.text_document_completion_async(types.CompletionParams(**place)) is not None
+        editor.client.text_document_did_close(types.DidCloseTextDocumentParams(place["text_document"]))
+        assert await editor.client.text_document_hover_async(types.HoverParams(**place)) is None
+
+    in_editor(tmp_path, work)
+
+
+@pytest.mark.parametrize("character, column", [(0, 1), (1, 2), (2, 2), (3, 3), (4, 4), (99, 4)])
+def test_columns_count_characters_and_editors_utf16(character: int, column: int) -> None:
+    from fp8c.tools.language_server import to_column, utf16
+
+    assert to_column("a\U0001f600b", character) == column
+    assert utf16("a\U0001f600\ud83d") == 4
+
+
 def test_hover_definition_completion_and_layout_without_a_model(tmp_path: Path) -> None:
     async def work(editor: Editor) -> None:
         await editor.open(SPEC.replace("format act = e4m3", "format   act=e4m3"))
