@@ -34,6 +34,10 @@ from fp8c.spec_commands import spec
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _is_debugging = False
+#: What a file system says of its state or of a path, wherever a command meets it.
+_OUTSIDE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
-        if _is_debugging or e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if _is_debugging or e.errno not in _OUTSIDE:
             return report_bug(e)
-        print_diagnostics(fail("E0610", f"cannot write {e.filename or 'the output'}: {reason(e)}").diagnostics)
+        what = f"cannot use {os.fsdecode(e.filename)}" if e.filename else "cannot write the output"
+        print_diagnostics(fail("E0610", f"{what}: {reason(e)}").diagnostics)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer
         return int(ExitCode.USAGE)
     except Exception as e:  # noqa: BLE001 (the last resort: say that it is a bug)

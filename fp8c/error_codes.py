@@ -117,7 +117,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0605": "`fp8c spec import` cannot write this as a spec: the source is unknown, or asks for what no spec can say, such as "
     "FP4 or scales fixed ahead of time. Nothing is left out silently.",
     "E0610": "The build, or a file asked for, cannot be written there: no permission, no space, or a file stands where a "
-    "folder is needed. Nothing half-written is left, and a build that was there is still there.",
+    "folder is needed. A file that may not be read, or whose name is too long for the file system, is refused as well. Nothing half-written is left, and a build that was there is still there.",
     "E0611": "The output folder holds files that fp8c did not write, and a build replaces its folder whole. Choose another "
     "folder, or pass --force to lose what is there.",
     "E0612": "The folder is not a build, was written by a version with another format, or a file in it was changed after "

@@ -152,3 +152,14 @@ def test_json_nested_too_deep_is_a_damaged_build(tmp_path: Path, capsys: pytest.
     (write(tmp_path / "build") / b.MANIFEST).write_text("[" * 100_000)
     assert main(["inspect", str(tmp_path / "build")]) == 2
     assert "E0612" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [("targets",), ("diff", "BUILD"), ("compile", "-o", "out")], ids=lambda v: v[0])
+def test_a_path_that_the_file_system_refuses_is_no_bug(
+    verb: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build = str(write(tmp_path / "build"))
+    end = ".py" if verb[0] == "compile" else ".toml"
+    assert main([*(build if w == "BUILD" else w for w in verb), "a" * 5000 + end]) == 2
+    assert "file name too long" in capsys.readouterr().err
