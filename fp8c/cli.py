@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return report_bug(e)
         what = f"cannot use {os.fsdecode(e.filename)}" if e.filename else "cannot write the output"
         print_diagnostics(fail("E0610", f"{what}: {reason(e)}").diagnostics)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer
+        if not e.filename:  # what is still in its buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.USAGE)
     except Exception as e:  # noqa: BLE001 (the last resort: say that it is a bug)
         return report_bug(e)

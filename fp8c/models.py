@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, Span, fail
+from fp8c.files import reason
 from fp8c.user_code import short_path, user_code
 
 Weights = Literal["auto", "random", "meta"]
@@ -451,7 +452,7 @@ def _hf_values(reference: str) -> tuple[str, dict[str, Any]]:
     except OSError as error:
         raise fail(
             "E0801",
-            f"no configuration '{file}': {error.strerror or error}",
+            f"no configuration '{file}': {reason(error)}",
             help="name a Hugging Face config.json, a folder that holds one, or a model type such as hf:deepseek_v3",
             exit_code=ExitCode.MODEL,
         ) from None

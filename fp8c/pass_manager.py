@@ -108,12 +108,14 @@ class PassManager:
     """Runs passes and the invariants that hold after each.
 
     observers are called with (event, index, pass, graph), event "before" or "after": printing, dumping, reproducers.
+    known are passes beside those that run, one of which may ensure what one of them misses.
     """
 
     invariants: dict[str, tuple[Invariant, ...]]
     verify_each: bool = True
     observers: Sequence[Callable[[str, int, str, fx.Graph], None]] = ()
     records: list[PassRecord] = field(default_factory=list)
+    known: Sequence[Pass] = ()
 
     def run(self, graph: fx.Graph, passes: Iterable[Pass], ctx: PassContext, held: set[str] | None = None) -> fx.Graph:
         """Apply the passes; the input graph is left as it is. `held` starts with the invariants that already hold."""
@@ -123,7 +125,7 @@ class PassManager:
         for index, item in enumerate(ordered):
             missing = item.requires - held
             if missing:
-                makers = {p.name for p in ordered if p.ensures & missing}
+                makers = {p.name for p in (*ordered, *self.known) if p.ensures & missing}
                 raise DiagnosticError(
                     [
                         Diagnostic(

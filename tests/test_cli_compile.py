@@ -160,7 +160,8 @@ def test_opt_prints_the_graph_after_named_passes(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert out.startswith("graph tiny\n") and "fp8c.quantize" in out and "fp8c.requantize" not in out
     assert cli.main(["opt", TINY, "--passes", "insert-quantize", "--target", "cpu"]) == 2
-    assert "E0702" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "E0702" in err and "run assign-roles first" in err
     assert cli.main(["opt", TINY, "--passes", "insert-quantise", "--target", "cpu"]) == 2
     assert "did you mean 'insert-quantize'?" in capsys.readouterr().err
 

@@ -129,7 +129,7 @@ def run_passes(
         target=record,
         fusions=fusions_of(record),
     )
-    manager = PassManager(verifier.INVARIANTS, True, observers)
+    manager = PassManager(verifier.INVARIANTS, True, observers, known=(ROLES, *JOINT_PASSES))
     held: set[str] = set()
     result = OptResult(step.joint.graph, ctx)
     for name in passes:
