@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fp8c.diagnostics import ExitCode, fail
+from fp8c.diagnostics import DiagnosticError, ExitCode, fail
 
 
 def reason(error: Exception) -> str:
@@ -59,6 +59,17 @@ def check_writable(path: Path) -> None:
         probe = _beside(place)
         probe.touch(exist_ok=False)
         probe.unlink()
+
+
+def output_file(text: str) -> Path:
+    """`check_writable` as a type of argparse's: a measurement of minutes is not lost to a folder that is not there."""
+    import argparse
+
+    try:
+        check_writable(Path(text))
+    except DiagnosticError as error:
+        raise argparse.ArgumentTypeError(error.diagnostics[0].message) from None
+    return Path(text)
 
 
 def _place(path: Path) -> Path:

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from fp8c.files import output_file
 from fp8c.optim.checkpoint import newest
 from fp8c.tools.loss_run import SPECS, Run, Setup, train
 from fp8c.tools.rounded_gemms import Errors, text_of
@@ -198,7 +199,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         "--starts", type=Path, help="folder of what the variants of a seed share; beside OUT unless given"
     )
     parser.add_argument("--one", nargs=3, metavar=("VARIANT", "SEED", "FILE"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("loss_gap.jsonl"))
+    parser.add_argument("--out", type=output_file, default=Path("loss_gap.jsonl"))
     args = parser.parse_args(list(argv) if argv is not None else None)
     setup = Setup(**{name: getattr(args, name) for name in asdict(defaults)})
     if args.one:

@@ -1,7 +1,7 @@
 """Train a model beside itself in BF16: same seed, same batches, same optimizer, and the gap between the losses.
 
     python -m fp8c.tools.train_compare examples/moe_transformer.py --steps 40
-    python -m fp8c.tools.train_compare examples/moe_transformer.py --steps 300 --seeds 8 --json
+    python -m fp8c.tools.train_compare examples/moe_transformer.py --steps 300 --seeds 8 --json gaps.json
 
 The model file defines `batches(seed)`, an endless iterator of batches, and optionally `after_step(model)`. The figure is
 the mean loss of the last fifth of the steps, as a signed difference in percent of BF16's; over several seeds their mean
@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from fp8c import driver
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
+from fp8c.files import output_file, write_file
 from fp8c.models import LoadedModel, load_model, load_namespace
 
 BF16, FP8C, REORDERED = "bf16", "fp8c", "bf16 reordered"
@@ -162,16 +163,23 @@ def compare(settings: Settings, seeds: int, arms: Sequence[str], every: int) -> 
     return {arm: Gap(tuple(values)) for arm, values in gaps.items()}
 
 
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train_compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--spec", default="deepseek_v3")
     parser.add_argument("--target", default="cpu")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--every", type=int, default=5, help="steps between printed lines")
+    parser.add_argument("--steps", type=at_least_one, default=40)
+    parser.add_argument("--seeds", type=at_least_one, default=1)
+    parser.add_argument("--every", type=at_least_one, default=5, help="steps between printed lines")
     parser.add_argument("--no-reordered", action="store_true", help="leave out BF16 against itself")
-    parser.add_argument("--json", metavar="FILE", help="also write the gaps to FILE")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="also write the gaps to FILE")
     given = parser.parse_args(arguments)
     settings = Settings(given.model, given.spec, given.target, given.steps)
     arms = (BF16, FP8C) if given.no_reordered else (BF16, FP8C, REORDERED)
@@ -190,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {
             arm: {"mean": g.mean, "standard_error": g.standard_error, "values": g.values} for arm, g in gaps.items()
         }
-        with open(given.json, "w", encoding="utf-8") as file:
-            json.dump({"schema": "fp8c.train-compare/1", "steps": given.steps, "gaps": found}, file, indent=1)
+        document = {"schema": "fp8c.train-compare/1", "steps": given.steps, "gaps": found}
+        write_file(given.json, json.dumps(document, indent=1))
     return 0
 
 

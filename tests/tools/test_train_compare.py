@@ -58,3 +58,14 @@ def test_a_model_without_batches_is_told(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "m.py").write_text(source[: source.index("def batches")])
     assert t.main([str(tmp_path / "m.py"), "--steps", "1"]) == 4
     assert "error[E0804]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [("--steps", "0"), ("--seeds", "0"), ("--json", "/dev/null/gaps.json")], ids=" ".join
+)
+def test_what_would_train_nothing_or_lose_the_gaps_is_refused(
+    options: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        t.main([TINY, *options])
+    assert caught.value.code == 2 and options[0] in capsys.readouterr().err

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fp8c.backends.lowering import register_kernels
+from fp8c.files import output_file
 from fp8c.tools.bench import workloads
 from fp8c.tools.bench.gemm import environment
 
@@ -116,7 +117,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--in-turn", action="store_true", help="one process after the other")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", help="write JSON here")
+    parser.add_argument("--out", type=output_file, help="write JSON here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:

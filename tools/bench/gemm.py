@@ -29,6 +29,7 @@ from fp8c.backends.cuda.config import BLOCK_K, GemmConfig, Grouping, Output, Sca
 from fp8c.backends.cuda.launch import launch, multiprocessors
 from fp8c.backends.gemms import candidates
 from fp8c.backends.gemms.unsupported import Unsupported
+from fp8c.files import output_file
 from fp8c.tools.bench.timing import time_in_turn
 
 SCHEMA = "fp8c.bench.gemm/1"
@@ -328,7 +329,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--candidates", action="store_true", help="time other tile shapes beside the rule's choice")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each sustained measurement")
     parser.add_argument("--idle", type=float, default=0.6, help="seconds of rest before a burst")
-    parser.add_argument("--out", help="write JSON here")
+    parser.add_argument("--out", type=output_file, help="write JSON here")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no CUDA GPU on this machine", file=sys.stderr)

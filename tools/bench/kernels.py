@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from fp8c.backends.cuda.operators import first_on_hopper
 from fp8c.backends.triton import KERNELS
+from fp8c.files import output_file
 from fp8c.tools.bench.timing import time_in_turn
 
 SCHEMA = "fp8c.bench.kernels/1"
@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="of back-to-back runs of each kernel")
     parser.add_argument("--idle", type=float, default=0.2, help="seconds of rest before the burst measurement")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("-o", "--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("-o", "--output", type=output_file, help="write the figures here as JSON")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no CUDA GPU here", file=sys.stderr)

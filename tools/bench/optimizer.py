@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fp8c.files import output_file
 from fp8c.optim import EMA, AdamW
 from fp8c.optim.ema import PIECE, fold
 
@@ -208,7 +209,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", choices=("adamw", "ema"))
     parser.add_argument("--ema-step-ms", type=float, default=100.0, help="length of the step that the EMA is beside")
     parser.add_argument("--ema-layers", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("this benchmark needs a GPU", file=sys.stderr)

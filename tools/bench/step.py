@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fp8c import driver
+from fp8c.files import output_file
 from fp8c.tools.bench import bounds, turns, workloads
 from fp8c.tools.bench.gemm import environment
 from fp8c.tools.bench.kernel_classes import profile_kernels
@@ -140,7 +141,7 @@ def main(what: str, arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each contender's turn")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--fp32-gradients", action="store_true", help="also measure memory with FP32 gradients")
-    parser.add_argument("--out", help="write JSON here")
+    parser.add_argument("--out", type=output_file, help="write JSON here")
     if what == "layer":
         parser.add_argument("--tokens", type=int, default=16384, help="of the MoE block")
     else:

@@ -13,10 +13,10 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
+from fp8c.files import output_file
 from fp8c.optim import Telemetry
 from fp8c.tools.loss_run import Setup, Trainer
 
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--every", type=int, default=500)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     args = parser.parse_args(arguments)
     setup = Setup(
         steps=args.rounds + 2,
