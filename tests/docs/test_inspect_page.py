@@ -10,6 +10,7 @@ import click
 import pytest
 
 from fp8c.cli import app
+from fp8c.passes import ALL_PASSES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
@@ -28,6 +29,10 @@ def test_commands_are_fp8cs(command: str) -> None:
     found = app.commands[verb]
     assert isinstance(found, click.Command)
     found.make_context(verb, arguments)  # raises for an option or a choice it does not have
+
+
+def test_the_last_artifact_is_the_last_passs() -> None:
+    assert f"`fp8c_{len(ALL_PASSES):02}_{ALL_PASSES[-1].name}_backward`" in PAGE
 
 
 def test_the_page_shows_what_explain_prints(small_o_proj: str) -> None:
