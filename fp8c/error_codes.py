@@ -146,7 +146,7 @@ EXPLANATIONS: dict[str, str] = {
     "E0809": "An override names an argument that the factory does not take or a field that the configuration does not "
     "have. Nothing is ignored silently, because a misspelt override would compile another model.",
     "E0810": "The model reference has none of the known forms: model.py, model.py:factory, package.module:factory, "
-    "hf:config.json, hf:folder, hf:MODEL_TYPE.",
+    "hf:config.json, hf:folder, hf:MODEL_TYPE. Or its file's path is no UTF-8 text.",
     "E0811": "The factory did not return a torch.nn.Module (or a pair of a module and its example inputs).",
     "E0812": "The example inputs hold no tensor, so there is nothing to capture the step with.",
     "E0813": "The Hugging Face configuration is not valid: no JSON object, or one without `model_type`.",

@@ -277,8 +277,17 @@ def _import_file(path: Path) -> ModuleType:
             else "name a .py file, or hf:NAME for a Hugging Face model",
             exit_code=ExitCode.MODEL,
         )
+    try:
+        place = str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise fail(
+            "E0810",
+            f"the path of '{path}' is no UTF-8 text, and PyTorch traces no source it cannot name",
+            help="rename the file, or the folder it is in",
+            exit_code=ExitCode.MODEL,
+        ) from None
     # One module per path: two files called model.py must not meet in sys.modules.
-    name = f"fp8c_model_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    name = f"fp8c_model_{path.stem}_{hashlib.sha256(place).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise fail(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,14 @@ def test_no_loss(run: Any, tmp_path: Path) -> None:
     body = "def model():\n    return nn.Linear(8, 8)\n\ndef example_inputs():\n    return {'input': torch.ones(4, 8)}\n"
     name = model_file(tmp_path, body)
     expect_failure(run(name, *PLAN_ONLY), 4, "error[E0805]", "loss(outputs, batch)")
+
+
+def test_paths_that_are_no_text(run: Any, tmp_path: Path) -> None:
+    name, out = os.fsdecode(b"m\xff.py"), os.fsdecode(b"b\xff")
+    (tmp_path / name).write_text("def model():\n    raise ValueError\n")
+    expect_failure(run(name, *PLAN_ONLY), 4, "error[E0810]", "is no UTF-8 text")
+    assert run(TINY, *PLAN_ONLY, "-o", out)[0] == 0
+    assert cli.main(["inspect", out, "-o", os.fsdecode(b"p\xff.html")]) == 0
 
 
 def test_an_output_path_that_cannot_be_written(run: Any, tmp_path: Path) -> None:
