@@ -179,7 +179,7 @@ EXPLANATIONS: dict[str, str] = {
     "to need.",
     "E0910": "The file is no table of durations: it cannot be read, is no TOML or JSON, or its schema is not "
     "`fp8c.durations/1`.",
-    "E0911": "A table of durations has a field that is missing, unknown, or of the wrong type.",
+    "E0911": "A table of durations has a field that is missing, unknown, of the wrong type, or no number that it can be.",
     "E0912": "A table of durations misses operators: a kind of layer that the model has, one of its phases F, B "
     "and W, the operator marked `output`, or dispatch and combine of layers whose experts are spread over "
     "GPUs.",

@@ -109,14 +109,14 @@ def find_durations(build: Path | None, durations: Path | None) -> DurationTable:
 
 
 def simulate(table: DurationTable, run: ClusterRun, *, trace: Path | None = None) -> SimulationReport:
-    """Simulate one step and write the trace. Raises: what `fp8c.cluster.simulate_step` raises."""
+    """Simulate one step and write the trace. Raises: what `fp8c.cluster.simulate_step` raises, E0610."""
     started = time.perf_counter()
     result = simulate_step(table, run)
     comm_sms = run.comm_sms or table.measured.comm_sms
     pair = _pair_figures(with_comm_sms(with_head(table, run.machine), run.machine, comm_sms), result, run)
     wall_s = time.perf_counter() - started
     if trace is not None:
-        trace.write_text(json.dumps(chrome_trace(result), separators=(",", ":")), encoding="utf-8")
+        _write_trace(trace, result)
     tokens = tokens_per_step(table)
     step_us, pipeline_us = result.step_us, result.step_us - result.optimizer_us
     comm_us, exposed_us = result.mean("comm_us"), result.mean("exposed_us")
@@ -148,6 +148,17 @@ def simulate(table: DurationTable, run: ClusterRun, *, trace: Path | None = None
         wall_s=wall_s,
         trace=str(trace) if trace is not None else None,
     )
+
+
+def _write_trace(path: Path, result: StepResult) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(chrome_trace(result), separators=(",", ":")), encoding="utf-8")
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise fail(
+            "E0610", f"cannot write {path}: {why}", help="name another file with --trace", exit_code=ExitCode.USAGE
+        ) from None
 
 
 def _pair_figures(table: DurationTable, result: StepResult, run: ClusterRun) -> PairFigures | None:

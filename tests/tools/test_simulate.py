@@ -129,6 +129,11 @@ def test_a_build_is_simulated_on_its_own_machine_and_one_replica(
         (["BUILD", "--gpus", "32", "--comm-sms", "140"], 1, "E0951"),
         (["BUILD", "--gpus", "32", "--memory-gib", "0.5"], 1, "E0945"),
         (["BUILD", "--gpus", "32", "--ep", "48"], 1, "E0943"),
+        (["BUILD", "--gpus", "32", "--trace", str(EXAMPLE / "trace.json")], 2, "E0610"),
+        (["BUILD", "--gpus", "32", "--seed", "-1"], 2, "--seed"),
+        (["BUILD", "--gpus", "32", "--comm-sms", "0"], 2, "--comm-sms"),
+        (["BUILD", "--gpus", "32", "--zipf", "nan"], 2, "--zipf"),
+        (["BUILD", "--gpus", "32", "--memory-gib", "inf"], 2, "--memory-gib"),
     ],
 )
 def test_bad_input_is_named(
