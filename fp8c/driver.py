@@ -149,7 +149,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
         def zero_grad(set_to_none: bool = True) -> None:
             type(step).zero_grad(step, set_to_none)
-            zero_main_grads(step)
+            zero_main_grads(step.parameters())
 
         step.__dict__["zero_grad"] = zero_grad
     step.__dict__["fp8c_session"] = session

@@ -146,6 +146,39 @@ def main_grad_steps(spec: str, rounds: int = 2) -> dict[str, Any]:
     }
 
 
+def reduced_again(main_grad: bool) -> dict[str, Any]:
+    """Gradients reduced twice, those of a backward behind that, and of a step after zeroing and after an optimizer."""
+    import fp8c
+    from fp8c import distributed
+
+    step = fp8c.compile(jobs.build("loop"), spec="bf16", target="cpu", mesh=jobs.mesh_of(), main_grad=main_grad)
+    tokens = jobs.batch(dist.get_rank())
+
+    def gradients() -> dict[str, Tensor]:
+        found = {n: distributed.gradient_of(p) for n, p in step.named_parameters()}
+        return {n: jobs.whole(g).clone() for n, g in found.items()}
+
+    def reduce_step() -> dict[str, Tensor]:
+        jobs.loss_of(jobs.logits_of(step(input_ids=tokens)), tokens).backward()
+        distributed.reduce_gradients(step)
+        return gradients()
+
+    once = reduce_step()
+    distributed.reduce_gradients(step)
+    twice, told = gradients(), ""
+    try:
+        reduce_step()
+    except fp8c.DiagnosticError as error:
+        told = str(error)
+    step.zero_grad()
+    zeroed = reduce_step()
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.0)
+    optimizer.step()  # its own zero_grad keeps accumulators, and here gradients in place
+    for gradient in (distributed.gradient_of(p) for p in step.parameters()):
+        gradient.zero_()
+    return {"once": once, "twice": twice, "told": told, "zeroed": zeroed, "stepped": reduce_step()}
+
+
 def zeroed(step: nn.Module) -> bool:
     step.zero_grad()
     return all(not jobs.whole(p.main_grad).any() for p in step.parameters())  # type: ignore[attr-defined]

@@ -177,6 +177,15 @@ def test_fp32_accumulators_of_a_mesh(two: Run, jobs: ModuleType, training: Modul
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("main_grad", [False, True])
+def test_gradients_are_divided_once(two: Run, main_grad: bool) -> None:
+    for found in two("reduced_again", main_grad):
+        for other in ("twice", "zeroed", "stepped"):
+            assert all(torch.equal(g, found[other][n]) for n, g in found["once"].items()), other
+        assert "E0868" in found["told"] and "zero_grad()" in found["told"]
+
+
+@pytest.mark.slow
 def test_a_build_of_a_mesh_loads_on_its_ranks(two: Run, jobs: ModuleType, training: ModuleType, tmp_path: Path) -> None:
     """The plan of rank 0 with even rows and no other process, run by two."""
     example = str(jobs.ROOT / "examples" / "moe_transformer.py")
