@@ -252,6 +252,10 @@ def agree_on(facts: Mapping[str, str], members: Sequence[int], patience_s: float
     )
 
 
+#: What lets ranks run one graph on batches of different sizes.
+DYNAMIC = "with fp8c.compile(..., dynamic=True) sizes may differ, each 2 or more"
+
+
 def compare_facts(
     store: Any, facts: Mapping[str, str], rank: int, members: Sequence[int], patience_s: float, number: int
 ) -> None:
@@ -266,7 +270,12 @@ def compare_facts(
             raise fail(
                 "E0863",
                 f"rank {other} has not come to question {number} ({', '.join(facts)}) within {patience_s:g} s",
-                help="look at that rank's output: it failed, or it runs another program",
+                help="look at that rank's output: it failed, or it runs another program"
+                + (
+                    ", or its batch kept the sizes it had where this rank's changed: " + DYNAMIC
+                    if "graph" in facts
+                    else ""
+                ),
             ) from error
         theirs: dict[str, str] = json.loads(store.get(key))
         for name in sorted(facts.keys() | theirs.keys()):
@@ -275,7 +284,8 @@ def compare_facts(
                     "E0863",
                     f"ranks {min(rank, other)} and {max(rank, other)} differ in {name}: "
                     f"{_short(facts.get(name))} on rank {rank}, {_short(theirs.get(name))} on rank {other}",
-                    help="all ranks have to compile the same model with the same spec, target and versions",
+                    help="all ranks have to compile the same model with the same spec, target and versions"
+                    + (", on batches of the same sizes: " + DYNAMIC if name == "graph" else ""),
                 )
 
 

@@ -70,6 +70,7 @@ def compile(
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
                (docs/expert_parallel.md)
+    dynamic:   as torch.compile's; True lets the ranks of a mesh have batches of different sizes
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
