@@ -338,13 +338,20 @@ def _wished_table(table: DurationTable, now: Machine, wished: Machine) -> Durati
     return replace(table, ops=tuple(ops))
 
 
+def _main_kind(table: DurationTable) -> str:
+    """The kind of layer that figures of one layer are about: `moe` unless the model has none."""
+    return "moe" if table.layer("moe", "F") else "dense"
+
+
 def _per_layer(table: DurationTable, now: Machine, wished: Machine) -> tuple[float, float]:
-    """(microseconds of compute, bytes of memory traffic) one MoE layer saves for one micro-batch."""
-    work = layer_work(table.model, "moe", table.measured.tokens, table.measured.expert_parallel)
+    """(microseconds of compute, bytes of memory traffic) one MoE layer, or a dense one of a model without, saves for one
+    micro-batch."""
+    kind = _main_kind(table)
+    work = layer_work(table.model, kind, table.measured.tokens, table.measured.expert_parallel)
     ops: list[Operator] = [op for row in work.values() for op in row]
     stretch = compute_stretch(wished, table.measured.comm_sms, table.measured.comm_sms)
-    before = sum(_phase_us(table, now, "moe").values())
-    after = sum(_phase_us(table, wished, "moe").values()) * stretch
+    before = sum(_phase_us(table, now, kind).values())
+    after = sum(_phase_us(table, wished, kind).values()) * stretch
     return before - after, hbm_bytes(ops, now) - hbm_bytes(ops, wished)
 
 
@@ -414,7 +421,7 @@ def inputs(
     if predict:
         table = predicted_table(table.model, table.deployment, machine, comm_sms or table.measured.comm_sms)
     if choose_sms:
-        layers = ("moe",) * max(1, min(4, table.model.layers // table.deployment.pipeline_parallel))
+        layers = (_main_kind(table),) * max(1, min(4, table.model.layers // table.deployment.pipeline_parallel))
         comm_sms = choose_comm_sms(table, machine, layers, layers)[0].comm_sms
     run = ClusterRun(
         gpus,
