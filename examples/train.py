@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import fp8c
 from fp8c import distributed, dynamo
+from fp8c.diagnostics import render
 from fp8c.optim import EMA, AdamW, Precision, Telemetry, checkpoint
 from fp8c.optim.telemetry import Row
 
@@ -91,7 +92,7 @@ def main() -> None:
         found = checkpoint.load(args.out, step, optimizer, ema, **others)
         start = found.number if found else 0
         if found and rank == 0:
-            print(f"going on after step {start} ({found.path})", *found.remarks, sep="\n")
+            print(f"going on after step {start} ({found.path})", *map(render, found.remarks), sep="\n")
     log = Log(args, rank, world, device)
     # One compiled step can change its precision; pieces of one, and experts on other ranks, keep theirs.
     is_whole = args.spec != "off" and args.parallel != "fsdp" and not args.ep

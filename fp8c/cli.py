@@ -18,6 +18,7 @@ import click
 
 from fp8c import __version__, build_commands
 from fp8c.command_options import (
+    Finite,
     OutputFile,
     as_json_option,
     check_inputs_exist,
@@ -270,10 +271,8 @@ def set_debugging(debug: bool) -> None:
 @click.option("--bisect", is_flag=True, help="Name the smallest set of rules and operands that makes the error.")
 @click.option("--search", is_flag=True, help="Write the cheapest spec within an error budget.")
 @click.option("--metric", type=click.Choice(["worst", "gradient", "loss"]), help="What --bisect and --search look at.")
-@click.option("--limit", type=click.FloatRange(min=0), help="--bisect: the largest error that is fine.")
-@click.option(
-    "--budget", type=click.FloatRange(min=0), help="--search: the largest error; half of what formats explain."
-)
+@click.option("--limit", type=Finite(min=0), help="--bisect: the largest error that is fine.")
+@click.option("--budget", type=Finite(min=0), help="--search: the largest error; half of what formats explain.")
 @click.option("--inject", metavar="FAULT", default="", help="Break an operand, for example scale:layers.1.up:fprop.x.")
 @click.option("--out", "-o", type=OutputFile(), help="Page (.html), picture (.svg) or document (.json).")
 @click.option("--spec-out", type=OutputFile(), help="--search: the new spec; searched.fp8 unless given.")
@@ -352,22 +351,26 @@ def targets(name: str | None, as_json: bool) -> None:
 @app.command()
 @click.argument("build", required=False, type=click.Path(path_type=Path))
 @click.option("--durations", type=click.Path(path_type=Path), help="Table of durations instead of a build.")
-@click.option("--gpus", type=int, help="2048 for a table unless given; for a build as many as one replica needs.")
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="2048 for a table unless given; for a build as many as one replica needs.",
+)
 @click.option("--topology", help="Machine: a name, or a cost sheet of your own; h800, or the target of the build.")
-@click.option("--pp", type=int, help="Pipeline ranks.")
-@click.option("--ep", type=int, help="GPUs that share the experts.")
+@click.option("--pp", type=click.IntRange(min=1), help="Pipeline ranks.")
+@click.option("--ep", type=click.IntRange(min=1), help="GPUs that share the experts.")
 @click.option("--schedule", help="1f1b, interleaved, zb, zbv, dualpipe or dualpipev.")
-@click.option("--sequences", type=int, help="Sequences of one optimizer step.")
-@click.option("--comm-sms", type=int, help="SMs that communication gets.")
+@click.option("--sequences", type=click.IntRange(min=1), help="Sequences of one optimizer step.")
+@click.option("--comm-sms", type=click.IntRange(min=1), help="SMs that communication gets.")
 @click.option("--choose-sms", is_flag=True, help="Give communication the SMs with which a pair is shortest.")
-@click.option("--zipf", type=float, default=0.0, show_default=True, help="Exponent of expert popularity.")
+@click.option("--zipf", type=Finite(min=0), default=0.0, show_default=True, help="Exponent of expert popularity.")
 @click.option("--loads", type=click.Path(path_type=Path), help="JSON list of measured tokens per expert.")
 @click.option("--even", is_flag=True, help="Exactly even routing, without sampling noise.")
 @click.option("--overlap/--no-overlap", default=True, help="Let transfers run beside compute.")
 @click.option("--released", is_flag=True, help="Chunks without a partner run as fast as alone.")
 @click.option("--predict", is_flag=True, help="Take durations from the cost model, not from the table.")
-@click.option("--memory-gib", type=float, help="Budget for activations on one GPU.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--memory-gib", type=Finite(min=0), help="Budget for activations on one GPU.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--what-if", is_flag=True, help="Say what each of the hardware wishes would save.")
 @click.option("--figures", type=click.Path(path_type=Path), help="Draw the pictures of docs/overlap.md into a folder.")
 @click.option("--trace", type=click.Path(path_type=Path), default=Path("simulate.trace.json"), show_default=True)

@@ -25,13 +25,14 @@ from fp8c.overlap import (
     length_us,
     pair_problem,
     scaled_table,
+    split_tasks,
     stage_layers,
     union,
     with_comm_sms,
 )
 from fp8c.pipeline_schedule import Action, Pair, Pipeline, Step, actions_of, inputs_of, make_pipeline
 from fp8c.routing import Array, balanced_traffic, check_routing, sample_traffic
-from fp8c.schedule import COMM, COMPUTE, Schedule, Task, make_problem
+from fp8c.schedule import COMM, COMPUTE, Schedule, Task, lower_bound_us, make_problem
 from fp8c.schedule_search import DEFAULT_LIMITS, SearchLimits, solve
 from fp8c.workload import activation_bytes, combine_bytes, dispatch_bytes, head_work, parameter_counts, routing_of
 
@@ -401,7 +402,7 @@ def _simulate(
     end_us = max(float(stream.max()) for rank in ranks for stream in rank.free)
     optimizer = optimizer_us(table, mesh, pipeline, machine) if run.has_optimizer else 0.0
     fastest = _released(table, machine) if run.is_released else table
-    bound = _step_bound_us(pipeline, stages, fastest, ranks, loads) + optimizer
+    bound = _step_bound_us(pipeline, stages, fastest, run, ranks, loads) + optimizer
     times = tuple(_times(rank, end_us, peak) for rank, peak in zip(ranks, peaks))
     plans = tuple((" ".join(map(str, key)), plan) for key, plan in planner.plans.items())
     spans = tuple(
@@ -560,45 +561,48 @@ def _step_bound_us(
     pipeline: Pipeline,
     stages: Sequence[tuple[str, ...]],
     table: DurationTable,
+    run: ClusterRun,
     ranks: Sequence[_Rank],
     loads: Loads | None,
 ) -> float:
     """No order of this pipeline's actions ends earlier: a rank cannot start before a micro-batch has passed the stages
     before its own, and then has all its compute to do; and one micro-batch has to pass every stage and come back."""
-    least = {"dispatch": 1.0, "combine": 1.0, "experts": 1.0}
     if loads is not None:
         # A transfer ends for a rank no earlier than the fastest rank of the lightest routing.
-        least = {kind: float(getattr(loads, kind).min()) for kind in least}
-
-    def chain_us(layers: tuple[str, ...], phase: str) -> float:
-        total = 0.0
-        for kind in layers:
-            for op in table.layer(kind, phase):
-                factor = least.get(op.kind if op.on == COMM else "experts" if _is_experts(kind, op.name) else "", 1.0)
-                total += op.ms * 1000.0 * factor
-        return total
-
-    forward = [chain_us(layers, "F") for layers in stages]
-    backward = [chain_us(layers, "B") for layers in stages]
-    bound = sum(forward) + sum(backward)
+        least = CommTimes(*(float(factors.min()) for factors in (loads.dispatch, loads.combine, loads.experts)))
+        table = scaled_table(table, least)
+    parts = {1, run.pair_split, *run.splits}
+    passing = {
+        (layers, phase): min(_passing_us(table, layers, phase, count) for count in parts)
+        for layers in set(stages)
+        for phase in "FB"
+    }
+    forward = [passing[(layers, "F")] for layers in stages]
+    bound = sum(forward) + sum(passing[(layers, "B")] for layers in stages)
     for index, rank in enumerate(ranks):
-        held = {(a.stage, a.way) for step in pipeline.ranks[index] for a in actions_of(step)}
-        head = min(sum(forward[:stage]) for stage, _ in held)
-        # Splitting may let parts of a forward overlap: what surely comes first is its compute.
-        head_compute = min(_compute_chain_us(table, stages[:stage]) for stage, _ in held)
-        bound = max(bound if loads is None else 0.0, min(head, head_compute) + float(rank.compute_us.max()))
+        held = {a.stage for step in pipeline.ranks[index] for a in actions_of(step)}
+        bound = max(bound, sum(forward[: min(held)]) + float(rank.compute_us.max()))
     return bound
 
 
-def _compute_chain_us(table: DurationTable, stages: Sequence[tuple[str, ...]]) -> float:
-    """Attention and other unsplittable compute of these stages' forwards, even loads."""
-    return sum(
-        op.ms * 1000.0
-        for layers in stages
-        for kind in layers
-        for op in table.layer(kind, "F")
-        if op.on == COMPUTE and not _is_experts(kind, op.name)
-    )
+def _passing_us(table: DurationTable, layers: tuple[str, ...], phase: str, parts: int) -> float:
+    """No order takes a micro-batch, cut into `parts`, through these layers in less time: a bound on all that waits for
+    its arrival and that its result waits for."""
+    tasks = make_problem(split_tasks(chunk_tasks(table, layers, (phase,)), parts)).tasks
+    first, last = (0, len(layers) - 1) if phase == "F" else (len(layers) - 1, 0)
+    result = f"{last}/{phase}.{table.output(layers[last], phase)}"
+    behind: set[str] = set()
+    for task in tasks:
+        enters = not task.after and task.name.startswith(f"{first}/")
+        if enters or not behind.isdisjoint(task.after):
+            behind.add(task.name)
+    needed: set[str] = set()
+    for task in reversed(tasks):
+        if task.name.split("#")[0] == result or task.name in needed:
+            needed |= {task.name, *task.after}
+    kept = [t for t in tasks if t.name in behind & needed]
+    inside = {t.name for t in kept}
+    return lower_bound_us(make_problem(replace(t, after=tuple(n for n in t.after if n in inside)) for t in kept))
 
 
 def optimizer_us(table: DurationTable, mesh: Mesh, pipeline: Pipeline, machine: Machine) -> float:

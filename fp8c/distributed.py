@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fp8c.diagnostics import DiagnosticError, ExitCode, fail
+from fp8c.main_grad import IS_MEAN
 
 # The mesh ------------------------------------------------------------------------------------------------------------
 
@@ -90,35 +91,52 @@ def replicated_parameters(step: nn.Module) -> list[nn.Parameter]:
 
 
 def reduce_gradients(step: nn.Module) -> None:
-    """Make every gradient that of the mean of all ranks' losses. Call it once after the last backward of a step.
+    """Make every gradient that of the mean of all ranks' losses. Call it after the last backward of a step.
 
     Replicated parameters: summed over the experts' group in rank order, in FP32, rounded once, and divided by the number
     of ranks: the same bits on every rank, whatever the transport's own order of summation. Sharded experts hold the sum
     of all ranks' contributions already and are divided. Parameters that FSDP2 shards are left to it.
 
+    Called again it changes nothing.
+
     Traffic: an all-to-all and an all-gather of the gradients' size, as a ring all-reduce moves.
+    Raises: DiagnosticError E0868 when a backward has added to experts' gradients that were divided already.
     """
     mesh = _mesh_of(step)
     if mesh is None:
         return
     group = mesh.get_group()
     ranks = group.size()
-    for parameter in step.parameters():
-        gradient = gradient_of(parameter)
-        if isinstance(gradient, DTensor) and "ep" in (gradient.device_mesh.mesh_dim_names or ()):
+    found = [gradient_of(p) for p in step.parameters()]
+    experts = [g for g in found if isinstance(g, DTensor) and "ep" in (g.device_mesh.mesh_dim_names or ())]
+    if any(getattr(gradient, IS_MEAN, True) is False for gradient in experts):
+        raise fail(
+            "E0868",
+            "a backward has added to experts' gradients that reduce_gradients had divided already: the sum of both is "
+            "neither a mean nor a sum of the ranks' losses",
+            help="call reduce_gradients(step) once, after the last micro-batch, and zero_grad() before the next step",
+        )
+    for gradient in experts:
+        if not hasattr(gradient, IS_MEAN):
             gradient._local_tensor.div_(ranks)
+            setattr(gradient, IS_MEAN, True)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in replicated_parameters(step):
-        gradient = gradient_of(parameter)
-        if gradient is not None:
-            by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for own in (gradient_of(p) for p in replicated_parameters(step)):
+        if own is not None:
+            by_dtype.setdefault(own.dtype, []).append(own)
     for gradients in by_dtype.values():
         for bucket in _buckets(gradients):
             _mean_in_rank_order(bucket, group, ranks)
     _unreduced(step).clear()
 
 
-def gradient_of(parameter: nn.Parameter) -> Tensor | None:
+def _note_addition(parameter: Tensor) -> None:
+    gradient = gradient_of(parameter)
+    if hasattr(gradient, IS_MEAN):
+        setattr(gradient, IS_MEAN, False)
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
     """What an optimizer step reads: the FP32 accumulator where there is one, else `.grad`."""
     found: Tensor | None = getattr(parameter, "main_grad", None)
     return parameter.grad if found is None else found
@@ -175,6 +193,9 @@ def watch_gradients(step: nn.Module, mesh: DeviceMesh) -> None:
     unreduced = _unreduced(step)
     for parameter in replicated_parameters(step):
         parameter.register_post_accumulate_grad_hook(lambda p: unreduced.add(id(p)))  # type: ignore[no-untyped-call]
+    for parameter in step.parameters():
+        if parameter.requires_grad and isinstance(parameter, DTensor):
+            parameter.register_post_accumulate_grad_hook(_note_addition)  # type: ignore[no-untyped-call]
 
     def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if unreduced and any(id(p) in unreduced for g in optimizer.param_groups for p in g["params"]):
@@ -184,6 +205,10 @@ def watch_gradients(step: nn.Module, mesh: DeviceMesh) -> None:
                 "let the ranks drift apart",
                 help="call fp8c.distributed.reduce_gradients(step) after the last backward, or shard them with FSDP2",
             )
+        for parameter in (p for g in optimizer.param_groups for p in g["params"] if isinstance(p, DTensor)):
+            gradient = gradient_of(parameter)
+            if gradient is not None:
+                vars(gradient).pop(IS_MEAN, None)
 
     handle = register_optimizer_step_pre_hook(check)
     weakref.finalize(step, handle.remove)
@@ -197,7 +222,9 @@ def gradients_noted(step: nn.Module) -> Callable[[Tensor], None] | None:
     unreduced = _unreduced(step)
 
     def note(parameter: Tensor) -> None:
-        if not isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor):
+            _note_addition(parameter)
+        else:
             unreduced.add(id(parameter))
 
     return note
@@ -225,6 +252,10 @@ def agree_on(facts: Mapping[str, str], members: Sequence[int], patience_s: float
     )
 
 
+#: What lets ranks run one graph on batches of different sizes.
+DYNAMIC = "with fp8c.compile(..., dynamic=True) sizes may differ, each 2 or more"
+
+
 def compare_facts(
     store: Any, facts: Mapping[str, str], rank: int, members: Sequence[int], patience_s: float, number: int
 ) -> None:
@@ -239,7 +270,12 @@ def compare_facts(
             raise fail(
                 "E0863",
                 f"rank {other} has not come to question {number} ({', '.join(facts)}) within {patience_s:g} s",
-                help="look at that rank's output: it failed, or it runs another program",
+                help="look at that rank's output: it failed, or it runs another program"
+                + (
+                    ", or its batch kept the sizes it had where this rank's changed: " + DYNAMIC
+                    if "graph" in facts
+                    else ""
+                ),
             ) from error
         theirs: dict[str, str] = json.loads(store.get(key))
         for name in sorted(facts.keys() | theirs.keys()):
@@ -248,7 +284,8 @@ def compare_facts(
                     "E0863",
                     f"ranks {min(rank, other)} and {max(rank, other)} differ in {name}: "
                     f"{_short(facts.get(name))} on rank {rank}, {_short(theirs.get(name))} on rank {other}",
-                    help="all ranks have to compile the same model with the same spec, target and versions",
+                    help="all ranks have to compile the same model with the same spec, target and versions"
+                    + (", on batches of the same sizes: " + DYNAMIC if name == "graph" else ""),
                 )
 
 

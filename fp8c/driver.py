@@ -70,6 +70,7 @@ def compile(
     without:   exact passes that no spec asks for, to leave out, "causal-attention" say
     mesh:      with a dimension "ep": the routed experts are sharded over it, and tokens travel to them
                (docs/expert_parallel.md)
+    dynamic:   as torch.compile's; True lets the ranks of a mesh have batches of different sizes
     Raises:    DiagnosticError for a spec, target or model that can't be compiled; those that need the captured graph
                come with the first call.
     """
@@ -149,7 +150,7 @@ def attach(step: nn.Module, session: Session, **options: Any) -> None:
 
         def zero_grad(set_to_none: bool = True) -> None:
             type(step).zero_grad(step, set_to_none)
-            zero_main_grads(step)
+            zero_main_grads(step.parameters())
 
         step.__dict__["zero_grad"] = zero_grad
     step.__dict__["fp8c_session"] = session

@@ -117,7 +117,7 @@ class DurationTable:
 def load_durations(path: Path) -> DurationTable:
     """Read a table from a TOML or JSON file.
 
-    Raises: E0910 unreadable file or wrong schema, E0911 a field missing, unknown or of the wrong type, E0912 an
+    Raises: E0910 unreadable file or wrong schema, E0911 a field missing, unknown or wrong, E0912 an
     operator the table needs is missing; E0901 to E0904 for what `after` says (exit code 2).
     """
     span = Span(str(path))
@@ -167,6 +167,11 @@ def _saved(value: Any, span: Span | None) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(value.items()))
 
 
+#: Fields that count what there is at least one of; every other number may be 0.
+_COUNTS = frozenset(
+    {"tokens", "layers", "experts", "top_k", "sequence", "pipeline_parallel", "expert_parallel"}
+    | {"sequences_per_step", "sequences_per_micro_batch"}
+)
 _NUMBERS = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple[str, ...]": tuple}
 
 
@@ -181,6 +186,9 @@ def _record(cls: type[T], value: Any, where: str, span: Span | None) -> T:
         expected = _NUMBERS[str(known[key].type)]
         if not isinstance(given, expected) or (isinstance(given, bool) and expected is not bool):  # type: ignore[arg-type]
             raise fail("E0911", f"{where}: {key} is {given!r}, expected {known[key].type}", span=span)
+        least = int(key in _COUNTS)
+        if isinstance(given, (int, float)) and not least <= given < float("inf"):
+            raise fail("E0911", f"{where}: {key} is {given!r}, expected {least} or more", span=span)
     try:
         return cls(**value)
     except TypeError as error:
@@ -194,6 +202,9 @@ def _check_table(table: DurationTable, span: Span | None) -> None:
             raise fail("E0911", f"{op.layer}.{op.key}: phase is {op.phase!r}, expected F, B or W", span=span)
         if op.on not in (COMPUTE, COMM):
             raise fail("E0911", f"{op.layer}.{op.key}: on is {op.on!r}, expected {COMPUTE} or {COMM}", span=span)
+    shape = table.model
+    if shape.dense_layers > shape.layers:
+        raise fail("E0911", f"[model]: {shape.dense_layers} of {shape.layers} layers cannot be dense", span=span)
     kinds = sorted({op.layer for op in table.ops})
     needed = ["moe"] if table.model.dense_layers < table.model.layers else []
     if table.model.dense_layers:

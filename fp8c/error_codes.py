@@ -179,7 +179,7 @@ EXPLANATIONS: dict[str, str] = {
     "to need.",
     "E0910": "The file is no table of durations: it cannot be read, is no TOML or JSON, or its schema is not "
     "`fp8c.durations/1`.",
-    "E0911": "A table of durations has a field that is missing, unknown, or of the wrong type.",
+    "E0911": "A table of durations has a field that is missing, unknown, of the wrong type, or no number that it can be.",
     "E0912": "A table of durations misses operators: a kind of layer that the model has, one of its phases F, B "
     "and W, the operator marked `output`, or dispatch and combine of layers whose experts are spread over "
     "GPUs.",
@@ -282,6 +282,8 @@ EXPLANATIONS: dict[str, str] = {
     "ever.",
     "E0864": "Dense parameters are replicated over the ranks that share experts, and each rank's backward fills their "
     "gradients from its own batch. They must be summed before an optimizer uses them.",
+    "E0868": "The gradients of experts that a mesh shards are sums over the ranks, which reduce_gradients divides by their "
+    "number. A backward behind that adds another sum, which nothing can tell from the mean any more.",
     "E0865": "A collective of the step failed because another rank is gone or late. The rank that failed first has the "
     "reason in its own output.",
     "E0866": "`--mesh` takes names with sizes, such as ep=64,pp=16, and plans the step of one rank of them. What runs the step "

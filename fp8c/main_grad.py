@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,14 +109,21 @@ def local(t: Tensor) -> Tensor:
     return t._local_tensor if isinstance(t, DTensor) else t
 
 
-def zero_main_grads(module: nn.Module) -> None:
+#: On the gradient of an expert that a mesh shards: True where `distributed.reduce_gradients` has divided it, False where
+#: a backward has added to it since. An optimizer's step and zeroing take it off.
+IS_MEAN = "_fp8c_is_mean"
+
+
+def zero_main_grads(parameters: Iterable[Tensor]) -> None:
     """Set every `main_grad` to zero in place."""
-    found = (getattr(p, "main_grad", None) for p in module.parameters())
     by_device: dict[torch.device, list[Tensor]] = {}
-    for t in (local(t) for t in found if isinstance(t, Tensor)):
-        by_device.setdefault(t.device, []).append(t)
-    for tensors in by_device.values():
-        torch._foreach_zero_(tensors)
+    for found in (getattr(p, "main_grad", None) for p in parameters):
+        if isinstance(found, Tensor):
+            found.__dict__.pop(IS_MEAN, None)
+            by_device.setdefault(found.device, []).append(local(found))
+    with torch.no_grad():
+        for tensors in by_device.values():
+            torch._foreach_zero_(tensors)
 
 
 def mark_gradients(backward: fx.Graph, primals: Sequence[str], inputs: Mapping[str, str]) -> None:

@@ -294,7 +294,9 @@ def with_comm_sms(table: DurationTable, machine: Machine, comm_sms: int) -> Dura
     stretch = compute_stretch(machine, comm_sms, table.measured.comm_sms)
     then = even_transfers_us(table, machine, table.measured.comm_sms)
     now = even_transfers_us(table, machine, comm_sms)
-    ratio = CommTimes(now[0] / then[0], now[1] / then[1], 1.0)
+    # Without peers there is nothing to transfer, and no time to compare.
+    dispatch, combine = (after / before if before else 1.0 for before, after in zip(then, now))
+    ratio = CommTimes(dispatch, combine, 1.0)
     return replace(scaled_table(table, ratio, stretch), measured=replace(table.measured, comm_sms=comm_sms))
 
 

@@ -30,6 +30,7 @@ from fp8c.contention import Interference
 from fp8c.cost_model import Machine
 from fp8c.diagnostics import ExitCode, fail
 from fp8c.graph_costs import node_us
+from fp8c.main_grad import local
 from fp8c.passes.schedule_overlap import NodeCost, OverlapReport, agree, pair_graphs, schedule_graph
 from fp8c.schedule_search import SearchLimits
 
@@ -213,12 +214,12 @@ class Pair:
 
 
 def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add a gradient, of the local shard where the parameter is a DTensor, to `.grad`."""
-    if isinstance(parameter, DTensor):
-        if parameter.grad is not None:
-            parameter.grad._local_tensor.add_(gradient)  # type: ignore[attr-defined]
-            return
-        gradient = DTensor.from_local(
+    """Add a gradient, of the local shard where the parameter is a DTensor, to `.grad`, and call the hooks that autograd
+    would call behind that: they move it to `main_grad`, and note that the ranks' gradients are to be summed."""
+    if parameter.grad is not None:
+        local(parameter.grad).add_(gradient)
+    elif isinstance(parameter, DTensor):
+        parameter.grad = DTensor.from_local(
             gradient,
             parameter.device_mesh,
             parameter.placements,
@@ -226,10 +227,10 @@ def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
     else:
-        parameter.grad.add_(gradient)
+        parameter.grad = gradient.to(parameter.dtype)
+    for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)
 
 
 def _local(value: Any) -> Any:

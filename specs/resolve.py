@@ -127,7 +127,7 @@ class _Resolver:
         expanded: dict[Op, list[Given]] = {}
         merged: dict[tuple[int, int], Given | Diagnostic] = {}
         conflicts: dict[tuple[int, int], tuple[Diagnostic, list[str]]] = {}
-        misfits: dict[str, tuple[ast.Field, list[str]]] = {}
+        misfits: dict[Span, tuple[ast.Field, list[str]]] = {}  # by what was written: `cache` gives two fields
         for i in indices(mask):
             use = self.uses[i]
             if use.op not in expanded:
@@ -136,7 +136,9 @@ class _Resolver:
             cells = self.given[i]
             for new in expanded[use.op]:
                 if not _fits(new.field.name, use):
-                    misfits.setdefault(new.field.name, (new.field, []))[1].append(use.key)
+                    field, keys = misfits.setdefault(new.field.span, (new.field, []))
+                    if field.name == new.field.name:
+                        keys.append(use.key)
                     continue
                 old = cells.get(new.field.name)
                 if old is None:

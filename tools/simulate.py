@@ -110,14 +110,14 @@ def find_durations(build: Path | None, durations: Path | None) -> DurationTable:
 
 
 def simulate(table: DurationTable, run: ClusterRun, *, trace: Path | None = None) -> SimulationReport:
-    """Simulate one step and write the trace. Raises: what `fp8c.cluster.simulate_step` raises."""
+    """Simulate one step and write the trace. Raises: what `fp8c.cluster.simulate_step` raises, E0610."""
     started = time.perf_counter()
     result = simulate_step(table, run)
     comm_sms = run.comm_sms or table.measured.comm_sms
     pair = _pair_figures(with_comm_sms(with_head(table, run.machine), run.machine, comm_sms), result, run)
     wall_s = time.perf_counter() - started
     if trace is not None:
-        trace.write_text(json.dumps(chrome_trace(result), separators=(",", ":")), encoding="utf-8")
+        _write_trace(trace, result)
     tokens = tokens_per_step(table)
     step_us, pipeline_us = result.step_us, result.step_us - result.optimizer_us
     comm_us, exposed_us = result.mean("comm_us"), result.mean("exposed_us")
@@ -149,6 +149,17 @@ def simulate(table: DurationTable, run: ClusterRun, *, trace: Path | None = None
         wall_s=wall_s,
         trace=str(trace) if trace is not None else None,
     )
+
+
+def _write_trace(path: Path, result: StepResult) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(chrome_trace(result), separators=(",", ":")), encoding="utf-8")
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise fail(
+            "E0610", f"cannot write {path}: {why}", help="name another file with --trace", exit_code=ExitCode.USAGE
+        ) from None
 
 
 def _pair_figures(table: DurationTable, result: StepResult, run: ClusterRun) -> PairFigures | None:
@@ -328,13 +339,20 @@ def _wished_table(table: DurationTable, now: Machine, wished: Machine) -> Durati
     return replace(table, ops=tuple(ops))
 
 
+def _main_kind(table: DurationTable) -> str:
+    """The kind of layer that figures of one layer are about: `moe` unless the model has none."""
+    return "moe" if table.layer("moe", "F") else "dense"
+
+
 def _per_layer(table: DurationTable, now: Machine, wished: Machine) -> tuple[float, float]:
-    """(microseconds of compute, bytes of memory traffic) one MoE layer saves for one micro-batch."""
-    work = layer_work(table.model, "moe", table.measured.tokens, table.measured.expert_parallel)
+    """(microseconds of compute, bytes of memory traffic) one MoE layer, or a dense one of a model without, saves for one
+    micro-batch."""
+    kind = _main_kind(table)
+    work = layer_work(table.model, kind, table.measured.tokens, table.measured.expert_parallel)
     ops: list[Operator] = [op for row in work.values() for op in row]
     stretch = compute_stretch(wished, table.measured.comm_sms, table.measured.comm_sms)
-    before = sum(_phase_us(table, now, "moe").values())
-    after = sum(_phase_us(table, wished, "moe").values()) * stretch
+    before = sum(_phase_us(table, now, kind).values())
+    after = sum(_phase_us(table, wished, kind).values()) * stretch
     return before - after, hbm_bytes(ops, now) - hbm_bytes(ops, wished)
 
 
@@ -404,7 +422,7 @@ def inputs(
     if predict:
         table = predicted_table(table.model, table.deployment, machine, comm_sms or table.measured.comm_sms)
     if choose_sms:
-        layers = ("moe",) * max(1, min(4, table.model.layers // table.deployment.pipeline_parallel))
+        layers = (_main_kind(table),) * max(1, min(4, table.model.layers // table.deployment.pipeline_parallel))
         comm_sms = choose_comm_sms(table, machine, layers, layers)[0].comm_sms
     run = ClusterRun(
         gpus,

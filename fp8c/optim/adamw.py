@@ -32,6 +32,7 @@ from fp8c import driver
 from fp8c.backends.reference import adamw as portable
 from fp8c.backends.reference.adamw import Bucket
 from fp8c.diagnostics import Diagnostic, ExitCode, Severity, fail
+from fp8c.main_grad import zero_main_grads
 from fp8c.optim.state_types import StateTypes, state_types
 from fp8c.optim.zero1 import Part, Zero1
 from fp8c.specs.load import Spec
@@ -234,11 +235,7 @@ class AdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """`grad` to None (or 0), `main_grad` to 0: an accumulator keeps its address, which the compiled step knows."""
         super().zero_grad(set_to_none)
-        found = (getattr(p, "main_grad", None) for group in self.param_groups for p in group["params"])
-        mains = [local(main) for main in found if main is not None]
-        with torch.no_grad():
-            for device in {main.device for main in mains}:
-                torch._foreach_zero_([main for main in mains if main.device == device])
+        zero_main_grads(p for group in self.param_groups for p in group["params"])
 
     # --- the step -----------------------------------------------------------------------------------------------------
 

@@ -274,15 +274,27 @@ def check_fits(
         if name in metadata and metadata[name].size != tensor.shape
     ][:4]
     if misfits:
+        help = "build model, optimizer and moving average as the run that saved it did"
+        if are_stacks_and_lists(unknown, [name for name in missing if name.startswith("model.")]):
+            help = (
+                "a mesh makes stacks of experts that are a list: a run with one goes on with a mesh, of one rank in one "
+                "process, and a run without one goes on without"
+            )
         raise fail(
             "E1133",
             f"{path} does not fit: " + "; ".join(misfits),
-            help="build model, optimizer and moving average as the run that saved it did",
+            help=help,
             exit_code=ExitCode.MODEL,
         )
     prefixes = [f"{part}." for part in tensors if part != "model"]
     unused = metadata.keys() - wanted.keys()
     return sorted({name.removeprefix(start) for start in prefixes for name in unused if name.startswith(start)})
+
+
+def are_stacks_and_lists(some: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether names of both are alike but for numbers that only one has: `experts.gate.weight`, `experts.0.gate.weight`."""
+    depths = [{re.sub(r"\.\d+(?=\.)", "", name): name.count(".") for name in names} for names in (some, others)]
+    return any(depths[0][name] != depths[1][name] for name in depths[0].keys() & depths[1].keys())
 
 
 def listed(names: Sequence[str]) -> str:

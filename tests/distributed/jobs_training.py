@@ -146,6 +146,80 @@ def main_grad_steps(spec: str, rounds: int = 2) -> dict[str, Any]:
     }
 
 
+def reduced_again(main_grad: bool) -> dict[str, Any]:
+    """Gradients reduced twice, those of a backward behind that, and of a step after zeroing and after an optimizer."""
+    import fp8c
+    from fp8c import distributed
+
+    step = fp8c.compile(jobs.build("loop"), spec="bf16", target="cpu", mesh=jobs.mesh_of(), main_grad=main_grad)
+    tokens = jobs.batch(dist.get_rank())
+
+    def gradients() -> dict[str, Tensor]:
+        found = {n: distributed.gradient_of(p) for n, p in step.named_parameters()}
+        return {n: jobs.whole(g).clone() for n, g in found.items()}
+
+    def reduce_step() -> dict[str, Tensor]:
+        jobs.loss_of(jobs.logits_of(step(input_ids=tokens)), tokens).backward()
+        distributed.reduce_gradients(step)
+        return gradients()
+
+    once = reduce_step()
+    distributed.reduce_gradients(step)
+    twice, told = gradients(), ""
+    try:
+        reduce_step()
+    except fp8c.DiagnosticError as error:
+        told = str(error)
+    step.zero_grad()
+    zeroed = reduce_step()
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.0)
+    optimizer.step()  # its own zero_grad keeps accumulators, and here gradients in place
+    for gradient in (distributed.gradient_of(p) for p in step.parameters()):
+        gradient.zero_()
+    return {"once": once, "twice": twice, "told": told, "zeroed": zeroed, "stepped": reduce_step()}
+
+
+def uneven_batches() -> dict[str, Any]:
+    """Sequences of another length on each rank, which change on one rank alone: two steps on the same gradients."""
+    import fp8c
+    from fp8c import distributed
+
+    torch._dynamo.reset()
+    step = fp8c.compile(
+        jobs.build("loop"), spec="deepseek_v3", target="cpu", mesh=jobs.mesh_of(), main_grad=True, dynamic=True
+    )
+    losses = []
+    for tokens in (uneven(dist.get_rank(), 0), uneven(dist.get_rank(), 1)):
+        loss = jobs.loss_of(jobs.logits_of(step(input_ids=tokens)), tokens)
+        loss.backward()
+        losses.append(loss.detach())
+    distributed.reduce_gradients(step)
+    return {"losses": losses, "gradients": {n: jobs.whole(p.main_grad) for n, p in step.named_parameters()}}  # type: ignore[attr-defined]
+
+
+def uneven(rank: int, number: int) -> Tensor:
+    """Two sequences; only the first rank's are longer in the second step."""
+    length = 20 + 8 * rank + 12 * number * (rank == 0)
+    return torch.cat([jobs.batch(10 * rank + number + i)[:, :length] for i in range(2)])
+
+
+def uneven_alone(world: int) -> dict[str, Any]:
+    """The same batches in one process, each on its own: losses by rank, gradients of their mean over the ranks."""
+    import fp8c
+
+    torch._dynamo.reset()
+    step = fp8c.compile(jobs.build("loop"), spec="deepseek_v3", target="cpu", main_grad=True)
+    losses: list[list[Tensor]] = []
+    for rank in range(world):
+        losses.append([])
+        for number in range(2):
+            tokens = uneven(rank, number)
+            loss = jobs.loss_of(jobs.logits_of(step(input_ids=tokens)), tokens)
+            (loss / world).backward()
+            losses[-1].append(loss.detach())
+    return {"losses": losses, "gradients": {n: p.main_grad for n, p in step.named_parameters()}}  # type: ignore[attr-defined]
+
+
 def zeroed(step: nn.Module) -> bool:
     step.zero_grad()
     return all(not jobs.whole(p.main_grad).any() for p in step.parameters())  # type: ignore[attr-defined]

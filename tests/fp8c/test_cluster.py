@@ -134,6 +134,20 @@ def test_splitting_chunks_without_a_partner_shortens_the_step(table: DurationTab
     assert max(plan.chunks for _, plan in cut.plans) == 2
 
 
+def test_a_step_cut_into_chunks_is_not_shorter_than_its_bound(table: DurationTable) -> None:
+    """One micro-batch on one rank: chunks overlap its own transfers, so operators in a row are no bound."""
+    found = run(small(table, "1f1b", 1, layers=2, pp=1), gpus=16, splits=(1, 2, 3, 4))
+    serial_us = 2e3 * sum(table.total_ms("moe", phase) for phase in "FB")
+    assert found.lower_bound_us <= found.step_us < serial_us + 2e3 * table.total_ms("moe", "W")
+    assert found.lower_bound_us < serial_us
+
+
+def test_the_bound_under_drawn_loads_counts_every_rank(table: DurationTable) -> None:
+    """Stages of a V: the first rank holds the larger ones, and the last rank is not the one that bounds the step."""
+    found = run(small(table, "zbv", 8, layers=5, pp=2), gpus=32, zipf=0.0, patterns=2)
+    assert found.step_us >= found.lower_bound_us >= max(rank.compute_us for rank in found.ranks)
+
+
 def test_skew_costs_and_is_deterministic(table: DurationTable) -> None:
     even = run(small(table, "dualpipe"))
     skewed = [run(small(table, "dualpipe"), zipf=z, patterns=2) for z in (0.3, 0.8)]

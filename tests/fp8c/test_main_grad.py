@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fp8c
+from fp8c import driver
 from fp8c.diagnostics import DiagnosticError
 from fp8c.driver import refuse_lost_gradients, session_of
 from fp8c.graph import aten
 from fp8c.main_grad import accumulator_of, split_gradients
+from fp8c.stage import Stage
 from tests.models.harness import count_executed, gradients, loss_of
 from tests.models.test_handwritten import BF16, D, Mlp, features
 from tests.passes.steps import experts_function, random
@@ -223,6 +225,22 @@ def test_gradients_from_outside_are_moved_over() -> None:
     step = compiled("mlp", main_grad=True)
     loss_of(step.down(features().repeat(1, 1, 2))).backward()  # a part of it, called uncompiled
     assert step.down.weight.grad is None and step.down.weight.main_grad.any()
+
+
+def test_gradients_of_a_stage_are_moved_over() -> None:
+    """Stages and pipelines run the graphs past autograd, whose hooks they call themselves."""
+    torch.manual_seed(0)
+    step = fp8c.compile(Norm(), "bf16", "cpu", main_grad=True)
+    plain = fp8c.compile(copy.deepcopy(driver.uncompiled(step)), "bf16", "cpu")
+    x, dy = random(128, D), random(128, D)
+    stage = Stage.capture(step, (x,))
+    for _ in range(2):
+        _, kept = stage.forward(x)
+        stage.backward(kept, dy)
+        plain(x).backward(dy)
+    for p, q in zip(step.parameters(), plain.parameters()):
+        assert p.grad is None and q.grad is not None
+        assert (p.main_grad - q.grad.float()).norm() <= 2**-8 * q.grad.float().norm()  # type: ignore[attr-defined]
 
 
 def test_tied_and_frozen_parameters() -> None:

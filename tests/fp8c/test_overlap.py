@@ -217,6 +217,10 @@ def broken(change: str) -> dict[str, Any]:
             doc["op"] = [r for r in rows if r["layer"] != "dense"]
         case "negative":
             rows[0]["ms"] = -1.0
+        case "no tokens":
+            doc["measured"]["tokens"] = 0
+        case "too many dense layers":
+            doc["model"]["dense_layers"] = doc["model"]["layers"] + 1
         case "text":
             rows[0]["ms"] = "fast"
         case "unknown field":
@@ -241,7 +245,9 @@ def broken(change: str) -> dict[str, Any]:
         ("cycle", "E0902", "->"),
         ("no output", "E0912", "output"),
         ("no dense", "E0912", "dense"),
-        ("negative", "E0904", "-1"),
+        ("negative", "E0911", "-1"),
+        ("no tokens", "E0911", "expected 1 or more"),
+        ("too many dense layers", "E0911", "cannot be dense"),
         ("text", "E0911", "fast"),
         ("unknown field", "E0911", "millis"),
         ("phase", "E0911", "X"),

@@ -163,6 +163,17 @@ def test_a_smaller_model_does_not_take_part_of_a_checkpoint(tmp_path: Path) -> N
         checkpoint.load(tmp_path, nn.Sequential(nn.Linear(4, 4)))
 
 
+def test_experts_in_a_list_do_not_take_a_stack(tmp_path: Path) -> None:
+    """What a mesh makes of a list of experts: a run of it goes on with a mesh, of one rank too."""
+    stack, experts = nn.Linear(4, 4, bias=False), nn.ModuleList(nn.Linear(4, 2, bias=False) for _ in range(2))
+    models = [nn.ModuleDict({"experts": inner}) for inner in (stack, experts)]
+    for number, (saved, loaded) in enumerate((models, models[::-1])):
+        checkpoint.save(tmp_path / str(number), 1, saved)
+        with pytest.raises(DiagnosticError, match="E1133") as caught:
+            checkpoint.load(tmp_path / str(number), loaded)
+        assert "a mesh makes stacks of experts" in str(caught.value)
+
+
 def test_states_of_what_has_been_frozen_since_are_left_and_named(tmp_path: Path) -> None:
     def trained(*frozen: int) -> tuple[nn.Module, AdamW, EMA]:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

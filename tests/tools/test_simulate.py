@@ -116,6 +116,8 @@ def test_a_build_is_simulated_on_its_own_machine_and_one_replica(
     assert report["tokens_per_s_per_gpu"] == pytest.approx(384 / report["step_ms"] * 1e3, rel=1e-6)
     assert main(["simulate", str(folder), "--trace", str(tmp_path / "t.json")]) == 0
     assert f"{report['step_ms']:.3f} ms" in capsys.readouterr().out
+    for option in ("--choose-sms", "--what-if"):  # dense layers, no peers: nothing is transferred
+        assert main(["simulate", str(folder), option, "--trace", str(tmp_path / "t.json")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,11 @@ def test_a_build_is_simulated_on_its_own_machine_and_one_replica(
         (["BUILD", "--gpus", "32", "--comm-sms", "140"], 1, "E0951"),
         (["BUILD", "--gpus", "32", "--memory-gib", "0.5"], 1, "E0945"),
         (["BUILD", "--gpus", "32", "--ep", "48"], 1, "E0943"),
+        (["BUILD", "--gpus", "32", "--trace", str(EXAMPLE / "trace.json")], 2, "E0610"),
+        (["BUILD", "--gpus", "32", "--seed", "-1"], 2, "--seed"),
+        (["BUILD", "--gpus", "32", "--comm-sms", "0"], 2, "--comm-sms"),
+        (["BUILD", "--gpus", "32", "--zipf", "nan"], 2, "--zipf"),
+        (["BUILD", "--gpus", "32", "--memory-gib", "inf"], 2, "--memory-gib"),
     ],
 )
 def test_bad_input_is_named(
@@ -137,6 +144,14 @@ def test_bad_input_is_named(
     filled = [str(build) if o == "BUILD" else o for o in options]
     assert main(["simulate", *filled]) == exit_code
     assert code in capsys.readouterr().err
+
+
+def test_sms_of_a_table_without_peers(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts on one GPU: there is no transfer whose time changes with its SMs; compute takes those left."""
+    few, many = (
+        simulated(build, capsys, "--ep", "1", "--gpus", "2", "--sequences", "8", "--comm-sms", n) for n in ("4", "40")
+    )
+    assert few["compute_ms"] < many["compute_ms"]
 
 
 def test_measured_loads_are_an_input(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
