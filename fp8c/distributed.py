@@ -114,7 +114,7 @@ def reduce_gradients(step: nn.Module) -> None:
             "E0868",
             "a backward has added to experts' gradients that reduce_gradients had divided already: the sum of both is "
             "neither a mean nor a sum of the ranks' losses",
-            help="call reduce_gradients(step) once, after the last micro-batch, and zero_grad() before the next step",
+            help="call reduce_gradients(step) once, after the last micro-batch, and zero_grad(), which sets gradients to None, before the next step",
         )
     for gradient in experts:
         if not hasattr(gradient, IS_MEAN):
