@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -285,11 +286,17 @@ def dynamo_settings() -> contextlib.AbstractContextManager[Any]:
     """Numbers read from tensors become sizes of the graph: how many rows each rank sends.
 
     Dynamo allows so many graphs of one piece of code, and models of one class are one: every compiled step gets that many.
+    No graph holds a call of a logger. What transformers' models remark once (`logger.warning_once`) is left out of it; other
+    logging of a model's own is its author's to decide on, and stays a graph break.
     """
     config: Any = torch._dynamo.config
+    once = (getattr(logging.Logger, name, None) for name in ("warning_once", "info_once"))
+    ignored = {method for method in once if method is not None} | config.ignore_logging_functions
     limits = ("recompile_limit", "accumulated_recompile_limit")
     allowed = {name: getattr(config, name) * _steps for name in limits} if _steps > 1 else {}
-    patched: contextlib.AbstractContextManager[Any] = config.patch(capture_scalar_outputs=True, **allowed)
+    patched: contextlib.AbstractContextManager[Any] = config.patch(
+        capture_scalar_outputs=True, ignore_logging_functions=ignored, **allowed
+    )
     return patched
 
 
