@@ -55,7 +55,8 @@ def compile(
     `state_dict`, and is called the same way; `loss.backward()` fills the same parameters' gradients. Inside, the spec's
     GEMMs run in FP8. Lengths may change between calls as under torch.compile.
 
-    fullgraph: fail on a graph break (the line is named) instead of compiling the pieces
+    fullgraph: fail on a graph break (the line is named), and on a loop over experts that can't become grouped GEMMs,
+               instead of compiling the pieces
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
     keep_weights: hold the FP8 weights between calls and quantize them again only when the optimizer has changed them
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
@@ -90,7 +91,7 @@ def compile(
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
-    session.remarks += prepare(model, mesh=mesh)
+    session.remarks += prepare(model, mesh=mesh, may_break=not fullgraph)
     if main_grad:
         add_main_grads(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own

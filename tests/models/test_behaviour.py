@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import fp8c
