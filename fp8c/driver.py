@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,7 +55,8 @@ def compile(
     `state_dict`, and is called the same way; `loss.backward()` fills the same parameters' gradients. Inside, the spec's
     GEMMs run in FP8. Lengths may change between calls as under torch.compile.
 
-    fullgraph: fail on a graph break (the line is named) instead of compiling the pieces
+    fullgraph: fail on a graph break (the line is named), and on a loop over experts that can't become grouped GEMMs,
+               instead of compiling the pieces
     lowering:  "reference" (operator by operator, exact) or "inductor"; by default Inductor on a GPU
     keep_weights: hold the FP8 weights between calls and quantize them again only when the optimizer has changed them
                (one byte for each weight and orientation), instead of quantizing them in every forward and backward
@@ -89,7 +91,7 @@ def compile(
     if mesh is not None:
         facts = {"spec": session.spec.digest, "target": session.target.name, "versions": torch.__version__}
         agree_on(facts, sorted(torch.distributed.get_process_group_ranks(expert_mesh(mesh).get_group())))
-    session.remarks += prepare(model, mesh=mesh)
+    session.remarks += prepare(model, mesh=mesh, may_break=not fullgraph)
     if main_grad:
         add_main_grads(model)
     step = copy.copy(model)  # shares parameters, buffers and submodules; only the compiled call is its own
@@ -285,11 +287,17 @@ def dynamo_settings() -> contextlib.AbstractContextManager[Any]:
     """Numbers read from tensors become sizes of the graph: how many rows each rank sends.
 
     Dynamo allows so many graphs of one piece of code, and models of one class are one: every compiled step gets that many.
+    No graph holds a call of a logger. What transformers' models remark once (`logger.warning_once`) is left out of it; other
+    logging of a model's own is its author's to decide on, and stays a graph break.
     """
     config: Any = torch._dynamo.config
+    once = (getattr(logging.Logger, name, None) for name in ("warning_once", "info_once"))
+    ignored = {method for method in once if method is not None} | config.ignore_logging_functions
     limits = ("recompile_limit", "accumulated_recompile_limit")
     allowed = {name: getattr(config, name) * _steps for name in limits} if _steps > 1 else {}
-    patched: contextlib.AbstractContextManager[Any] = config.patch(capture_scalar_outputs=True, **allowed)
+    patched: contextlib.AbstractContextManager[Any] = config.patch(
+        capture_scalar_outputs=True, ignore_logging_functions=ignored, **allowed
+    )
     return patched
 
 

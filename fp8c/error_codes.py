@@ -215,13 +215,16 @@ EXPLANATIONS: dict[str, str] = {
     "E0820": "A loop over experts selects tokens by the data, so no graph can hold it, and fp8c can't rewrite it to "
     "grouped GEMMs: it holds a construct whose meaning for all experts at once isn't known, or experts that differ. "
     "The usual loop is `for i, expert in enumerate(self.experts): token, slot = torch.where(indices == i); "
-    "y[token] += expert(x[token]) * weights[token, slot, None]`.",
+    "y[token] += expert(x[token]) * weights[token, slot, None]`. `fp8c.compile(model, fullgraph=False)` leaves any other "
+    "as it is.",
     "E0821": "A loop over experts was rewritten to grouped GEMMs, and its outputs or gradients then differed from the "
     "loop's on the example inputs. Nothing was changed. Either the routing decision holds entries that are no expert's "
     "index (dropped tokens), or this is a bug in fp8c: please report the loop.",
     "R0820": "A loop over experts runs as grouped GEMMs: tokens are sorted by expert once, each Linear of the experts is "
     "one grouped GEMM over their stacked weights, and results are summed per token. Parameters and state_dict stay as "
     "they are. The note says how the result was compared with the loop's.",
+    "R0823": "A loop over experts can't become grouped GEMMs (see E0820) and stays as it is written, because the model was "
+    "compiled with `fullgraph=False`. Its shapes depend on data, so it runs in pieces, each a graph of its own.",
     "R0822": "Experts of a transformers model use fp8c's implementation: the same grouped GEMMs as transformers' own "
     "'grouped_mm', which also stay grouped GEMMs with FP32 parameters under autocast.",
     "R0840": "Attention masks that hold the causal triangle, proven from the operators that make them, were dropped for the "

@@ -55,10 +55,12 @@ def rewrite_and_partition(
     observers: tuple[Observer, ...] = (),
     verify_each: bool = True,
     without: frozenset[str] = frozenset(),
+    partial: bool = False,
 ) -> Rewritten:
     """Assign roles, resolve the plan on them, rewrite, partition, compress. The given graph is not changed.
 
     without: optional passes to leave out
+    partial: the graph may be a part of a step, whose GEMMs need no gradient while something else in it does
 
     Raises: DiagnosticError for whatever the spec, the model or a pass can't do.
     """
@@ -73,7 +75,8 @@ def rewrite_and_partition(
     manager = PassManager(verifier.INVARIANTS, verify_each, observers)
     held: set[str] = set()
     graph = manager.run(joint.graph, [ROLES], ctx, held)
-    require_backward(graph, ctx)
+    if not partial:
+        require_backward(graph, ctx)
     ctx.plan = resolve(list(ctx.uses.values()))
     graph = manager.run(graph, [p for p in JOINT_PASSES if p.name not in without], ctx, held)
     halves = partition(fx.GraphModule(joint, graph), ctx)

@@ -209,6 +209,7 @@ class Session:
             observers=(*self.observers, TraceObserver()),
             verify_each=self.verify_each,
             without=self.without,
+            partial=self.partial,
         )
         trace_summary(rewritten.plan, rewritten.records)
         self.planned.append(rewritten)

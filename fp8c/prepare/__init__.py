@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from fp8c.prepare.loops import Loop, Rewrite, original_class, rewrite_loops, rew
 from fp8c.user_code import user_code
 
 
-def prepare(module: nn.Module, example_inputs: Any = None, mesh: DeviceMesh | None = None) -> list[Diagnostic]:
+def prepare(
+    module: nn.Module, example_inputs: Any = None, mesh: DeviceMesh | None = None, *, may_break: bool = False
+) -> list[Diagnostic]:
     """Make a model capturable as one graph, in place, and say what was done.
 
     Experts of transformers models use fp8c's grouped GEMMs; loops over experts in any other module are rewritten to
@@ -29,15 +32,16 @@ def prepare(module: nn.Module, example_inputs: Any = None, mesh: DeviceMesh | No
     example_inputs: one batch (dict, tuple or single argument); with it every rewrite is compared with the original.
                     Without, `compare_rewrites` can do so once there is a batch
     mesh: spread the routed experts over its dimension "ep", after everything else
+    may_break: graphs may break, so a loop that can't be rewritten stays, with a remark R0823 instead of E0820
     Returns: remarks, one per kind of change
     Raises:  DiagnosticError E0820 for a loop that can't be rewritten, E0821 for a rewrite that disagrees with the
              original; the module is then as before, except for transformers' setting. Exit code MODEL.
     """
-    remarks = _grouped_experts(module, example_inputs)
+    remarks = _grouped_experts(module, example_inputs, may_break and mesh is None)  # a loop's experts can't be spread
     return remarks if mesh is None else remarks + shard_experts(module, mesh)
 
 
-def _grouped_experts(module: nn.Module, example_inputs: Any) -> list[Diagnostic]:
+def _grouped_experts(module: nn.Module, example_inputs: Any, may_break: bool) -> list[Diagnostic]:
     remarks = prepare_hf(module)
     rewrites: list[Rewrite] = []
     errors: dict[object, Diagnostic] = {}
@@ -48,8 +52,12 @@ def _grouped_experts(module: nn.Module, example_inputs: Any) -> list[Diagnostic]
         rewrites += found
         for error in wrong:
             errors.setdefault((error.span, error.message), error)
-    if errors:
+    if errors and not may_break:
         raise DiagnosticError(errors.values(), ExitCode.MODEL)
+    note = "it runs as it is written, with a graph break for every expert that has tokens"
+    remarks += [
+        replace(error, code="R0823", severity=Severity.REMARK, notes=(*error.notes, note)) for error in errors.values()
+    ]
     if not rewrites:
         return remarks
     for rewrite in rewrites:

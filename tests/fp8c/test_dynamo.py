@@ -106,6 +106,25 @@ def test_a_graph_break_makes_two_graphs() -> None:
     assert [pipeline.count_gemms(step)["fprop"] for step in made] == [{"total": 3, "fp8": 3, "kept": 0}] * 2
 
 
+def test_a_part_whose_gemms_need_no_gradient() -> None:
+    """The norm of DoRA's weight is a graph of its own: a frozen product, scaled by what is trained (E0832)."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = nn.Linear(128, 128, bias=False).bfloat16().requires_grad_(False)
+            self.scale = nn.Parameter(torch.ones(128, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.frozen(x).detach() * self.scale
+
+    model = Scaled()
+    compiled = torch.compile(model, backend=dynamo.backend, options={"spec": "bf16", "target": "cpu"})
+    _, plain = trained(model, lambda m: loss_of(m(features())))
+    _, grads = trained(model, lambda m: loss_of(compiled(features())))
+    torch.testing.assert_close(grads["scale"], plain["scale"], rtol=2**-7, atol=0)
+
+
 def test_without_gradients() -> None:
     model = Mlp()
     compiled = torch.compile(model, backend=dynamo.backend)

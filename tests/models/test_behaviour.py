@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import fp8c
@@ -497,6 +498,20 @@ def test_experts_in_another_type_than_bf16_are_named(dtype: torch.dtype) -> None
     (diagnostic,) = caught.value.diagnostics
     assert diagnostic.code == "E0833" and diagnostic.message.endswith(f"here they read {str(dtype)[6:]}")
     assert "autocast" in diagnostic.help
+
+
+@pytest.mark.parametrize("method", ["warning_once", "info_once"])
+def test_what_transformers_remarks_once_breaks_no_graph(method: str) -> None:
+    """GPT-2 says in every forward that it has no loss type, and could not be compiled as one graph."""
+    logger = transformers.utils.logging.get_logger("transformers.test")
+
+    class Remarks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            getattr(logger, method)("`loss_type=None` was set in the config")
+            return super().forward(x)
+
+    loss_of(compiled(Remarks(D, D, dtype=BF16))(features())).backward()
+    assert not torch._dynamo.config.ignore_logging_functions  # nothing global stays changed
 
 
 def test_a_graph_break_is_allowed_without_fullgraph() -> None:

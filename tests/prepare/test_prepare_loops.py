@@ -706,6 +706,26 @@ def test_unknown_loops_are_refused_at_their_line(module: type[Base], line: str, 
     assert type(made) is module
 
 
+def test_without_fullgraph_an_unknown_loop_stays_a_loop() -> None:
+    """SwitchTransformers, whose experts drop tokens at a capacity, could not be compiled in pieces either."""
+    torch.manual_seed(0)
+    modules = nn.ModuleList([Capacity(), Enumerated()]).bfloat16()
+    model = nn.Sequential(*modules)
+    x = torch.randn(T, H, dtype=torch.bfloat16)
+    plain = copy.deepcopy(model)
+    step = fp8c.compile(model, spec="bf16", target="cpu", fullgraph=False)
+    for called in (plain, step):
+        called(x).float().square().mean().backward()
+    (stays,) = (r for r in driver.session_of(step).remarks if r.code == "R0823")
+    assert "`token[:4]` has no known meaning" in stays.message and stays.severity is Severity.REMARK
+    assert type(modules[0]) is Capacity and type(modules[1]) is not Enumerated  # what can be rewritten, is
+    for name, p in plain.named_parameters():
+        grad = model.get_parameter(name).grad
+        if p.grad is not None:  # an expert that no token chose: None from the loop, zeros from the grouped GEMM
+            assert grad is not None
+            torch.testing.assert_close(grad, p.grad, rtol=2**-4, atol=2**-6 * p.grad.abs().max().item())
+
+
 def only(module: nn.Module, x: Tensor) -> Diagnostic:
     with pytest.raises(DiagnosticError) as caught:
         prepare(module, x)
