@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -67,6 +68,10 @@ def arguments() -> argparse.Namespace:
     parts = args.micro_batches * int(os.environ.get("WORLD_SIZE", "1"))
     if args.micro_batches < 1 or args.batch < 1 or args.batch % parts:
         parser.error(f"a batch of {args.batch} cannot be divided evenly over {parts} ranks and micro-batches")
+    if args.tensorboard and not args.out:
+        parser.error("--tensorboard writes into the folder of --out")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs its package: pip install tensorboard")
     if args.spec == "off" or args.parallel == "fsdp" or args.ep:
         for option in ("bf16_first", "bf16_last", "telemetry_every"):
             if getattr(args, option):

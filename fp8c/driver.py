@@ -287,17 +287,19 @@ def dynamo_settings() -> contextlib.AbstractContextManager[Any]:
     """Numbers read from tensors become sizes of the graph: how many rows each rank sends.
 
     Dynamo allows so many graphs of one piece of code, and models of one class are one: every compiled step gets that many.
-    No graph holds a call of a logger. What transformers' models remark once (`logger.warning_once`) is left out of it; other
+    No graph holds a call of a logger. What transformers' models remark once (`logger.warning_once`) is left out of it from PyTorch 2.12 on; other
     logging of a model's own is its author's to decide on, and stays a graph break.
     """
     config: Any = torch._dynamo.config
-    once = (getattr(logging.Logger, name, None) for name in ("warning_once", "info_once"))
-    ignored = {method for method in once if method is not None} | config.ignore_logging_functions
     limits = ("recompile_limit", "accumulated_recompile_limit")
-    allowed = {name: getattr(config, name) * _steps for name in limits} if _steps > 1 else {}
-    patched: contextlib.AbstractContextManager[Any] = config.patch(
-        capture_scalar_outputs=True, ignore_logging_functions=ignored, **allowed
-    )
+    changed: dict[str, Any] = {name: getattr(config, name) * _steps for name in limits} if _steps > 1 else {}
+    if (
+        torch.__version__ >= "2.12"
+    ):  # 2.11 writes its settings as JSON, which functions are not, and says so at each graph
+        once = (getattr(logging.Logger, name, None) for name in ("warning_once", "info_once"))
+        ignored = {method for method in once if method is not None}
+        changed["ignore_logging_functions"] = ignored | config.ignore_logging_functions
+    patched: contextlib.AbstractContextManager[Any] = config.patch(capture_scalar_outputs=True, **changed)
     return patched
 
 
@@ -353,7 +355,10 @@ def graph_break(error: Exception) -> Diagnostic:
             break
     raised = re.search(r"raised exception (.+)", text)
     if raised:
-        return Diagnostic("E0803", f"the model raised {raised[1].strip()}", span)
+        # PyTorch 2.11 has ValueError([ConstantVariable(str: 'text')]).
+        what = re.sub(r"ConstantVariable\(\w+: ('(?:[^'\\]|\\.)*'|\"[^\"]*\"|[^()]*)\)", r"\1", raised[1].strip())
+        what = re.sub(r"^(\w+)\(\[(.*)\]\)$", r"\1(\2)", what)
+        return Diagnostic("E0803", f"the model raised {what}", span)
     dtype = next((m[1] for m in (_NOT_BF16.search(str(e)) for e in causes(error)) if m), None)
     if dtype is not None:
         message = f"PyTorch captures the grouped GEMMs of experts in BF16 only, and here they read {dtype}"
